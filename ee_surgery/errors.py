@@ -1,0 +1,48 @@
+"""Every error this package raises on purpose. Each says what was wrong, what was seen and what to do."""
+
+
+class SurgeryError(Exception):
+    """Base of all errors of ee_surgery."""
+
+
+class CaptureError(SurgeryError, RuntimeError):
+    """A model could not be read as a graph with a symbolic batch."""
+
+
+class ExitPointError(SurgeryError, ValueError):
+    """An exit was asked for where there is none, or where a sample cannot leave."""
+
+
+class BranchError(SurgeryError, ValueError):
+    """A branch does not fit the features of its exit."""
+
+
+class ConfigError(SurgeryError, ValueError):
+    """A setting is outside its range or contradicts another."""
+
+
+class DataError(SurgeryError, ValueError):
+    """Data that was handed in cannot be used as it is."""
+
+
+class OperatingPointError(SurgeryError, ValueError):
+    """No operating point meets the request, or none has been searched yet."""
+
+
+class TrainingError(SurgeryError, RuntimeError):
+    """Training cannot go on."""
+
+
+class AdapterError(SurgeryError, ValueError):
+    """An adapter folder is damaged, incomplete or of another format."""
+
+
+class FingerprintError(AdapterError):
+    """An adapter was offered a backbone other than the one its branches were trained on."""
+
+
+class UnknownNameError(SurgeryError, KeyError):
+    """A registry holds nothing under that name."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""

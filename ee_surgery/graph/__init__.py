@@ -1,0 +1,1 @@
+"""Read a model as a graph: capture, liveness, cost, exit points, stages."""

@@ -1,0 +1,140 @@
+"""Which tensors cross each position of a program, and whether a sample can leave there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
+
+import torch
+from sympy import Expr
+from torch import Tensor, fx
+
+from ee_surgery.graph.capture import Capture
+
+
+@dataclass(frozen=True, eq=False)
+class Liveness:
+    """What flows through a captured program.
+
+    Storage matters, not only names: a view shares its base, and an in-place call writes to every node that
+    shares the storage. Nodes are therefore grouped by the node that first made their storage (`root`).
+    """
+
+    carried: set[fx.Node]
+    """Nodes whose value depends on the input's data: these cross a cut. What depends on the batch size
+    alone, or on parameters, is computed again behind it."""
+    root: dict[fx.Node, fx.Node]
+    needed: set[fx.Node]
+    """Nodes that the logits depend on, writes included."""
+    last_use: dict[fx.Node, int]
+    """Index of the last needed call that reads a node; the logits are read after the end."""
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call changes in place."""
+    return [arg for arg, info in _aliased(node) if info.is_write]
+
+
+def _aliased(node: fx.Node) -> Iterator[tuple[fx.Node, torch._C._AliasInfo]]:  # pyright: ignore[reportAttributeAccessIssue]
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    for i, argument in enumerate(target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None:
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, fx.Node):
+                    yield item, argument.alias_info
+
+
+def analyse(capture: Capture) -> Liveness:
+    """Group nodes by storage, find what depends on the input and what the logits need."""
+    root: dict[fx.Node, fx.Node] = {}
+    for node in capture.nodes:
+        shared = [arg for arg, _ in _aliased(node)]
+        if not shared and _is_getitem(node):
+            shared = [arg for arg in node.all_input_nodes[:1] if arg in root and _is_multiple(arg)]
+        root[node] = root.get(shared[0], shared[0]) if shared else node
+    carried = _carried(capture, root)
+    needed = closure(capture, root, [capture.output])
+    last_use: dict[fx.Node, int] = {capture.output: len(capture.nodes)}
+    for i, node in enumerate(capture.nodes):
+        if node in needed:
+            for arg in node.all_input_nodes:
+                last_use[arg] = max(last_use.get(arg, -1), i)
+    return Liveness(carried, root, needed, last_use)
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _is_multiple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def _carried(capture: Capture, root: dict[fx.Node, fx.Node]) -> set[fx.Node]:
+    carried = {capture.input}
+    tainted: set[fx.Node] = set()  # storages that some call wrote input data into
+    while True:
+        before = len(carried)
+        for node in capture.nodes:
+            if not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+                continue  # sizes: a function of the batch alone
+            if root[node] in tainted or any(arg in carried for arg in node.all_input_nodes):
+                carried.add(node)
+                tainted.update(root.get(arg, arg) for arg in writes(node))
+        if len(carried) == before:
+            return carried
+
+
+def closure(
+    capture: Capture,
+    root: dict[fx.Node, fx.Node],
+    outputs: Iterable[fx.Node],
+    done: Set[fx.Node] = frozenset(),
+    stop: int | None = None,
+) -> set[fx.Node]:
+    """The calls before index `stop` that `outputs` need, those in `done` being carried out already.
+
+    A call that only writes in place counts when somebody needs the storage it writes to.
+    """
+    wanted = set(outputs)
+    storages = {root.get(node, node) for node in wanted}
+    kept: set[fx.Node] = set()
+    for node in reversed(capture.nodes[:stop]):
+        if node in done:
+            continue
+        if node in wanted or any(root.get(arg, arg) in storages for arg in writes(node)):
+            kept.add(node)
+            wanted.update(node.all_input_nodes)
+            storages.update(root.get(arg, arg) for arg in node.all_input_nodes)
+    return kept
+
+
+def live_after(capture: Capture, liveness: Liveness) -> list[list[fx.Node]]:
+    """For each position i (behind call i): the input-dependent values made up to i and read after it."""
+    live: list[fx.Node] = [capture.input] if capture.input in liveness.last_use else []
+    result = []
+    for i, node in enumerate(capture.nodes):
+        made = [node] if node in liveness.carried and node in liveness.needed else []
+        live = [held for held in (*live, *made) if liveness.last_use.get(held, -1) > i]
+        result.append(live)
+    return result
+
+
+def batch_dim(node: fx.Node, batch: Expr) -> int | str:
+    """The one dimension of `node` that is the batch, or why there is none."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return f"{node.name} is not a single tensor"
+    sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
+    dims = [i for i, size in enumerate(sizes) if batch in getattr(size, "free_symbols", ())]
+    shape = "(" + ", ".join(str(size).replace(str(batch), "B") for size in sizes) + ")"
+    if not dims:
+        return f"no dimension of {node.name} carries the batch: {shape}"
+    if len(dims) > 1:
+        return f"several dimensions of {node.name} carry the batch: {shape}"
+    if sizes[dims[0]] != batch:
+        return f"the batch is folded with windows or tokens: {shape}"
+    return dims[0]

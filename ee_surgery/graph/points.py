@@ -1,0 +1,268 @@
+"""Exit points: the positions of a program where a sample may leave, with their cost and the reason where it may not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor, fx, nn
+
+from ee_surgery.backbone import Backbone
+from ee_surgery.errors import ExitPointError
+from ee_surgery.graph.capture import Capture, capture
+from ee_surgery.graph.cost import count
+from ee_surgery.graph.liveness import Liveness, analyse, batch_dim, live_after
+from ee_surgery.registry import suggest
+
+Layout: TypeAlias = Literal["nchw", "nhwc", "tokens", "vector"]
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A position behind a module call, and what a branch would find there."""
+
+    name: str
+    """Path of the module that ends here; the shortest where several nested ones do."""
+    aliases: tuple[str, ...]
+    """The longer paths that end at the same position."""
+    index: int
+    """Position in the program: behind call number `index`."""
+    node: str
+    """The graph node a branch reads."""
+    shape: tuple[int, ...]
+    """Of the features of one sample, without the batch."""
+    layout: Layout
+    prefix_tokens: int
+    """Tokens in front of the patches (class token, registers); 0 for other layouts."""
+    live: int
+    """How many tensors cross the position; all of them lose a sample that leaves."""
+    macs: int
+    """Of the original up to here, one sample."""
+    macs_fraction: float
+    legal: bool
+    reason: str
+    """Why no sample can leave here; empty where one can."""
+    block: bool
+    """Ends a block of the network, where the fewest tensors cross: what placement rules choose from."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelGraph:
+    """A model read as a graph: its exit points and its cost. `print` it, or `rich.print` it for a table."""
+
+    backbone: Backbone
+    capture: Capture
+    liveness: Liveness
+    points: list[ExitPoint]
+    """Legal exit points in program order."""
+    illegal: list[ExitPoint]
+    macs: int
+    """Of one sample through the whole model."""
+    uncounted: Counter[str]
+    """Calls that may carry multiply-adds but have no formula, with how often they occur."""
+
+    @property
+    def blocks(self) -> list[ExitPoint]:
+        """The legal points that end a block."""
+        return [point for point in self.points if point.block]
+
+    def __getitem__(self, name: str) -> ExitPoint:
+        """The legal exit point of that name or alias.
+
+        Raises:
+            ExitPointError: there is none; says why, or which names are close.
+        """
+        for point in self.points:
+            if name == point.name or name in point.aliases:
+                return point
+        for point in self.illegal:
+            if name == point.name or name in point.aliases:
+                raise ExitPointError(f"No sample can leave {self.backbone.model_id} at {name!r}: {point.reason}.")
+        known = [n for point in self.points for n in (point.name, *point.aliases)]
+        raise ExitPointError(f"No exit point {name!r} in {self.backbone.model_id}. {suggest(name, known)}")
+
+    def __iter__(self) -> Iterator[ExitPoint]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def best_case(self) -> str:
+        """The best that exits could do on this model: a bound from the graph alone, before any training."""
+        early = [point for point in self.blocks if 0 < point.macs_fraction < 1]
+        if not early:
+            return "No block ends before the whole cost is spent: early exit cannot save anything here."
+        third = min(early, key=lambda point: abs(point.macs_fraction - 1 / 3))
+        saved = 0.5 * (1 - third.macs_fraction)
+        return (
+            f"Blocks end between {early[0].macs_fraction:.1%} and {early[-1].macs_fraction:.1%} of the MACs. "
+            f"If half of the samples left at {third.name} ({third.macs_fraction:.1%}), "
+            f"{saved:.0%} of the MACs would be saved, less the branches' own."
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.backbone.model_id}: {self.macs / 1e6:.2f} MMACs, {len(self.points)} legal exit points"]
+        lines += [
+            f"  {p.name:40} {p.layout:6} {'x'.join(map(str, p.shape)):16} live {p.live}  {p.macs_fraction:6.1%}"
+            for p in self.blocks
+        ]
+        return "\n".join([*lines, self.best_case()])
+
+    def __rich_console__(self, console: object, options: object):
+        # report.py is further down the data flow; only a terminal that prints the graph needs it
+        from ee_surgery.report import graph_table
+
+        yield graph_table(self)
+        yield self.best_case()
+
+
+def inspect(model: nn.Module | Backbone, sample: Tensor | None = None) -> ModelGraph:
+    """Read a model as a graph and find where samples may leave it. The model is not changed.
+
+    Args:
+        model: timm model, transformers image classifier, or any module from one image tensor to logits.
+        sample: an example batch (B, ...); needed where the model does not say its input size.
+    Raises:
+        CaptureError: the model cannot be exported with a symbolic batch.
+        DataError: no sample given and none can be derived.
+    """
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample)
+    program = capture(backbone, sample if isinstance(model, Backbone) else None)
+    liveness = analyse(program)
+    macs, uncounted = count(program, liveness.needed)
+    points = _points(program, liveness, macs, backbone)
+    legal = [point for point in points if point.legal]
+    return ModelGraph(backbone, program, liveness, legal, [p for p in points if not p.legal], sum(macs), uncounted)
+
+
+def _points(program: Capture, liveness: Liveness, macs: list[int], backbone: Backbone) -> list[ExitPoint]:
+    live = live_after(program, liveness)
+    ends = _module_ends(program, liveness)
+    narrow = _narrow([len(nodes) for nodes in live])
+    total = sum(macs)
+    spent = [0]
+    for value in macs:
+        spent.append(spent[-1] + value)
+    names = {name for found in ends.values() for name in found}
+    points = []
+    for index, found in sorted(ends.items()):
+        name, *aliases = sorted(found, key=lambda path: (path.count("."), len(path)))
+        crossing = live[index]
+        node = _features(program, crossing, found)
+        problems = [dim for dim in (batch_dim(n, program.batch) for n in crossing) if isinstance(dim, str)]
+        if not crossing:
+            problems = ["nothing that depends on the input is used after it"]
+        shape, layout = ((), "vector") if problems else _describe(node, program)
+        if not problems and not 1 <= len(shape) <= 3:
+            problems = [f"features of shape {shape} are neither a map, tokens nor a vector"]
+        points.append(
+            ExitPoint(
+                name=name,
+                aliases=tuple(aliases),
+                index=index,
+                node=node.name,
+                shape=shape,
+                layout=layout,
+                prefix_tokens=backbone.prefix_tokens if layout == "tokens" else 0,
+                live=len(crossing),
+                macs=spent[index + 1],
+                macs_fraction=spent[index + 1] / total if total else 0.0,
+                legal=not problems,
+                reason=problems[0] if problems else "",
+                block=narrow[index] and any(not _interior(path, backbone.model, names) for path in found),
+            )
+        )
+    return points
+
+
+def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
+    last: dict[str, int] = {}
+    for i, node in enumerate(program.nodes):
+        if node in liveness.carried and node in liveness.needed:
+            last.update(dict.fromkeys(program.owners[node], i))
+    ends: dict[int, list[str]] = {}
+    final = program.position.get(program.output, len(program.nodes))
+    for path, i in last.items():
+        # The parts of a split belong together: the position is behind the last of them.
+        while i + 1 < len(program.nodes) and getattr(program.nodes[i + 1].target, "__name__", "") == "getitem":
+            i += 1
+        if i < final:
+            ends.setdefault(i, []).append(path)
+    return ends
+
+
+def _narrow(live: list[int]) -> list[bool]:
+    """Positions from which, either way, the number of live tensors grows before it shrinks."""
+    result = [True] * len(live)
+    for order in (range(len(live)), range(len(live) - 1, -1, -1)):
+        before, low = 0, True  # nothing is live outside the program
+        for i in order:
+            if before and live[i] != before:
+                low = live[i] < before
+            before = live[i]
+            result[i] &= low
+    return result
+
+
+def _interior(path: str, model: nn.Module, ends: set[str]) -> bool:
+    """True when `path` lies inside an element of a container that has an end of its own."""
+    parts = path.partition("@")[0].split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        parent = model.get_submodule(".".join(parts[: depth - 1]))
+        if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and ".".join(parts[:depth]) in ends:
+            element = parent.get_submodule(parts[depth - 1])
+            if not isinstance(element, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and not _holds_blocks(element):
+                return True
+    return False
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """A stage rather than a block: one of its children is a sequence of modules that have children themselves."""
+    return any(
+        isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        and any(next(element.children(), None) is not None for element in child.children())
+        for child in module.children()
+    )
+
+
+def _features(program: Capture, crossing: list[fx.Node], paths: list[str]) -> fx.Node:
+    """The tensor a branch reads: the last one made inside the module that ends here, else the last one made."""
+    if not crossing:
+        return program.input
+    inside = [node for node in crossing if node in program.owners and not set(program.owners[node]).isdisjoint(paths)]
+    return (inside or crossing)[-1]
+
+
+def _describe(node: fx.Node, program: Capture) -> tuple[tuple[int, ...], Layout]:
+    dim = batch_dim(node, program.batch)
+    shape = tuple(int(size) for i, size in enumerate(node.meta["val"].shape) if i != dim)
+    if len(shape) == 1:
+        return shape, "vector"
+    if len(shape) == 2:
+        return shape, "tokens"
+    return shape, "nhwc" if _channel_axis(node) == -1 else "nchw"
+
+
+_FIRST = {"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
+_LAST = {"layer_norm", "linear", "rms_norm"}
+
+
+def _channel_axis(node: fx.Node) -> int:
+    """1 or -1: where the nearest call that knows the channels finds them, through calls that keep the shape."""
+    shape = node.meta["val"].shape
+    queue, seen = [node], {node}
+    while queue:
+        here = queue.pop(0)
+        for near in (*here.users, *here.all_input_nodes, here):
+            value = near.meta.get("val")
+            if near.op != "call_function" or not isinstance(value, Tensor) or value.ndim != len(shape):
+                continue
+            name = getattr(near.target, "__name__", "").partition(".")[0]
+            if name in _FIRST or name in _LAST:
+                return 1 if name in _FIRST else -1
+            if near not in seen and value.shape == shape:
+                seen.add(near)
+                queue.append(near)
+    return 1
