@@ -1,0 +1,41 @@
+"""Which branch an exit gets when nobody says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ee_surgery.branches.base import Branch, BranchSpec, build, channels, grid
+from ee_surgery.graph.points import ExitPoint
+
+BUDGET = 0.025
+"""Largest share of the original's MACs that an `auto` branch may cost."""
+
+
+def resolve(spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int) -> tuple[BranchSpec, Branch]:
+    """Build the branch for an exit, choosing one for `auto`.
+
+    Maps get strided convolutions, as wide as `BUDGET` allows, or pooling alone where even narrow ones cost more;
+    tokens and channels-last maps get the norm-and-linear head that transformers end with; vectors a linear layer.
+
+    Args:
+        macs: of the whole original, one sample.
+    Returns:
+        The spec with a registered name and every choice in its options, and the branch.
+    """
+    if spec.name != "auto":
+        return spec, build(spec, point, num_classes)
+    if point.layout in ("tokens", "nhwc"):
+        chosen = replace(spec, name="token")
+        return chosen, build(chosen, point, num_classes)
+    size = grid(point)
+    if size is not None and min(size) >= 4:
+        c = channels(point)
+        for width in (4 * c, 3 * c, 2 * c, c):
+            if width < 32:
+                break
+            chosen = replace(spec, name="strided", options={**spec.options, "width": width})
+            branch = build(chosen, point, num_classes)
+            if branch.macs(point.shape) <= BUDGET * macs:
+                return chosen, branch
+    chosen = replace(spec, name="pool")
+    return chosen, build(chosen, point, num_classes)

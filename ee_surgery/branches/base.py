@@ -1,0 +1,147 @@
+"""What a branch is: features of one exit in, logits and an optional confidence out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ee_surgery.errors import BranchError, ConfigError
+from ee_surgery.graph.cost import module_macs
+from ee_surgery.graph.points import ExitPoint
+from ee_surgery.registry import Registry
+
+Option = int | float | str | bool
+
+
+class ExitLogits(NamedTuple):
+    """What one exit says about a batch."""
+
+    logits: Tensor
+    """Shape (B, C)."""
+    confidence: Tensor | None = None
+    """Logit of the confidence unit, shape (B,); None for branches without one."""
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """A branch to build: plain data, so that it can be saved and built again.
+
+    >>> BranchSpec("conv2", confidence=True)
+    BranchSpec(name='conv2', confidence=True, options={})
+    """
+
+    name: str = "auto"
+    """A registered name, or `auto`."""
+    confidence: bool = False
+    """Add a confidence unit: a second linear layer on the vector that feeds the classifier (PTEENet, EENets)."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    """Keyword arguments of the branch class."""
+
+    @classmethod
+    def of(cls, branch: BranchSpec | str) -> BranchSpec:
+        """A spec as it is, a name as a spec without options."""
+        return branch if isinstance(branch, BranchSpec) else cls(branch)
+
+
+class Branch(nn.Module):
+    """Base of all branches. A subclass builds a body that turns features into a vector of `width` numbers a sample.
+
+    Args:
+        point: the exit it is for: shape and layout of the features.
+        num_classes: C.
+        confidence: add a confidence unit on the same vector.
+    """
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool, width: int) -> None:
+        super().__init__()
+        self.layout = point.layout
+        self.prefix_tokens = point.prefix_tokens
+        self.classifier = nn.Linear(width, num_classes)
+        self.confidence = nn.Linear(width, 1) if confidence else None
+
+    def vector(self, features: Tensor) -> Tensor:
+        """Features of shape (B, *point.shape) to vectors of shape (B, width)."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> ExitLogits:
+        """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
+        vector = self.vector(features)
+        confidence = self.confidence(vector).squeeze(-1) if self.confidence is not None else None
+        return ExitLogits(self.classifier(vector), confidence)
+
+    def macs(self, shape: tuple[int, ...]) -> int:
+        """MACs for the features of one sample, shape without the batch."""
+        return module_macs(self, shape)
+
+
+BRANCHES: Registry[type[Branch]] = Registry("branch")
+"""Name -> class taking (point, num_classes, confidence=..., **options). Register your own."""
+
+
+def build(spec: BranchSpec, point: ExitPoint, num_classes: int) -> Branch:
+    """Build the branch of `spec` for one exit.
+
+    Raises:
+        UnknownNameError: no branch of that name.
+        BranchError: it does not fit the features there.
+        ConfigError: an option it does not know.
+    """
+    cls = BRANCHES[spec.name]
+    try:
+        return cls(point, num_classes, spec.confidence, **spec.options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    except TypeError as error:
+        raise ConfigError(f"Branch {spec.name!r} does not take {dict(spec.options)}: {error}") from error
+
+
+def channels(point: ExitPoint) -> int:
+    """Number of channels of the features at an exit."""
+    return point.shape[0] if point.layout in ("nchw", "vector") else point.shape[-1]
+
+
+def grid(point: ExitPoint) -> tuple[int, int] | None:
+    """Height and width of the feature map; for tokens the square that their patches form; None where there is none."""
+    if point.layout == "nchw":
+        return point.shape[1], point.shape[2]
+    if point.layout == "nhwc":
+        return point.shape[0], point.shape[1]
+    if point.layout == "tokens":
+        side = math.isqrt(point.shape[0] - point.prefix_tokens)
+        return (side, side) if side * side == point.shape[0] - point.prefix_tokens and side > 1 else None
+    return None
+
+
+def require_grid(name: str, point: ExitPoint) -> tuple[int, int]:
+    """The grid, or an error that says what to use instead.
+
+    Raises:
+        BranchError: the features are no map.
+    """
+    size = grid(point)
+    if size is None:
+        raise BranchError(
+            f"Branch {name!r} needs a feature map, but exit {point.name!r} has {point.layout} of shape {point.shape}. "
+            "Use 'pool', 'token' or 'auto' there."
+        )
+    return size
+
+
+def to_nchw(features: Tensor, layout: str, prefix_tokens: int) -> Tensor:
+    """A feature map of any layout as (B, C, H, W); tokens in front of the patches are left out."""
+    if layout == "nchw":
+        return features
+    if layout == "nhwc":
+        return features.permute(0, 3, 1, 2)
+    patches = features[:, prefix_tokens:].transpose(1, 2)  # (B, C, H * W)
+    side = math.isqrt(patches.shape[2])
+    return patches.unflatten(2, (side, side))
+
+
+def pooled(features: Tensor, layout: str) -> Tensor:
+    """Mean over all places: (B, C)."""
+    if layout == "vector":
+        return features
+    return features.mean({"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,)}[layout])

@@ -1,0 +1,332 @@
+"""EarlyExitModel: a pretrained model with branches, and a knob for when to leave."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ee_surgery.backbone import Backbone, Output, eval_mode
+from ee_surgery.branches import BranchSpec, resolve
+from ee_surgery.branches.base import Branch, ExitLogits
+from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
+from ee_surgery.graph.points import ModelGraph, inspect
+from ee_surgery.placement import ExitPlan
+from ee_surgery.policies.frontier import Frontier
+from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.records import exit_costs
+from ee_surgery.runtime.program import Program, build_program, verify
+from ee_surgery.runtime.routed import ExitOutput, route
+from ee_surgery.share.adapter import AdapterConfig, save_adapter
+
+_PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that the original was not touched: SHA-256 of every parameter and buffer, then and now."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that differ, are new or are gone."""
+        return sorted(n for n in self.before.keys() | self.after.keys() if self.before.get(n) != self.after.get(n))
+
+    @property
+    def unchanged(self) -> bool:
+        """True when every parameter and buffer is equal bit for bit."""
+        return not self.changed
+
+    def __str__(self) -> str:
+        if self.unchanged:
+            return f"unchanged: all {len(self.before)} parameters and buffers of the original, bit for bit (SHA-256)"
+        return f"CHANGED: {len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
+
+
+class BranchBank(nn.ModuleList):
+    """The trainable part: all branches, called on the features of all exits at once (so that DDP can wrap it)."""
+
+    def forward(self, features: Sequence[Tensor]) -> list[ExitLogits]:
+        """Features of each exit, (B, *shape), to the answer of each branch."""
+        return [branch(f) for branch, f in zip(self, features, strict=True)]
+
+
+class EarlyExitModel(nn.Module):
+    """A pretrained model with branches. Built by `attach`, `augment` or `from_pretrained`.
+
+    The original is held by reference: `.to(device)` moves it along, and nothing here ever changes its parameters,
+    its buffers or its training flags. Until an operating point is set, the output is the original's own.
+    """
+
+    def __init__(self, graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], branches: Sequence[Branch]):
+        super().__init__()
+        self._backbone = graph.backbone
+        self.original = graph.backbone.model
+        self.plan = plan
+        self.specs = tuple(specs)
+        self.branches = BranchBank(branches)
+        self.frontier: Frontier | None = None
+        self.operating_point: OperatingPoint | None = None
+        self._policy: ThresholdPolicy | None = None
+        self._disabled = False
+        self._before = graph.backbone.digests()
+        self._programs: OrderedDict[tuple[object, ...], tuple[Program, list[int]]] = OrderedDict()
+        self._costs: tuple[object, list[int]] | None = None
+        weights = next(graph.backbone.model.parameters(), None)
+        if weights is not None:
+            self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
+        sample = graph.backbone.sample
+        self._programs[_key(sample)] = self._compile(graph, sample)
+        self.train(False)
+
+    # --- what it is
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The original object."""
+        return self.original
+
+    @property
+    def exits(self) -> list[str]:
+        """Names of the exit points, in program order; the original's own head comes after them."""
+        return self.plan.names
+
+    @property
+    def trunk_macs(self) -> tuple[int, ...]:
+        """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
+        return self._program(self._backbone.sample)[0].trunk_macs
+
+    @property
+    def branch_macs(self) -> tuple[int, ...]:
+        """MACs of each branch, one sample of that size."""
+        return tuple(self._program(self._backbone.sample)[1])
+
+    def receipt(self) -> Receipt:
+        """Hash every parameter and buffer of the original again and compare with when it was augmented."""
+        return Receipt(self._before, self._backbone.digests())
+
+    # --- when to leave
+
+    def operate(
+        self,
+        point: OperatingPoint | None = None,
+        *,
+        max_accuracy_drop: float | None = None,
+        budget: float | None = None,
+        thresholds: Sequence[float] | float | None = None,
+        score: str = "max_prob",
+    ) -> OperatingPoint | None:
+        """Set when samples leave. Takes microseconds: nothing is captured, trained or searched again.
+
+        Args:
+            point: an operating point, e.g. of `frontier`; `operate(None)` alone: never leave early.
+            max_accuracy_drop: the cheapest point of the frontier within this drop; 0.01 is one percentage point.
+            budget: the most accurate one within this fraction of the original's MACs.
+            thresholds: one a branch, or one for all, for `score`; nothing is known about their accuracy then.
+        Returns:
+            The operating point now in force; None for never, and for thresholds given by hand.
+        Raises:
+            OperatingPointError: more than one of them, no frontier yet, or none of its points meets the request.
+        """
+        asked = [name for name, v in [("max_accuracy_drop", max_accuracy_drop), ("budget", budget),
+                                      ("thresholds", thresholds), ("point", point)] if v is not None]  # fmt: skip
+        if len(asked) > 1:
+            raise OperatingPointError(f"Give exactly one of max_accuracy_drop=, budget=, thresholds=; got {asked}.")
+        if thresholds is not None:
+            values = [thresholds] * len(self.branches) if isinstance(thresholds, (int, float)) else thresholds
+            return self._set(None, ThresholdPolicy(tuple(float(v) for v in values), score))
+        if max_accuracy_drop is not None or budget is not None:
+            if self.frontier is None:
+                raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
+            point = self.frontier.at(max_accuracy_drop=max_accuracy_drop, budget=budget)
+        return self._set(point, point.policy if point is not None else None)
+
+    def _set(self, point: OperatingPoint | None, policy: ThresholdPolicy | None) -> OperatingPoint | None:
+        if policy is not None and len(policy.thresholds) != len(self.branches):
+            raise OperatingPointError(
+                f"{len(policy.thresholds)} thresholds for {len(self.branches)} branches at {self.exits}."
+            )
+        self.operating_point, self._policy, self._costs = point, policy, None
+        return point
+
+    @property
+    def policy(self) -> ThresholdPolicy | None:
+        """The policy in force; None when nothing leaves early."""
+        return None if self._disabled or self._policy is None or self._policy.closed else self._policy
+
+    @contextmanager
+    def exits_disabled(self) -> Iterator[None]:
+        """The original to the bit, for a while."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def unload(self) -> nn.Module:
+        """The original object. Nothing was ever put on it, so there is nothing to remove."""
+        return self.original
+
+    # --- running
+
+    def forward(self, x: Tensor | None = None, **inputs: Tensor) -> Output:
+        """What the original answers with, of the same type; easy samples leave early where an operating point says so.
+
+        Args:
+            x: inputs, shape (B, ...); transformers models also take them as `pixel_values=`.
+        """
+        x = self._input(x, inputs)
+        if self.policy is None:
+            return self._backbone(x)
+        return self._backbone.answer(self.predict(x).logits)
+
+    def predict(self, x: Tensor) -> ExitOutput:
+        """Run with early exit; logits, exit taken, score there and MACs of every sample.
+
+        Args:
+            x: inputs, shape (B, ...); a new batch size costs nothing, a new image size, dtype or device is
+                captured on first use and kept.
+        """
+        with torch.no_grad():
+            policy = self.policy
+            if policy is None:
+                logits = self._backbone.logits(self._backbone(x))
+                last = torch.full((len(x),), len(self.branches), device=logits.device)
+                nan = torch.full((len(x),), torch.nan, device=logits.device)
+                return ExitOutput(logits, last, nan, torch.full_like(last, self._program(x)[0].trunk_macs[-1]))
+            program, branch_macs = self._program(x)
+            if self._costs is None or self._costs[0] is not program:
+                self._costs = program, exit_costs(program.trunk_macs, branch_macs, policy.visits)
+            if not self.branches.training:
+                return route(program, list(self.branches), policy, self._costs[1], x)  # pyright: ignore[reportArgumentType]
+            with eval_mode(list(self.branches.modules())):
+                return route(program, list(self.branches), policy, self._costs[1], x)  # pyright: ignore[reportArgumentType]
+
+    def all_exits(self, x: Tensor) -> Tensor:
+        """Logits of every exit for every sample, (K, B, C), the original's last; nobody leaves."""
+        answers, logits = self.answers(x)
+        return torch.stack([*(answer.logits for answer in answers), logits])
+
+    def answers(self, x: Tensor) -> tuple[list[ExitLogits], Tensor]:
+        """The answer of every branch, and the original's logits (B, C), without gradients, in eval mode."""
+        features, logits = self.features(x)
+        with torch.no_grad(), eval_mode(list(self.branches.modules())):
+            return self.branches(features), logits
+
+    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features at every exit, each (B, *shape), and the original's logits; without gradients."""
+        return self._program(x)[0].run(x)
+
+    def train(self, mode: bool = True) -> EarlyExitModel:
+        """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""
+        self.training = mode
+        self.branches.train(mode)
+        return self
+
+    def _input(self, x: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
+        name = self._backbone.input_name
+        if x is None and name in inputs:
+            x = inputs.pop(name)
+        if inputs or not isinstance(x, Tensor):
+            raise DataError(
+                f"An early-exit model takes one input tensor (also as {name}=); got {type(x).__name__}"
+                f"{' and ' + ', '.join(inputs) if inputs else ''}. Call `.backbone` for anything else."
+            )
+        return x
+
+    # --- programs, one an input shape, dtype and device
+
+    def _program(self, x: Tensor) -> tuple[Program, list[int]]:
+        key = _key(x)
+        found = self._programs.get(key)
+        if found is None:
+            sample = x if len(x) > 1 else torch.cat([x, x.flip(-1)])
+            found = self._compile(inspect(self._backbone, sample[:3]), sample[:3])
+            self._programs[key] = found
+            if len(self._programs) > _PROGRAMS_KEPT:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return found
+
+    def _compile(self, graph: ModelGraph, sample: Tensor) -> tuple[Program, list[int]]:
+        program = build_program(graph, self.exits)
+        verify(program, self._backbone, sample)
+        return program, [b.macs(p.shape) for b, p in zip(self._branches(), program.points, strict=True)]
+
+    def _branches(self) -> list[Branch]:
+        return [branch for branch in self.branches if isinstance(branch, Branch)]
+
+    # --- sharing
+
+    def adapter_config(self) -> AdapterConfig:
+        """Everything about the branches that is not a tensor."""
+        return AdapterConfig.of(
+            identity=self._backbone.identity(self._before),
+            sample=self._backbone.sample,
+            points=self.plan.points,
+            specs=self.specs,
+            rule=self.plan.rule,
+            trunk_macs=self.trunk_macs,
+            branch_macs=self.branch_macs,
+            operating_point=self.operating_point,
+            label_names=self._backbone.label_names,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the adapter folder: branches, plan and operating points; never the original's weights.
+
+        Every file is written whole or not at all. A folder that is there already is updated.
+        """
+        return save_adapter(Path(folder), self.adapter_config(), self.branches.state_dict(), self.frontier)
+
+
+def _key(x: Tensor) -> tuple[object, ...]:
+    # export bakes shapes, dtypes and device constants into a graph; the batch alone is free
+    return (*x.shape[1:], x.dtype, x.device)
+
+
+def attach(
+    model: nn.Module | ModelGraph,
+    plan: ExitPlan,
+    branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
+    *,
+    sample: Tensor | None = None,
+    seed: int = 0,
+) -> EarlyExitModel:
+    """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
+
+    Args:
+        model: the model, or the graph that `inspect` gave (spares capturing it again).
+        branch: `auto`, a registered name or a `BranchSpec`; or one for each exit.
+        sample: see `inspect`.
+        seed: of the branches' first weights; the global random state is left alone.
+    Raises:
+        ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
+        BranchError: a branch does not fit its features, or their number is not that of the exits.
+    """
+    graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
+    given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
+    if len(given) != len(plan.points):
+        raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
+    for point in plan.points:
+        if graph[point.name].shape != point.shape:
+            raise ExitPointError(
+                f"The plan has features of shape {point.shape} at {point.name!r}, this model "
+                f"{graph[point.name].shape}: make the plan from this model's own graph."
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = [
+            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs)
+            for spec, point in zip(given, plan.points, strict=True)
+        ]
+    return EarlyExitModel(graph, plan, [spec for spec, _ in built], [made for _, made in built])

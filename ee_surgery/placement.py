@@ -1,0 +1,99 @@
+"""Where to put exits: rules over the cost of the blocks, or explicit names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ee_surgery.errors import ExitPointError
+from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.registry import Registry
+
+Rule = Callable[[int], list[float]]
+
+PLACEMENTS: Registry[Rule] = Registry("placement rule")
+"""Number of exits n -> n increasing targets, as fractions of the original's MACs."""
+
+
+@PLACEMENTS.register("linear")
+def linear(n: int) -> list[float]:
+    """Evenly spaced: (i + 1) / (n + 1)."""
+    return [(i + 1) / (n + 1) for i in range(n)]
+
+
+@PLACEMENTS.register("fine")
+def fine(n: int) -> list[float]:
+    """Dense near the input: 1 - 0.95 ** (i + 1)."""
+    return [1 - 0.95 ** (i + 1) for i in range(n)]
+
+
+@PLACEMENTS.register("pareto")
+def pareto(n: int) -> list[float]:
+    """Each exit a fifth of what is left: 1 - 0.8 ** (i + 1)."""
+    return [1 - 0.8 ** (i + 1) for i in range(n)]
+
+
+@PLACEMENTS.register("gold_ratio")
+def gold_ratio(n: int) -> list[float]:
+    """Ratios of the golden section: phi ** (i - n)."""
+    phi = (1 + math.sqrt(5)) / 2
+    return [phi ** (i - n) for i in range(n)]
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """The chosen exit points of one model, in program order."""
+
+    model_id: str
+    rule: str
+    """The placement rule, or `explicit`."""
+    points: tuple[ExitPoint, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Exit names in program order."""
+        return [point.name for point in self.points]
+
+
+def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear") -> ExitPlan:
+    """Choose exit points.
+
+    A rule walks the blocks in program order and takes, for each of its targets, the first one whose share of the
+    MACs reaches the target, the next search starting behind it. Only convolutions, linear layers and matrix
+    products count, so the last of several positions with the same share (behind the activation) is the one taken.
+
+    Args:
+        exits: how many, or the names of the points (`layer2.1`, `blocks.5`).
+        rule: `linear`, `fine`, `pareto`, `gold_ratio` or a registered one; not used for names.
+    Raises:
+        ExitPointError: an unknown or illegal name, one named twice, or fewer blocks than asked for.
+        UnknownNameError: no such rule.
+    Source: EENets (Demir & Akbas, arXiv:2409.05336) and PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
+    """
+    model_id = graph.backbone.model_id
+    if not isinstance(exits, int):
+        points = sorted((graph[name] for name in exits), key=lambda point: point.index)
+        for before, after in zip(points[:-1], points[1:], strict=True):
+            if before.index == after.index:
+                raise ExitPointError(f"The exits {list(exits)} name the position of {after.name!r} twice.")
+        if not points:
+            raise ExitPointError("An empty list of exits: name at least one, or give a number.")
+        return ExitPlan(model_id, "explicit", tuple(points))
+    if exits < 1:
+        raise ExitPointError(f"exits must be at least 1, got {exits}.")
+    # One candidate a share of the cost: the last block end before more is spent.
+    candidates = {p.macs: p for p in graph.blocks if 0 < p.macs < graph.macs}
+    rest = sorted(candidates.values(), key=lambda point: point.index)
+    chosen: list[ExitPoint] = []
+    for target in PLACEMENTS[rule](exits):
+        found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - 1e-9), None)
+        if found is None:
+            raise ExitPointError(
+                f"{model_id} has no room for {exits} exits by the rule {rule!r}: {len(candidates)} blocks end before "
+                f"the whole cost, and none is left that reaches {target:.1%} of it after {[p.name for p in chosen]}. "
+                f"Ask for fewer, use another rule, or name points yourself ({len(graph.points)} are legal)."
+            )
+        chosen.append(rest[found])
+        rest = rest[found + 1 :]
+    return ExitPlan(model_id, rule, tuple(chosen))

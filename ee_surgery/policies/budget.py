@@ -1,0 +1,67 @@
+"""Thresholds from a budget: the geometric distribution over exits of MSDNet, met by realised exits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ee_surgery.errors import OperatingPointError
+from ee_surgery.policies.operating import OperatingPoint, realise
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+from ee_surgery.policies.records import ExitRecords
+
+
+def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
+    """Thresholds so that about `quotas[k]` samples leave at exit k, each exit seeing only who is still there.
+
+    Args:
+        scores: (K - 1, N). `quotas`: how many leave at each of the K - 1 branches.
+    Returns:
+        One threshold an exit; ties at a threshold leave together, so an exit may take more than its quota.
+    """
+    here = torch.ones(scores.shape[1], dtype=torch.bool)
+    thresholds: list[float] = []
+    for row, quota in zip(scores, quotas, strict=True):
+        ranked = row[here & torch.isfinite(row)].sort(descending=True).values
+        if quota <= 0 or len(ranked) == 0:
+            thresholds.append(NEVER)
+            continue
+        tau = ranked[min(quota, len(ranked)) - 1].item()
+        thresholds.append(tau)
+        here &= row < tau
+    return tuple(thresholds)
+
+
+def geometric_budget(records: ExitRecords, budget: float, score: str = "max_prob") -> OperatingPoint:
+    """Exit k gets a share proportional to g ** k; the largest g whose realised mean cost meets the budget.
+
+    Args:
+        budget: mean MACs as a fraction of the original's.
+    Raises:
+        OperatingPointError: not even everyone leaving at the first exit meets it.
+    Source: budgeted batch classification of MSDNet (Huang et al., ICLR 2018, arXiv:1703.09844); the published code
+    steps g and takes the first that exceeds the budget, this bisects and stays within.
+    """
+    scores, n = records.scores(score), len(records)
+    rule = f"geometric_budget({budget:g})"
+
+    def at(log_g: float) -> OperatingPoint:
+        shares = torch.softmax(log_g * torch.arange(len(records.trunk_macs), dtype=torch.float64), 0)
+        quotas = (shares[:-1] * n).round().int().tolist()
+        return realise(records, ThresholdPolicy(quota_thresholds(scores, quotas), score), rule)
+
+    cheap, dear = -20.0, 20.0
+    best = at(cheap)
+    if best.macs_fraction > budget:
+        raise OperatingPointError(
+            f"No exits meet a budget of {budget:g}: the cheapest possible mean is {best.macs_fraction:.3f} "
+            "of the original's MACs. Put an exit earlier or ask for more."
+        )
+    for _ in range(40):
+        middle = (cheap + dear) / 2
+        point = at(middle)
+        if point.macs_fraction <= budget:
+            cheap, best = middle, point
+        else:
+            dear = middle
+    return best

@@ -1,0 +1,60 @@
+"""Thresholds from an accepted accuracy drop: the rule of the softmax cascade."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ee_surgery.errors import ConfigError
+from ee_surgery.policies.operating import OperatingPoint, realise
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+from ee_surgery.policies.records import ExitRecords
+
+
+def tail_accuracy(score: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Accuracy over the samples that score at least d, for every d that occurs.
+
+    Args:
+        score: (N,), `correct`: bool (N,), of one exit.
+    Returns:
+        The distinct finite scores d in falling order (M,), the accuracy of each tail (M,) as float64, and how
+        many samples are in it (M,). Samples of equal score stay together.
+    """
+    order = score.argsort(descending=True, stable=True)
+    ranked = score[order]
+    right = correct[order].double().cumsum(0)
+    count = torch.arange(1, len(score) + 1, dtype=torch.float64)
+    last = torch.ones(len(score), dtype=torch.bool)
+    last[:-1] = ranked[1:] != ranked[:-1]
+    last &= torch.isfinite(ranked)
+    return ranked[last], right[last] / count[last], count[last]
+
+
+def accuracy_drop_rule(
+    records: ExitRecords, drop: float, score: str = "max_prob", min_tail: float = 0.01
+) -> OperatingPoint:
+    """Each exit alone: the lowest threshold whose tail is within `drop` of that exit's best tail.
+
+    `drop` is relative to each exit's own best tail, not to the original: what the cascade really loses is in
+    `accuracy_drop` of the result. Use `Frontier` to ask for a realised drop.
+
+    Args:
+        drop: accepted degradation in [0, 1]; 0.01 is one percentage point.
+        min_tail: smallest share of the samples that may count as a tail, lest a few lucky ones set the standard.
+    Source: Berestizshevsky & Even, arXiv:1805.10982, section 3, which has no minimum tail.
+    """
+    if not 0 <= drop <= 1:
+        raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
+    if not 0 <= min_tail <= 1:
+        raise ConfigError(f"min_tail must be in [0, 1], got {min_tail}.")
+    thresholds = []
+    for row, correct in zip(records.scores(score), records.correct[:-1], strict=True):
+        candidates, accuracy, count = tail_accuracy(row, correct)
+        enough = count >= max(1, min_tail * len(records))
+        candidates, accuracy = candidates[enough], accuracy[enough]
+        if len(candidates) == 0:
+            thresholds.append(NEVER)
+            continue
+        good = accuracy >= accuracy.max() - drop - 1e-12
+        thresholds.append(candidates[good].min().item())
+    return realise(records, ThresholdPolicy(tuple(thresholds), score), f"accuracy_drop_rule({drop:g})")

@@ -1,0 +1,168 @@
+"""The frontier: every trade-off between accuracy and cost that the branches can reach."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ee_surgery.errors import DataError, OperatingPointError
+from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.search import search
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Frontier(Sequence[OperatingPoint]):
+    """Operating points of which none is both dearer and worse than another, from cheap to dear.
+
+    The first is the cheapest, the last the most accurate. What stands in them was realised on the calibration
+    data; on new data expect the sampling error of that many samples.
+    """
+
+    points: tuple[OperatingPoint, ...]
+    base_accuracy: float
+    """Of the original on the calibration data; 1.0 where its own answers stood for labels."""
+    exits: tuple[str, ...]
+    """Names of the exits, the original's head (`original`) last."""
+    exit_accuracies: tuple[float, ...]
+    """Of each exit alone, all samples leaving there."""
+    exit_macs: tuple[float, ...]
+    """Fraction of the original's MACs for leaving at each exit, that exit's own branch counted and no other."""
+    labelled: bool
+    """False where accuracy means agreement with the original."""
+
+    @classmethod
+    def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
+        """Search thresholds for the best realised trade-offs.
+
+        Args:
+            records: answers to held-out data: neither what trained the branches nor what will be reported.
+            scores: which scores may be used; each operating point uses one of them.
+        """
+        points = [point for score in scores for point in search(records, score)]
+        own = [*records.branch_macs, 0]
+        return cls(
+            points=_pareto(points),
+            base_accuracy=records.base_accuracy,
+            exits=(*records.exits, "original"),
+            exit_accuracies=tuple(records.accuracies),
+            exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
+            labelled=records.labels is not None,
+        )
+
+    def at(self, *, max_accuracy_drop: float | None = None, budget: float | None = None) -> OperatingPoint:
+        """The cheapest point within an accuracy drop, or the most accurate within a budget.
+
+        Args:
+            max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+            budget: mean MACs as a fraction of the original's, branches included.
+        Raises:
+            OperatingPointError: none or both were given, or no point meets the request.
+        """
+        if (max_accuracy_drop is None) == (budget is None):
+            raise OperatingPointError("Give exactly one of max_accuracy_drop= and budget=.")
+        if max_accuracy_drop is not None:
+            if not 0 <= max_accuracy_drop <= 1:
+                raise OperatingPointError(
+                    f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop}: 0.01 is one percentage point."
+                )
+            # Never exiting is a point of every search, so there always is one.
+            return next(p for p in self.points if p.accuracy_drop <= max_accuracy_drop + 1e-12)
+        assert budget is not None
+        affordable = [point for point in self.points if point.macs_fraction <= budget + 1e-12]
+        if not affordable:
+            raise OperatingPointError(
+                f"No operating point within a budget of {budget:g}: the cheapest costs "
+                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Put an exit earlier or ask for more."
+            )
+        return affordable[-1]
+
+    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.points[index]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[OperatingPoint]:
+        return iter(self.points)
+
+    def __str__(self) -> str:
+        what = "accuracy" if self.labelled else "agreement"
+        lines = [f"{what:>9}  drop     MACs   share leaving at each exit"]
+        for point in self.milestones():
+            shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
+            lines.append(
+                f"{point.accuracy:9.2%} {point.accuracy_drop:+.2%}  {point.macs_fraction:6.1%}   {shares}  ({point.score})"
+            )
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: object, options: object):
+        from ee_surgery.report import frontier_table  # further down the data flow; only for terminals
+
+        yield frontier_table(self)
+
+    def milestones(self, drops: Sequence[float] = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)) -> list[OperatingPoint]:
+        """The distinct points at some round accuracy drops, from the smallest drop to the largest."""
+        return list(dict.fromkeys(self.at(max_accuracy_drop=drop) for drop in drops))
+
+    def plot(self, path: str | os.PathLike[str] | None = None):
+        """Accuracy against mean MACs, the original and each exit alone marked; see `report.plot_frontier`."""
+        from ee_surgery.report import plot_frontier
+
+        return plot_frontier(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "points": [point.to_dict() for point in self.points],
+            "base_accuracy": self.base_accuracy,
+            "exits": list(self.exits),
+            "exit_accuracies": list(self.exit_accuracies),
+            "exit_macs": list(self.exit_macs),
+            "labelled": self.labelled,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Frontier:
+        """What `to_dict` gave.
+
+        Raises:
+            DataError: another format, or fields missing.
+        """
+        if data.get("format_version") != FORMAT_VERSION:
+            raise DataError(f"A frontier of format {data.get('format_version')!r}; this version reads {FORMAT_VERSION}.")
+        try:
+            return cls(
+                points=tuple(OperatingPoint.from_dict(point) for point in data["points"]),
+                base_accuracy=data["base_accuracy"],
+                exits=tuple(data["exits"]),
+                exit_accuracies=tuple(data["exit_accuracies"]),
+                exit_macs=tuple(data["exit_macs"]),
+                labelled=data["labelled"],
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"A damaged frontier: {error!r}.") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write as JSON; whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1))
+        os.replace(partial, path)
+        return path
+
+
+def _pareto(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
+    """Points sorted by cost, each more accurate than all cheaper ones."""
+    kept: list[OperatingPoint] = []
+    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.accuracy)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return tuple(kept)

@@ -1,0 +1,66 @@
+"""Operating points: a policy together with what it gave on the data it was chosen on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.records import ExitRecords
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One trade-off between accuracy and cost, with its evidence."""
+
+    thresholds: tuple[float, ...]
+    """One a branch; `inf` closes an exit."""
+    score: str
+    accuracy: float
+    """Realised on the calibration data, in [0, 1]; agreement with the original when there were no labels."""
+    accuracy_drop: float
+    """The original's accuracy less this one, on the same data; negative where early exit does better."""
+    macs_fraction: float
+    """Mean MACs of a sample, branches visited included, by the original's."""
+    exit_shares: tuple[float, ...]
+    """Share of the samples that left at each exit, the original's head last."""
+    samples: int
+    """How many calibration samples stand behind these numbers."""
+    rule: str
+    """The calibrator that chose the thresholds."""
+
+    @property
+    def policy(self) -> ThresholdPolicy:
+        """The policy to run."""
+        return ThresholdPolicy(self.thresholds, self.score)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `inf` as a string, which JSON has no number for."""
+        data = asdict(self)
+        data["thresholds"] = [t if abs(t) != float("inf") else str(t) for t in self.thresholds]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OperatingPoint:
+        """What `to_dict` gave."""
+        shares, thresholds = tuple(data["exit_shares"]), tuple(float(t) for t in data["thresholds"])
+        return cls(**{**data, "exit_shares": shares, "thresholds": thresholds})
+
+
+def realise(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:
+    """Replay a policy on records and state what it gives."""
+    replay = records.replay(policy)
+    n, k = len(records), len(records.exits) + 1
+    accuracy = replay.correct.double().mean().item()
+    return OperatingPoint(
+        thresholds=policy.thresholds,
+        score=policy.score,
+        accuracy=accuracy,
+        accuracy_drop=records.base_accuracy - accuracy,
+        macs_fraction=replay.macs.mean().item() / records.base_macs,
+        exit_shares=tuple((torch.bincount(replay.exit_index, minlength=k).double() / n).tolist()),
+        samples=n,
+        rule=rule,
+    )

@@ -1,0 +1,180 @@
+"""What every exit answered on held-out data: the ground that thresholds are chosen on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ee_surgery.errors import DataError
+from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.scores import SCORES, State
+
+FORMAT_VERSION = 1
+
+
+def exit_costs(trunk: Sequence[int], branches: Sequence[int], visits: Sequence[bool]) -> list[int]:
+    """MACs of a sample that leaves at each of K exits: the trunk up to it and every branch it was shown to.
+
+    Args:
+        trunk: K numbers, `branches` and `visits`: K - 1.
+    """
+    paid = list(accumulate((cost * seen for cost, seen in zip(branches, visits, strict=True)), initial=0))
+    # a sample that leaves at exit k has been to branch k; the original's own head has none
+    return [t + p for t, p in zip(trunk, [*paid[1:], paid[-1]], strict=True)]
+
+
+class Replay(NamedTuple):
+    """Where each recorded sample would leave, and what that gives."""
+
+    exit_index: Tensor
+    """int64, shape (N,)."""
+    correct: Tensor
+    """bool, shape (N,)."""
+    macs: Tensor
+    """float64, shape (N,): trunk and every branch visited."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExitRecords:
+    """Answers of all K exits (the original's head last) to N held-out samples.
+
+    Without labels, the original's own answer stands for the truth, and accuracy means agreement with it.
+    """
+
+    exits: tuple[str, ...]
+    """Names of the K - 1 branches' exit points."""
+    logits: Tensor
+    """float32, shape (K, N, C)."""
+    trunk_macs: tuple[int, ...]
+    """MACs of the original up to each exit, K numbers; the last is the whole original."""
+    branch_macs: tuple[int, ...]
+    """MACs of each branch, K - 1 numbers."""
+    labels: Tensor | None = None
+    """int64, shape (N,)."""
+    confidence: Tensor | None = None
+    """Confidence logits of the branches, float32, shape (K - 1, N)."""
+
+    def __post_init__(self) -> None:
+        k, n, _ = self.logits.shape
+        sizes = (len(self.exits) + 1, len(self.trunk_macs), len(self.branch_macs) + 1)
+        if set(sizes) != {k} or (self.labels is not None and len(self.labels) != n):
+            raise DataError(
+                f"Records do not fit together: logits {tuple(self.logits.shape)}, {len(self.exits)} exits, "
+                f"{len(self.trunk_macs)} trunk and {len(self.branch_macs)} branch costs, "
+                f"{None if self.labels is None else len(self.labels)} labels."
+            )
+        if n == 0:
+            raise DataError("Records of no samples: the data that was handed in is empty.")
+
+    def __len__(self) -> int:
+        return self.logits.shape[1]
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The labels, or the original's answers where there are none, shape (N,)."""
+        return self.labels if self.labels is not None else self.logits[-1].argmax(-1)
+
+    @cached_property
+    def correct(self) -> Tensor:
+        """bool, shape (K, N)."""
+        return self.logits.argmax(-1) == self.target
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Of each exit alone, in [0, 1]; the original's last."""
+        return [row.double().mean().item() for row in self.correct]
+
+    @property
+    def base_macs(self) -> int:
+        """Of the original alone."""
+        return self.trunk_macs[-1]
+
+    @property
+    def base_accuracy(self) -> float:
+        """Of the original."""
+        return self.accuracies[-1]
+
+    def scores(self, name: str) -> Tensor:
+        """The score of every branch for every sample, shape (K - 1, N); -inf where logits are not finite."""
+        score, state = SCORES[name], ()
+        rows: list[Tensor] = []
+        for k in range(len(self.exits)):
+            confidence = None if self.confidence is None else self.confidence[k]
+            value, state = score(self.logits[k], confidence, state)
+            rows.append(value.masked_fill(~torch.isfinite(self.logits[k].sum(-1)), -torch.inf))
+        return torch.stack(rows)
+
+    def replay(self, policy: ThresholdPolicy) -> Replay:
+        """Decide on the recorded answers as a routed run would: same exits, nothing recomputed."""
+        n, last = len(self), len(self.exits)
+        exit_index = torch.full((n,), last)
+        state: State = ()
+        for k in range(last):
+            confidence = None if self.confidence is None else self.confidence[k]
+            _, leaves, state = policy.decide(k, self.logits[k], confidence, state)
+            exit_index[leaves & (exit_index == last)] = k
+        correct = self.correct.gather(0, exit_index[None])[0]
+        costs = exit_costs(self.trunk_macs, self.branch_macs, policy.visits)
+        return Replay(exit_index, correct, torch.tensor(costs, dtype=torch.float64)[exit_index])
+
+    def take(self, rows: Tensor) -> ExitRecords:
+        """The records of some samples: indices, shape (M,)."""
+        return ExitRecords(
+            self.exits,
+            self.logits[:, rows],
+            self.trunk_macs,
+            self.branch_macs,
+            None if self.labels is None else self.labels[rows],
+            None if self.confidence is None else self.confidence[:, rows],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a safetensors file; whole or not at all."""
+        path = Path(path)
+        tensors = {"logits": self.logits.contiguous()}
+        if self.labels is not None:
+            tensors["labels"] = self.labels.contiguous()
+        if self.confidence is not None:
+            tensors["confidence"] = self.confidence.contiguous()
+        plain = {"exits": self.exits, "trunk_macs": self.trunk_macs, "branch_macs": self.branch_macs}
+        meta = {"format_version": str(FORMAT_VERSION), **{key: json.dumps(value) for key, value in plain.items()}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, partial, metadata=meta)
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExitRecords:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the file is missing, damaged or of another kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"Cannot read exit records from {path}: {error}") from error
+        if meta.get("format_version") != str(FORMAT_VERSION) or "logits" not in tensors:
+            raise DataError(f"{path} holds no exit records of format {FORMAT_VERSION}: its metadata is {meta}.")
+        return cls(
+            tuple(json.loads(meta["exits"])),
+            tensors["logits"],
+            tuple(json.loads(meta["trunk_macs"])),
+            tuple(json.loads(meta["branch_macs"])),
+            tensors.get("labels"),
+            tensors.get("confidence"),
+        )

@@ -1,0 +1,1 @@
+"""Run: stages, branches and a policy together, and how long that takes."""

@@ -1,0 +1,1 @@
+"""Share: branches as an adapter folder of safetensors and JSON."""
