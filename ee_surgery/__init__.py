@@ -1,0 +1,79 @@
+"""Early exit for any pretrained vision model: inspect -> place -> attach -> train -> calibrate -> run -> save."""
+
+from ee_surgery.branches import BRANCHES, Branch, BranchSpec, ExitLogits
+from ee_surgery.errors import (
+    AdapterError,
+    BranchError,
+    CaptureError,
+    ConfigError,
+    DataError,
+    ExitPointError,
+    FingerprintError,
+    OperatingPointError,
+    SurgeryError,
+    TrainingError,
+    UnknownNameError,
+)
+from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
+from ee_surgery.model import EarlyExitModel, Receipt, attach
+from ee_surgery.pipeline import augment, from_pretrained
+from ee_surgery.placement import PLACEMENTS, ExitPlan, place
+from ee_surgery.policies.budget import geometric_budget
+from ee_surgery.policies.cascade import accuracy_drop_rule
+from ee_surgery.policies.frontier import Frontier
+from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.scores import SCORES
+from ee_surgery.runtime.routed import ExitOutput
+from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.loop import TrainReport, train
+from ee_surgery.training.objectives import OBJECTIVES
+from ee_surgery.training.record import Evaluation, calibrate, evaluate, record
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BRANCHES",
+    "OBJECTIVES",
+    "PLACEMENTS",
+    "SCORES",
+    "AdapterError",
+    "Branch",
+    "BranchError",
+    "BranchSpec",
+    "CaptureError",
+    "ConfigError",
+    "DataError",
+    "EarlyExitModel",
+    "Evaluation",
+    "ExitLogits",
+    "ExitOutput",
+    "ExitPlan",
+    "ExitPoint",
+    "ExitPointError",
+    "ExitRecords",
+    "FingerprintError",
+    "Frontier",
+    "ModelGraph",
+    "OperatingPoint",
+    "OperatingPointError",
+    "Receipt",
+    "SurgeryError",
+    "ThresholdPolicy",
+    "TrainConfig",
+    "TrainReport",
+    "TrainingError",
+    "UnknownNameError",
+    "accuracy_drop_rule",
+    "attach",
+    "augment",
+    "calibrate",
+    "evaluate",
+    "from_pretrained",
+    "geometric_budget",
+    "inspect",
+    "place",
+    "record",
+    "train",
+]

@@ -1,0 +1,112 @@
+"""The one-liners: the whole pipeline made of its public parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ee_surgery.backbone import Backbone, Identity
+from ee_surgery.branches import BranchSpec
+from ee_surgery.errors import AdapterError, FingerprintError
+from ee_surgery.graph.points import inspect
+from ee_surgery.model import EarlyExitModel, attach
+from ee_surgery.placement import ExitPlan, place
+from ee_surgery.share.adapter import check_tensors, load_adapter
+from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.data import Data
+from ee_surgery.training.loop import train as train_branches
+from ee_surgery.training.record import calibrate as calibrate_exits
+
+
+def augment(
+    model: nn.Module,
+    exits: int | Sequence[str] | ExitPlan = 3,
+    placement: str = "linear",
+    branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
+    *,
+    sample: Tensor | None = None,
+    train: Data | None = None,
+    calibrate: Data | None = None,
+    config: TrainConfig | None = None,
+    seed: int = 0,
+) -> EarlyExitModel:
+    """Give a pretrained model early exits: inspect -> place -> attach, and train and calibrate where data is given.
+
+    The model itself is not changed and stays usable; until an operating point is set the result answers exactly as
+    it does.
+
+    Args:
+        model: timm model, transformers image classifier, or any module from one image tensor to logits.
+        exits: how many, names of exit points (`inspect` lists them), or a plan.
+        placement: rule for a number of exits: `linear`, `fine`, `pareto`, `gold_ratio`.
+        branch: `auto`, a registered name, a `BranchSpec`, or one for each exit.
+        sample: an example batch (B, ...); needed where the model does not say its input size.
+        train: data to train the branches on; see `train`.
+        calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
+        config: of the training.
+        seed: of the branches' first weights.
+    """
+    graph = inspect(model, sample)
+    plan = exits if isinstance(exits, ExitPlan) else place(graph, exits, placement)
+    branched = attach(graph, plan, branch, seed=seed)
+    if train is not None:
+        train_branches(branched, train, config)
+    if calibrate is not None:
+        calibrate_exits(branched, calibrate)
+    return branched
+
+
+def from_pretrained(folder: str | os.PathLike[str], model: nn.Module | None = None) -> EarlyExitModel:
+    """Load an adapter folder onto its base.
+
+    Args:
+        folder: written by `save_pretrained`.
+        model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
+            left out.
+    Raises:
+        AdapterError: a file is missing or damaged, or the base cannot be made from its id.
+        FingerprintError: the base is not the one that the branches were trained on.
+    """
+    folder = Path(folder)
+    config, tensors, frontier = load_adapter(folder)
+    model = model if model is not None else _make_base(config.base)
+    weights = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    backbone = Backbone(model, torch.randn(3, *config.input_shape, generator=generator).to(weights.device))
+    identity = backbone.identity()
+    if identity.fingerprint != config.base.fingerprint:
+        raise FingerprintError(
+            f"These branches belong to {config.base.model_id} with fingerprint {config.base.fingerprint}; the model "
+            f"given is {identity.model_id} with fingerprint {identity.fingerprint}. Load the very same weights "
+            "(same checkpoint, dtype and number of classes)."
+        )
+    graph = inspect(backbone)
+    plan = ExitPlan(identity.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
+    branched = attach(graph, plan, [exit.branch for exit in config.exits])
+    check_tensors(tensors, branched.branches.state_dict(), folder)
+    branched.branches.load_state_dict(tensors)
+    branched.frontier = frontier
+    branched.operate(config.operating_point)
+    return branched
+
+
+def _make_base(base: Identity) -> nn.Module:
+    try:
+        if base.library == "timm":
+            import timm
+
+            return timm.create_model(base.model_id, pretrained=True, num_classes=base.num_classes).eval()
+        if base.library == "transformers":
+            from transformers import AutoModelForImageClassification
+
+            return AutoModelForImageClassification.from_pretrained(base.model_id, revision=base.revision)
+    except Exception as error:
+        raise AdapterError(
+            f"The base {base.model_id} could not be made by {base.library}: {error} "
+            "Make it yourself and pass it: from_pretrained(folder, model=...)."
+        ) from error
+    raise AdapterError(f"The base {base.model_id} is a plain torch module: pass it, from_pretrained(folder, model=...).")

@@ -1,0 +1,1 @@
+"""Train branches, and record what they answer."""

@@ -1,0 +1,72 @@
+"""Where training stands, on disk: enough to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ee_surgery.errors import TrainingError
+
+FILE = "training.pt"
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, as plain data and tensors."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (users' transforms use it)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put all generators back to what `random_state` saw."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; whole or not at all, even when the machine loses power."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{FILE}.partial"
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / FILE)
+
+
+def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint in a folder, or None where there is none yet.
+
+    Args:
+        settings: what must be the same as when it was written, as plain data.
+    Raises:
+        TrainingError: it cannot be read, or was made with other settings; the differences are named.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        stored = state["settings"]
+    except Exception as error:
+        raise TrainingError(f"{path} is no checkpoint of this version: {error}. Remove it to start over.") from error
+    differ = {key: (stored.get(key), value) for key, value in settings.items() if stored.get(key) != value}
+    if differ:
+        changes = ", ".join(f"{key}: {was!r} there, {now!r} now" for key, (was, now) in differ.items())
+        raise TrainingError(f"{path} was made with other settings ({changes}). Use another checkpoint_dir.")
+    return state

@@ -1,0 +1,82 @@
+"""Settings of branch training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ee_surgery.errors import ConfigError
+from ee_surgery.training.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How to train the branches. The original learns nothing and stays in eval mode."""
+
+    epochs: int = 5
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Samples a step and process; not used when the data comes in batches already."""
+    objective: str = "sum_ce"
+    """Loss on the labels: `sum_ce`, `weighted_ce`, `recursive`, `cumulative`, or `kd` for none."""
+    distill: float = 0.5
+    """Weight in [0, 1] of the KL term towards the original's logits, the objective having the rest."""
+    temperature: float = 2.0
+    """Of the softmax in the KL term."""
+    teach: Literal["labels", "original"] = "labels"
+    """`original`: no labels are read; the original's own answer stands for them."""
+    exit_weights: tuple[float, ...] | Literal["uniform", "linear"] = "uniform"
+    """For `weighted_ce`: one weight a branch, or growing with depth (`linear`, EENet); scaled to sum 1."""
+    cost_weight: float = 1.0
+    """Lambda of the cost-aware objectives (1 in EENets, 0.9 in PTEENet)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    """Of SGD (Nesterov)."""
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """`step` divides by ten at 1/2 and 3/4 of the training."""
+    warmup: float = 0.05
+    """Share of all steps over which the rate rises from 0."""
+    clip_grad: float | None = 1.0
+    """Largest norm of the gradient of all branches together."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    validation: float = 0.1
+    """Share of a map-style training set held out to report each exit's accuracy; 0 for none."""
+    num_workers: int = 0
+    """Processes that load data."""
+    seed: int = 0
+    checkpoint_dir: str | None = None
+    """Where to keep the checkpoint that the same call resumes from, exactly; None for none."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints; one is written after every epoch too."""
+    patience_nonfinite: int = 10
+    """Skipped steps in a row, their loss not finite, after which training stops with an error."""
+    progress: bool = True
+    """Show a progress bar where the output is a terminal, one line an epoch elsewhere."""
+
+    def __post_init__(self) -> None:
+        OBJECTIVES[self.objective]  # raises with near names
+        for name in ("epochs", "batch_size", "checkpoint_steps", "patience_nonfinite"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("distill", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        for name in ("lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"validation must be in [0, 1), got {self.validation}.")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+
+
+_CHOICES = {
+    "teach": ("labels", "original"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("cosine", "linear", "step", "constant"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+}

@@ -1,0 +1,53 @@
+"""The image sets and pretrained networks of the recipes, read from the folder `EE_SURGERY_DATA`."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def folder() -> Path:
+    """Where the data is: `EE_SURGERY_DATA`, or `../shared/data` beside the repository."""
+    return Path(os.environ.get("EE_SURGERY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def cifar10(split: str) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 `train` or `test`: uint8 images (N, 3, 32, 32), RGB, and int64 labels (N,)."""
+    with np.load(folder() / "cifar10" / f"{split}.npz") as file:
+        planes, labels = file["residual"], file["labels"].astype(np.int64)
+    # (R - G, G, B - G) modulo 256, differenced along both axes: undo in the reverse order
+    planes = np.cumsum(np.cumsum(planes, axis=3, dtype=np.uint8), axis=2, dtype=np.uint8)
+    planes[0] += planes[1]
+    planes[2] += planes[1]
+    return torch.from_numpy(np.ascontiguousarray(planes.transpose(1, 0, 2, 3))), torch.from_numpy(labels)
+
+
+def imagenette(split: str) -> dict[str, object]:
+    """Imagenette `train` or `test`: decoded RGB `images` (PIL), `imagenet_index` (N,), `from_imagenet_val` (N,)."""
+    from PIL import Image
+
+    with np.load(folder() / "imagenette160" / f"{split}.npz") as file:
+        data = {key: file[key] for key in ("jpeg", "offsets", "imagenet_index", "from_imagenet_val")}
+    starts, stops = data["offsets"][:-1], data["offsets"][1:]
+    pictures = [data["jpeg"][a:b].tobytes() for a, b in zip(starts, stops, strict=True)]
+    return {
+        "images": [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures],
+        "imagenet_index": torch.from_numpy(data["imagenet_index"].astype(np.int64)),
+        "from_imagenet_val": torch.from_numpy(data["from_imagenet_val"]),
+    }
+
+
+def weights(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A pretrained network: float32 tensors by name, and the mean and deviation of its inputs, each (3, 1, 1)."""
+    path = folder() / "weights" / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    mean, std = (torch.tensor([float(v) for v in header[key].split(",")]).view(3, 1, 1) for key in ("mean", "std"))
+    return {key: tensor.float() for key, tensor in load_file(path).items()}, mean, std
