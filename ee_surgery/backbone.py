@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,31 @@ class Identity:
     fingerprint: str
     """SHA-256 over the names and digests of all parameters and persistent buffers."""
     num_classes: int
+
+
+def make_model(
+    library: Library,
+    model_id: str,
+    *,
+    revision: str | None = None,
+    checkpoint: str = "",
+    num_classes: int | None = None,
+) -> nn.Module:
+    """Build a timm or transformers image classifier with pretrained weights, in eval mode.
+
+    Args:
+        checkpoint: weights file for a timm model, in place of its pretrained ones.
+        num_classes: of a timm model, where not the architecture's own.
+    """
+    if library == "timm":
+        import timm
+
+        options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        pretrained = not checkpoint
+        return timm.create_model(model_id, pretrained=pretrained, checkpoint_path=checkpoint or None, **options).eval()
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(model_id, revision=revision)
 
 
 class Backbone:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Backbone, Output, eval_mode
+from ee_surgery.backbone import Output, eval_mode
 from ee_surgery.branches import BranchSpec, resolve
 from ee_surgery.branches.base import Branch, ExitLogits
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
@@ -103,7 +103,7 @@ class EarlyExitModel(nn.Module):
     @property
     def trunk_macs(self) -> tuple[int, ...]:
         """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
-        return self._program(self._backbone.sample)[0].trunk_macs
+        return self.program(self._backbone.sample).trunk_macs
 
     @property
     def branch_macs(self) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ class EarlyExitModel(nn.Module):
                 logits = self._backbone.logits(self._backbone(x))
                 last = torch.full((len(x),), len(self.branches), device=logits.device)
                 nan = torch.full((len(x),), torch.nan, device=logits.device)
-                return ExitOutput(logits, last, nan, torch.full_like(last, self._program(x)[0].trunk_macs[-1]))
+                return ExitOutput(logits, last, nan, torch.full_like(last, self.program(x).trunk_macs[-1]))
             program, branch_macs = self._program(x)
             if self._costs is None or self._costs[0] is not program:
                 self._costs = program, exit_costs(program.trunk_macs, branch_macs, policy.visits)
@@ -224,7 +224,7 @@ class EarlyExitModel(nn.Module):
 
     def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features at every exit, each (B, *shape), and the original's logits; without gradients."""
-        return self._program(x)[0].run(x)
+        return self.program(x).run(x)
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""
@@ -244,6 +244,10 @@ class EarlyExitModel(nn.Module):
         return x
 
     # --- programs, one an input shape, dtype and device
+
+    def program(self, x: Tensor) -> Program:
+        """The stages that inputs like `x` (shape, dtype, device; any batch size) run through."""
+        return self._program(x)[0]
 
     def _program(self, x: Tensor) -> tuple[Program, list[int]]:
         key = _key(x)

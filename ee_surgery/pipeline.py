@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Backbone, Identity
+from ee_surgery.backbone import Backbone, Identity, make_model
 from ee_surgery.branches import BranchSpec
 from ee_surgery.errors import AdapterError, FingerprintError
 from ee_surgery.graph.points import inspect
@@ -95,18 +95,10 @@ def from_pretrained(folder: str | os.PathLike[str], model: nn.Module | None = No
 
 
 def _make_base(base: Identity) -> nn.Module:
+    advice = "Make it yourself and pass it: from_pretrained(folder, model=...)."
+    if base.library == "torch":
+        raise AdapterError(f"The base {base.model_id} is a plain torch module. {advice}")
     try:
-        if base.library == "timm":
-            import timm
-
-            return timm.create_model(base.model_id, pretrained=True, num_classes=base.num_classes).eval()
-        if base.library == "transformers":
-            from transformers import AutoModelForImageClassification
-
-            return AutoModelForImageClassification.from_pretrained(base.model_id, revision=base.revision)
+        return make_model(base.library, base.model_id, revision=base.revision, num_classes=base.num_classes)
     except Exception as error:
-        raise AdapterError(
-            f"The base {base.model_id} could not be made by {base.library}: {error} "
-            "Make it yourself and pass it: from_pretrained(folder, model=...)."
-        ) from error
-    raise AdapterError(f"The base {base.model_id} is a plain torch module: pass it, from_pretrained(folder, model=...).")
+        raise AdapterError(f"The base {base.model_id} could not be made by {base.library}: {error} {advice}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
     model_id = graph.backbone.model_id
     if not isinstance(exits, int):
         points = sorted((graph[name] for name in exits), key=lambda point: point.index)
-        for before, after in zip(points[:-1], points[1:], strict=True):
+        for before, after in itertools.pairwise(points):
             if before.index == after.index:
                 raise ExitPointError(f"The exits {list(exits)} name the position of {after.name!r} twice.")
         if not points:

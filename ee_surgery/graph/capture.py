@@ -113,7 +113,7 @@ def _read(program: torch.export.ExportedProgram) -> Capture:
             else:
                 inputs.append(node)
         elif node.op == "get_attr":
-            constants[node] = graph.owning_module.get_submodule(str(node.target))
+            constants[node] = program.graph_module.get_submodule(str(node.target))
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = (node for node in graph.nodes if node.op == "output")
     (result,) = output.args[0]

@@ -88,30 +88,34 @@ _FORMULAS: dict[str, _Formula] = {
 
 # Calls without a pointwise tag that move, normalise, pool or reduce: no multiply-adds worth counting.
 _FREE = frozenset(
-    """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d
-    max_pool1d max_pool2d max_pool2d_with_indices mean sum amax amin max min argmax argmin std var var_mean cumsum
-    batch_norm layer_norm group_norm instance_norm rms_norm softmax log_softmax _softmax norm linalg_vector_norm
-    normalize_ cat stack roll flip pad constant_pad_nd reflection_pad2d replication_pad2d index index_select gather
-    embedding one_hot repeat repeat_interleave tile arange zeros ones full empty zeros_like ones_like full_like
-    empty_like linspace scalar_tensor new_zeros new_ones new_full new_empty tril triu meshgrid clone copy_ contiguous
-    to _to_copy type_as reshape flatten unflatten dropout feature_dropout pixel_shuffle pixel_unshuffle channel_shuffle
-    fill_ masked_fill_ index_put_ index_put scatter unfold im2col upsample_nearest2d upsample_bilinear2d
-    upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa sym_size glu prelu celu_ hardswish_ silu_ gelu_
-    lift_fresh_copy detach_ sort topk getitem _assert_tensor_metadata cosine_similarity all any eye randn rand
-    bernoulli bernoulli_ eq ne""".split()
+    """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d avg_pool1d avg_pool2d
+    avg_pool3d max_pool1d max_pool2d max_pool2d_with_indices mean sum amax amin max min argmax argmin std var
+    var_mean cumsum batch_norm layer_norm group_norm instance_norm rms_norm softmax log_softmax _softmax norm
+    linalg_vector_norm normalize_ cat stack roll flip pad constant_pad_nd reflection_pad2d replication_pad2d index
+    index_select gather embedding one_hot repeat repeat_interleave tile arange zeros ones full empty zeros_like
+    ones_like full_like empty_like linspace scalar_tensor new_zeros new_ones new_full new_empty tril triu meshgrid
+    clone copy_ contiguous to _to_copy type_as reshape flatten unflatten dropout feature_dropout pixel_shuffle
+    pixel_unshuffle channel_shuffle fill_ masked_fill_ index_put_ index_put scatter unfold im2col
+    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    sym_size glu prelu celu_ hardswish_ silu_ gelu_ lift_fresh_copy detach_ sort topk getitem
+    _assert_tensor_metadata cosine_similarity all any eye randn rand bernoulli bernoulli_ eq ne
+    """.split()
 )
 
 
 def _concrete(value: object, batch: Expr) -> _Shape | None:
     if not isinstance(value, Tensor):
         return None
-    return tuple(int(s.node.expr.subs(batch, 1)) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
+    return tuple(int(str(s.node.expr.subs(batch, 1))) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
 
 
 def _op_name(node: fx.Node) -> str:
     target = node.target
-    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else getattr(
-        target, "__name__", str(target)
+    return (
+        target._schema.name.split("::")[-1]
+        if isinstance(target, torch._ops.OpOverload)
+        else getattr(target, "__name__", str(target))
     )
 
 
@@ -132,7 +136,7 @@ def node_macs(node: fx.Node, batch: Expr) -> int | None:
     if bodies:  # a higher-order op (autocast or no_grad region): its body counts
         counted = [_body_macs(body, batch) for body in bodies]
         return None if any(macs is None for macs in counted) else sum(macs for macs in counted if macs is not None)
-    return 0 if name in _FREE or name.endswith("_") and name[:-1] in _FREE or _is_light(node) else None
+    return 0 if name in _FREE or (name.endswith("_") and name[:-1] in _FREE) or _is_light(node) else None
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -143,7 +147,10 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _body_macs(body: fx.Node, batch: Expr) -> int | None:
-    module = body.graph.owning_module.get_submodule(str(body.target))
+    owner = body.graph.owning_module
+    module = owner.get_submodule(str(body.target)) if owner is not None else None
+    if not isinstance(module, fx.GraphModule):
+        return None
     counted = [node_macs(node, batch) for node in module.graph.nodes if node.op == "call_function"]
     return None if any(macs is None for macs in counted) else sum(macs for macs in counted if macs is not None)
 

@@ -6,11 +6,10 @@ calls, no boxed operator objects. At batch 1 that makes a stage about as cheap a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from sympy import Expr
 from torch import Tensor, fx, nn
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -18,6 +17,7 @@ from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.liveness import Liveness, batch_dim, closure, live_after, writes
 
 _aten = torch.ops.aten
+_nn = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
 # torch's own Python bindings of hot operators: the same kernels, about 2 us a call cheaper than the OpOverload.
 _BUILTINS: dict[object, Callable[..., object]] = {
@@ -26,14 +26,14 @@ _BUILTINS: dict[object, Callable[..., object]] = {
     _aten.batch_norm.default: torch.batch_norm,
     _aten.layer_norm.default: torch.layer_norm,
     _aten.group_norm.default: torch.group_norm,
-    _aten.linear.default: torch._C._nn.linear,
-    _aten.gelu.default: torch._C._nn.gelu,
-    _aten.silu.default: torch._C._nn.silu,
-    _aten.silu_.default: torch._C._nn.silu_,
-    _aten.hardswish.default: torch._C._nn.hardswish,
-    _aten.hardswish_.default: torch._C._nn.hardswish_,
-    _aten.hardtanh_.default: torch._C._nn.hardtanh_,
-    _aten.hardtanh.default: torch._C._nn.hardtanh,
+    _aten.linear.default: _nn.linear,
+    _aten.gelu.default: _nn.gelu,
+    _aten.silu.default: _nn.silu,
+    _aten.silu_.default: _nn.silu_,
+    _aten.hardswish.default: _nn.hardswish,
+    _aten.hardswish_.default: _nn.hardswish_,
+    _aten.hardtanh_.default: _nn.hardtanh_,
+    _aten.hardtanh.default: _nn.hardtanh,
     _aten.relu.default: torch.relu,
     _aten.relu_.default: torch.relu_,
     _aten.sigmoid.default: torch.sigmoid,
@@ -44,8 +44,8 @@ _BUILTINS: dict[object, Callable[..., object]] = {
     _aten.cat.default: torch.cat,
     _aten.matmul.default: torch.matmul,
     _aten.softmax.int: torch.softmax,
-    _aten.scaled_dot_product_attention.default: torch._C._nn.scaled_dot_product_attention,
-    _aten.adaptive_avg_pool2d.default: torch._C._nn.adaptive_avg_pool2d,
+    _aten.scaled_dot_product_attention.default: _nn.scaled_dot_product_attention,
+    _aten.adaptive_avg_pool2d.default: _nn.adaptive_avg_pool2d,
     _aten.reshape.default: Tensor.reshape,
     _aten.view.default: Tensor.view,
     _aten.permute.default: Tensor.permute,
@@ -61,11 +61,8 @@ _BUILTINS: dict[object, Callable[..., object]] = {
 class _Reference:
     """Where a parameter or buffer of the original lives; `Module.to` replaces buffers, so it is looked up by name."""
 
-    table: dict[str, Tensor | None]
+    table: Mapping[str, Tensor | None]
     key: str
-
-    def get(self) -> Tensor | None:
-        return self.table[self.key]
 
 
 class Stage:
@@ -219,7 +216,7 @@ def _reference(model: nn.Module, name: str) -> _Reference:
     return _Reference(module._parameters if key in module._parameters else module._buffers, key)
 
 
-def _formula(expression: Expr, batch: Expr) -> str:
+def _formula(expression: object, batch: object) -> str:
     return "(" + PythonPrinter().doprint(expression).replace(str(batch), "B") + ")"
 
 
@@ -227,5 +224,3 @@ def _callable(target: object) -> object:
     if isinstance(target, torch._ops.OpOverload):
         return _BUILTINS.get(target, target._op)
     return target
-
-

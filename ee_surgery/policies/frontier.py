@@ -97,9 +97,8 @@ class Frontier(Sequence[OperatingPoint]):
         lines = [f"{what:>9}  drop     MACs   share leaving at each exit"]
         for point in self.milestones():
             shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
-            lines.append(
-                f"{point.accuracy:9.2%} {point.accuracy_drop:+.2%}  {point.macs_fraction:6.1%}   {shares}  ({point.score})"
-            )
+            numbers = f"{point.accuracy:9.2%} {point.accuracy_drop:+.2%}  {point.macs_fraction:6.1%}"
+            lines.append(f"{numbers}   {shares}  ({point.score})")
         return "\n".join(lines)
 
     def __rich_console__(self, console: object, options: object):
@@ -137,7 +136,9 @@ class Frontier(Sequence[OperatingPoint]):
             DataError: another format, or fields missing.
         """
         if data.get("format_version") != FORMAT_VERSION:
-            raise DataError(f"A frontier of format {data.get('format_version')!r}; this version reads {FORMAT_VERSION}.")
+            raise DataError(
+                f"A frontier of format {data.get('format_version')!r}; this version reads {FORMAT_VERSION}."
+            )
         try:
             return cls(
                 points=tuple(OperatingPoint.from_dict(point) for point in data["points"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -103,15 +105,13 @@ def search(records: ExitRecords, score: str, prices: int = 48) -> list[Operating
                 ranks = candidate if start is ranks else ranks
     points = sorted((_point(records, state, ranks, score), ranks) for ranks in found)
     between: dict[tuple[int, ...], None] = {}
-    for (_, low), (_, high) in zip(points[:-1], points[1:], strict=True):
+    for (_, low), (_, high) in itertools.pairwise(points):
         for t in (0.2, 0.4, 0.6, 0.8):
             mixed = [_snap(state, k, round(a + t * (b - a))) for k, (a, b) in enumerate(zip(low, high, strict=True))]
             between[tuple(mixed)] = None
     everything = [ranks for _, ranks in points] + [ranks for ranks in between if ranks not in found]
     rule = f"search({score})"
-    return [
-        realise(records, ThresholdPolicy(state.thresholds(list(ranks)), score), rule) for ranks in everything
-    ]
+    return [realise(records, ThresholdPolicy(state.thresholds(list(ranks)), score), rule) for ranks in everything]
 
 
 def _point(records: ExitRecords, state: _Search, ranks: tuple[int, ...], score: str) -> float:

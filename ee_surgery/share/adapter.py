@@ -111,9 +111,7 @@ class AdapterConfig:
         )
 
 
-def save_adapter(
-    folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], frontier: Frontier | None
-) -> Path:
+def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], frontier: Frontier | None) -> Path:
     """Write an adapter folder. Each file is written beside its place and then renamed, the config last."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = {"format_version": str(FORMAT_VERSION), "fingerprint": config.base.fingerprint}

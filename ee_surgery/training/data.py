@@ -35,9 +35,7 @@ def loader(data: Data, batch_size: int, *, shuffle: bool = False, num_workers: i
         shuffle = shuffle and not isinstance(data, IterableDataset)
         return DataLoader(data, batch_size, shuffle=shuffle, num_workers=num_workers)  # pyright: ignore[reportArgumentType]
     if not isinstance(data, Iterable):
-        raise DataError(
-            f"Data must be a Dataset, a DataLoader or an iterable of batches; got {type(data).__name__}."
-        )
+        raise DataError(f"Data must be a Dataset, a DataLoader or an iterable of batches; got {type(data).__name__}.")
     return data
 
 

@@ -279,7 +279,11 @@ class _Run:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         shown = self.config.progress and self.console.is_terminal and self.accelerator.is_main_process
         return Progress(
-            *columns, TextColumn("loss {task.fields[loss]:.3f}"), console=self.console, transient=True, disable=not shown
+            *columns,
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            console=self.console,
+            transient=True,
+            disable=not shown,
         )
 
     # --- checkpoints

@@ -1,0 +1,258 @@
+"""`ee-surgery`: one sub-command a stage, each a call of a public function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+from torch.utils.data import Dataset
+
+import ee_surgery as ee
+from ee_surgery.backbone import Backbone, make_model
+from ee_surgery.report import frontier_table, graph_table
+from ee_surgery.runtime.measure import measure
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Early exit for any pretrained timm or Hugging Face vision model. Start with: ee-surgery demo",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder.")]
+Adapter = Annotated[Path, typer.Argument(help="Adapter folder that `augment` wrote.")]
+Weights = Annotated[str, typer.Option(help="Weights file for a timm model, in place of its pretrained ones.")]
+Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model untrained (to look, not to use).")]
+Images = Annotated[Path, typer.Option(help="Folder with one sub-folder of pictures a class.")]
+MaybeImages = Annotated[Optional[Path], typer.Option(help="Folder with one sub-folder of pictures a class.")]  # noqa: UP045
+Unlabelled = Annotated[bool, typer.Option(help="Ignore the classes: teach and judge by the original's own answers.")]
+Drop = Annotated[Optional[float], typer.Option(help="Accepted accuracy drop; 0.01 is one percentage point.")]  # noqa: UP045
+Budget = Annotated[Optional[float], typer.Option(help="Mean MACs as a fraction of the original's.")]  # noqa: UP045
+BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except ee.SurgeryError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        Console(stderr=True).print(str(error), highlight=False, markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command(epilog="Example: ee-surgery inspect resnet18 --random-weights")
+def inspect(
+    model: Model,
+    everything: Annotated[bool, typer.Option("--all", help="Every position, with why samples cannot leave.")] = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Show where samples could leave a model, and the best that exits could give."""
+    with _errors():
+        graph = ee.inspect(_model(model, checkpoint, random_weights))
+        console.print(graph_table(graph, everything), graph.best_case())
+
+
+@app.command(epilog="Example: ee-surgery augment test_resnet --random-weights --exits 2 --out runs/adapter")
+def augment(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    exits: Annotated[str, typer.Option(help="How many, or names of exit points with commas between.")] = "3",
+    placement: Annotated[str, typer.Option(help=f"Rule: {', '.join(ee.PLACEMENTS)}.")] = "linear",
+    branch: Annotated[str, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}.")] = "auto",
+    train: MaybeImages = None,
+    calibrate: MaybeImages = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
+    batch_size: BatchSize = 64,
+    unlabelled: Unlabelled = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Add branches to a model, train and calibrate them where pictures are given, and write the adapter folder."""
+    with _errors():
+        base = _model(model, checkpoint, random_weights)
+        config = ee.TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            teach="original" if unlabelled else "labels",
+            checkpoint_dir=str(out / "training"),
+        )
+        branched = ee.augment(
+            base,
+            int(exits) if exits.isdigit() else exits.split(","),
+            placement,
+            branch,
+            train=None if train is None else _images(base, train, unlabelled),
+            calibrate=None if calibrate is None else _images(base, calibrate, unlabelled),
+            config=config,
+        )
+        branched.save_pretrained(out)
+        if branched.frontier is not None:
+            console.print(frontier_table(branched.frontier))
+        console.print(f"exits at {', '.join(branched.exits)}\noriginal {branched.receipt()}\nwrote {out}")
+
+
+@app.command(epilog="Example: ee-surgery calibrate runs/adapter --data held_out --max-accuracy-drop 0.01")
+def calibrate(
+    adapter: Adapter,
+    data: Images,
+    max_accuracy_drop: Drop = None,
+    budget: Budget = None,
+    batch_size: BatchSize = 64,
+    unlabelled: Unlabelled = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Search thresholds on held-out pictures, and store the frontier and the operating point in the adapter folder."""
+    with _errors():
+        branched = _load(adapter, checkpoint, random_weights)
+        frontier = ee.calibrate(branched, _images(branched.backbone, data, unlabelled), batch_size=batch_size)
+        if max_accuracy_drop is not None or budget is not None:
+            branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
+        branched.save_pretrained(adapter)
+        console.print(frontier_table(frontier))
+
+
+@app.command(epilog="Example: ee-surgery evaluate runs/adapter --data test --budget 0.6")
+def evaluate(
+    adapter: Adapter,
+    data: Images,
+    max_accuracy_drop: Drop = None,
+    budget: Budget = None,
+    batch_size: BatchSize = 64,
+    unlabelled: Unlabelled = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Run an adapter on pictures, samples really leaving; at its stored operating point unless one is asked for."""
+    with _errors():
+        branched = _load(adapter, checkpoint, random_weights)
+        if max_accuracy_drop is not None or budget is not None:
+            branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
+        pictures = _images(branched.backbone, data, unlabelled)
+        console.print(str(ee.evaluate(branched, pictures, batch_size=batch_size)), highlight=False)
+
+
+@app.command(epilog="Example: ee-surgery bench runs/adapter --data test --batch-size 1 --max-accuracy-drop 0.01")
+def bench(
+    adapter: Adapter,
+    data: Images,
+    max_accuracy_drop: Drop = None,
+    budget: Budget = None,
+    batch_size: BatchSize = 1,
+    samples: Annotated[int, typer.Option(help="How many pictures to time.")] = 64,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Time an adapter against its original, interleaved, on real pictures."""
+    with _errors():
+        torch.set_num_threads(threads)
+        branched = _load(adapter, checkpoint, random_weights)
+        if max_accuracy_drop is not None or budget is not None:
+            branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
+        pictures = _images(branched.backbone, data, unlabelled=True)
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]  # pyright: ignore[reportArgumentType]
+        inputs = torch.stack([pictures[int(i)][0] for i in order])
+        console.print(str(measure(branched, inputs, batch_size=batch_size)), highlight=False)
+
+
+@app.command(epilog="Example: ee-surgery demo --out runs/demo")
+def demo(out: Annotated[Path, typer.Option(help="Where to leave adapter and plot.")] = Path("runs/demo")) -> None:
+    """The whole pipeline on scikit-learn's handwritten digits: minutes, no download."""
+    with _errors():
+        from ee_surgery.demo import run  # needs scikit-learn
+
+        run(out, console)
+
+
+def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
+    import timm
+
+    known = timm.is_model(name.partition(".")[0])
+    if known and random_weights:
+        return timm.create_model(name, pretrained=False).eval()
+    try:
+        return make_model("timm" if known else "transformers", name, checkpoint=checkpoint)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ee.DataError(
+            f"Cannot make {name!r}: {first} Give a timm model name (timm.list_models()), or the id or folder of a "
+            "Hugging Face image classifier; --random-weights to look at a timm model without its weights."
+        ) from error
+
+
+def _load(adapter: Path, checkpoint: str, random_weights: bool) -> ee.EarlyExitModel:
+    if not checkpoint and not random_weights:
+        return ee.from_pretrained(adapter)
+    from ee_surgery.share.adapter import load_adapter
+
+    return ee.from_pretrained(adapter, _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights))
+
+
+class _Unlabelled(Dataset):  # pyright: ignore[reportMissingTypeArgument]
+    def __init__(self, pictures: Dataset) -> None:  # pyright: ignore[reportMissingTypeArgument]
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor]:
+        return (self.pictures[index][0],)
+
+
+def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyright: ignore[reportMissingTypeArgument]
+    """Pictures with the model's own preprocessing; folder names are class names, class numbers, or in class order."""
+    from torchvision.datasets import ImageFolder
+
+    backbone = Backbone(model)
+    try:
+        pictures = ImageFolder(folder, transform=_preprocess(backbone))
+    except FileNotFoundError as error:
+        raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
+    if unlabelled:
+        return _Unlabelled(pictures)
+    names = backbone.label_names or []
+    if all(name in names for name in pictures.classes):
+        index = [names.index(name) for name in pictures.classes]
+    elif all(name.isdigit() and int(name) < backbone.num_classes for name in pictures.classes):
+        index = [int(name) for name in pictures.classes]
+    elif len(pictures.classes) == backbone.num_classes:
+        index = list(range(backbone.num_classes))
+    else:
+        raise ee.DataError(
+            f"The {len(pictures.classes)} folders in {folder} ({', '.join(pictures.classes[:5])} ...) are not the "
+            f"{backbone.num_classes} classes of {backbone.model_id}. Name them by class or class number, or use "
+            "--unlabelled."
+        )
+    pictures.target_transform = index.__getitem__
+    return pictures
+
+
+def _preprocess(backbone: Backbone) -> Any:
+    if backbone.library == "transformers":
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(backbone.model_id)
+        return lambda picture: processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    from timm.data import create_transform, resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
+
+    return create_transform(**resolve_model_data_config(backbone.model), is_training=False)
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="ee-surgery")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Tables for the terminal and the plot of the frontier."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from ee_surgery.errors import SurgeryError
+from ee_surgery.graph.points import ModelGraph
+from ee_surgery.policies.frontier import Frontier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def graph_table(graph: ModelGraph, everything: bool = False) -> Table:
+    """Exit points of a model: those that end a block, or every position with the reasons of the illegal ones."""
+    rows = sorted([*graph.points, *graph.illegal], key=lambda p: p.index) if everything else graph.blocks
+    table = Table(
+        title=f"{graph.backbone.model_id}: {graph.macs / 1e6:,.1f} MMACs, {len(graph.points)} legal exit points",
+        caption=_caption(graph, everything),
+    )
+    for name, justify in [("exit point", "left"), ("features", "right"), ("layout", "left"), ("live", "right"),
+                          ("MACs", "right"), ("", "left")]:  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
+    for p in rows:
+        shape = "x".join(map(str, p.shape))
+        table.add_row(p.name, shape, p.layout if p.legal else "", str(p.live), f"{p.macs_fraction:.1%}", p.reason)
+    return table
+
+
+def _caption(graph: ModelGraph, everything: bool) -> str:
+    lines = [] if everything else [f"{len(graph.points) - len(graph.blocks)} more inside blocks, "
+                                   f"{len(graph.illegal)} illegal positions"]  # fmt: skip
+    if graph.uncounted:
+        lines.append("not counted: " + ", ".join(f"{name} x{n}" for name, n in graph.uncounted.most_common()))
+    return "; ".join(lines)
+
+
+def frontier_table(frontier: Frontier) -> Table:
+    """The operating points at some round accuracy drops."""
+    what = "accuracy" if frontier.labelled else "agreement"
+    count = frontier.points[0].samples
+    table = Table(title=f"Frontier on {count} held-out samples; original: {what} {frontier.base_accuracy:.2%}")
+    table.add_column(what, justify="right")
+    table.add_column("drop", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_column("score")
+    for name in frontier.exits:
+        table.add_column(name, justify="right", overflow="fold")
+    for p in frontier.milestones():
+        shares = [f"{share:.0%}" for share in p.exit_shares]
+        drop = f"{p.accuracy_drop * 100:+.2f} pt"
+        table.add_row(f"{p.accuracy:.2%}", drop, f"{p.macs_fraction:.1%}", p.score, *shares)
+    return table
+
+
+def plot_frontier(frontier: Frontier, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Accuracy against mean MACs: the frontier, the original, and each exit alone.
+
+    Args:
+        path: write the picture there (by its suffix), whole or not at all.
+    Raises:
+        SurgeryError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SurgeryError("Plots need matplotlib: pip install 'ee-surgery[plot]'.") from error
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    what = "accuracy" if frontier.labelled else "agreement with the original"
+    low = min(p.accuracy for p in frontier.points)
+    axes.step(
+        [p.macs_fraction for p in frontier.points],
+        [p.accuracy * 100 for p in frontier.points],
+        where="post",
+        color="tab:blue",
+        label="early exit",
+        zorder=3,
+    )
+    axes.plot(1, frontier.base_accuracy * 100, "k*", markersize=12, label="original", zorder=4)
+    axes.axhline(frontier.base_accuracy * 100, color="k", linewidth=0.6, linestyle=":")
+    exits = list(zip(frontier.exits, frontier.exit_macs, frontier.exit_accuracies, strict=True))[:-1]
+    axes.plot([m for _, m, _ in exits], [a * 100 for *_, a in exits], "o", color="tab:orange", label="one exit for all")
+    for name, macs, accuracy in exits:
+        axes.annotate(name, (macs, accuracy * 100), textcoords="offset points", xytext=(5, -10), fontsize=7)
+    axes.set_xlabel("mean MACs of a sample / MACs of the original (branches included)")
+    axes.set_ylabel(f"{what} (%)")
+    axes.set_title(f"calibrated on {frontier.points[0].samples} held-out samples", fontsize=9)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=max(0, 100 * min([low, *(a for *_, a in exits)]) - 3))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    if path is not None:
+        path = Path(path)
+        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        figure.savefig(partial, dpi=150)
+        os.replace(partial, path)
+    return figure
