@@ -62,7 +62,8 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
 
     A rule walks the blocks in program order and takes, for each of its targets, the first one whose share of the
     MACs reaches the target, the next search starting behind it. Only convolutions, linear layers and matrix
-    products count, so the last of several positions with the same share (behind the activation) is the one taken.
+    products count, so several positions may have the same share: the outermost module that ends there is taken, and
+    the last of several (behind the activation).
 
     Args:
         exits: how many, or the names of the points (`layer2.1`, `blocks.5`).
@@ -83,8 +84,9 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
         return ExitPlan(model_id, "explicit", tuple(points))
     if exits < 1:
         raise ExitPointError(f"exits must be at least 1, got {exits}.")
-    # One candidate a share of the cost: the last block end before more is spent.
-    candidates = {p.macs: p for p in graph.blocks if 0 < p.macs < graph.macs}
+    # One candidate a share of the cost: the outermost block that ends there, the last of several.
+    blocks = sorted(graph.blocks, key=lambda p: (-p.name.count("."), p.index))
+    candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
     rest = sorted(candidates.values(), key=lambda point: point.index)
     chosen: list[ExitPoint] = []
     for target in PLACEMENTS[rule](exits):

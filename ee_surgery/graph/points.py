@@ -194,15 +194,22 @@ def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
 
 
 def _narrow(live: list[int]) -> list[bool]:
-    """Positions from which, either way, the number of live tensors grows before it shrinks."""
-    result = [True] * len(live)
+    """Positions where few tensors cross: the valleys of their number, and where it is no higher than at the last one.
+
+    The second matters where a network of several streams folds them together at its end (HRNet).
+    """
+    valley = [True] * len(live)
     for order in (range(len(live)), range(len(live) - 1, -1, -1)):
         before, low = 0, True  # nothing is live outside the program
         for i in order:
             if before and live[i] != before:
                 low = live[i] < before
             before = live[i]
-            result[i] &= low
+            valley[i] &= low
+    result, last = [], 0
+    for number, is_valley in zip(live, valley, strict=True):
+        last = number if is_valley else last
+        result.append(is_valley or number <= last)
     return result
 
 
@@ -250,19 +257,26 @@ _LAST = {"layer_norm", "linear", "rms_norm"}
 
 
 def _channel_axis(node: fx.Node) -> int:
-    """1 or -1: where the nearest call that knows the channels finds them, through calls that keep the shape."""
+    """1 or -1: where the nearest call that knows the channels finds them, through calls that leave them in place."""
     shape = node.meta["val"].shape
     queue, seen = [node], {node}
     while queue:
         here = queue.pop(0)
         for near in (*here.users, *here.all_input_nodes, here):
             value = near.meta.get("val")
-            if near.op != "call_function" or not isinstance(value, Tensor) or value.ndim != len(shape):
+            if near.op != "call_function" or not isinstance(value, Tensor):
                 continue
             name = getattr(near.target, "__name__", "").partition(".")[0]
-            if name in _FIRST or name in _LAST:
-                return 1 if name in _FIRST else -1
-            if near not in seen and value.shape == shape:
+            if name in _LAST and value.ndim > 2:
+                return -1
+            if name in _FIRST and value.ndim == len(shape):
+                return 1
+            # (B, H, W, C) viewed as (B, H * W, C) still ends in its channels
+            viewed = name in _VIEWS or getattr(here.target, "__name__", "").partition(".")[0] in _VIEWS
+            if near not in seen and (value.shape == shape or (viewed and value.shape[-1] == shape[-1])):
                 seen.add(near)
                 queue.append(near)
     return 1
+
+
+_VIEWS = {"view", "reshape", "flatten", "unflatten"}
