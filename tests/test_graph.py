@@ -49,13 +49,15 @@ def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(e
             first, rest = cut(found.capture, found.liveness, original(entry.name), [point.index])
             live = compact(first(x), rest.batch_dims, torch.tensor([2, 0]))
             (logits,) = rest(*live)
-            torch.testing.assert_close(logits, whole[[2, 0]], rtol=1e-3, atol=1e-4, msg=lambda m, p=point: f"{p.name}: {m}")
+            torch.testing.assert_close(
+                logits, whole[[2, 0]], rtol=1e-3, atol=1e-4, msg=lambda m, p=point: f"{p.name}: {m}"
+            )
 
 
 def test_folded_batches_are_explained() -> None:
     found = graph("swin_tiny_patch4_window7_224")
     assert any("folded with windows" in point.reason for point in found.illegal)
-    with pytest.raises(ee.ExitPointError, match="No sample can leave .* folded with windows"):
+    with pytest.raises(ee.ExitPointError, match=r"No sample can leave .* folded with windows"):
         found[found.illegal[0].name]
 
 
@@ -182,7 +184,9 @@ def test_stages_follow_moved_and_replaced_parameters() -> None:
     branched.operate(thresholds=2.0)
     x = torch.randn(4, 8)
     before = branched.predict(x).logits
-    model.load_state_dict({k: v + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {k: v + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}, assign=True
+    )
     after = branched.predict(x).logits
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, model(x))
