@@ -1,0 +1,83 @@
+"""The command line: every sub-command on real files, and its errors."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from ee_surgery.cli import app
+
+runner = CliRunner()
+
+
+def _run(*arguments: str, code: int = 0) -> str:
+    result = runner.invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file and a folder with two pictures in each of three classes."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=1000).state_dict(), folder / "weights.pt")
+    for name in ("0", "7", "999"):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = torch.randint(0, 256, (160, 160, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
+    return folder
+
+
+def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
+    pictures, weights = str(files / "pictures"), ["--checkpoint", str(files / "weights.pt")]
+    adapter = str(tmp_path / "adapter")
+    out = _run(
+        "augment", "test_resnet", "--out", adapter, "--exits", "2", "--train", pictures, "--calibrate", pictures,
+        "--epochs", "1", "--batch-size", "2", *weights,
+    )  # fmt: skip
+    assert "unchanged: all" in out
+    assert "Frontier on 6 held-out samples" in out
+    assert "agreement" in _run("calibrate", adapter, "--data", pictures, "--unlabelled", "--budget", "2", *weights)
+    assert "of its MACs, 6 samples" in _run("evaluate", adapter, "--data", pictures, *weights)
+    assert "interleaved rounds" in _run("bench", adapter, "--data", pictures, "--samples", "2", *weights)
+    assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
+
+
+def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("inspect", "augment"):
+        example = _run(command, "--help").split("Example: ")[1].splitlines()[0]
+        _run(*shlex.split(example)[1:])
+    for command in ("calibrate", "evaluate", "bench", "demo"):
+        assert f"Example: ee-surgery {command}" in _run(command, "--help")
+
+
+def test_inspect_shows_blocks_or_everything() -> None:
+    out = _run("inspect", "test_resnet", "--random-weights")
+    assert "layer2" in out
+    assert "If half of the samples left" in out
+    assert "layer2.0.conv1" in _run("inspect", "test_resnet", "--random-weights", "--all")
+
+
+def test_errors_are_one_sentence_and_exit_code_1(files: Path, tmp_path: Path) -> None:
+    assert "Cannot make 'no_such_model'" in _run("inspect", "no_such_model", code=1)
+    assert "No adapter folder" in _run("evaluate", str(tmp_path / "none"), "--data", str(tmp_path), code=1)
+    out = _run(
+        "augment", "test_resnet", "--out", str(tmp_path / "a"), "--exits", "99", "--random-weights", code=1
+    )  # fmt: skip
+    assert "has no room for 99 exits" in out
+    (tmp_path / "cats" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cats" / "cat" / "0.png")
+    out = _run(
+        "augment", "test_resnet", "--out", str(tmp_path / "b"), "--train", str(tmp_path / "cats"), "--random-weights",
+        code=1,
+    )  # fmt: skip
+    assert "--unlabelled" in out

@@ -1,0 +1,257 @@
+"""Training: only branches learn, kills do no harm, bad losses and bad data are said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ee_surgery as ee
+from ee_surgery.training import checkpoint
+
+PROGRAM = Path(__file__).parent / "killed_training.py"
+
+
+def small(confidence: bool = False) -> ee.EarlyExitModel:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    branch = ee.BranchSpec("mlp", confidence=confidence)
+    return ee.augment(model, ["2", "4"], branch=branch, sample=torch.randn(3, 3, 8, 8))
+
+
+def blobs(n: int = 256) -> TensorDataset:
+    """Four classes, told apart by the mean colour."""
+    labels = torch.arange(n) % 4
+    colours = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)) * 2
+    return TensorDataset(colours[labels][:, :, None, None] + torch.randn(n, 3, 8, 8), labels)
+
+
+QUICK = ee.TrainConfig(epochs=3, batch_size=32, lr=1e-2, progress=False)
+
+
+@pytest.mark.parametrize("objective", ["sum_ce", "weighted_ce", "kd", "recursive", "cumulative"])
+def test_every_objective_trains_the_branches_and_nothing_else(objective: str) -> None:
+    branched = small(confidence=True)
+    data = blobs()
+    first = ee.train(branched, data, ee.TrainConfig(epochs=1, batch_size=32, objective=objective, progress=False))
+    later = ee.train(branched, data, ee.TrainConfig(epochs=3, batch_size=32, objective=objective, progress=False))
+    assert later.epochs[-1].loss < first.epochs[0].loss
+    assert branched.receipt().unchanged
+    assert all(parameter.grad is None for parameter in branched.backbone.parameters())
+
+
+def test_branches_learn_and_report_validation_accuracy() -> None:
+    branched = small()
+    report = ee.train(branched, blobs(), ee.TrainConfig(epochs=8, batch_size=16, lr=2e-2, distill=0, progress=False))
+    assert report.accuracies["4"] > 0.8
+    assert set(report.accuracies) == {"2", "4", "original"}
+    assert not branched.training
+
+
+def test_teaching_from_the_original_needs_no_labels() -> None:
+    branched = small()
+    inputs = [batch for batch, _ in DataLoader(blobs(), 32)]
+    config = ee.TrainConfig(epochs=6, teach="original", lr=1e-2, progress=False)
+    ee.train(branched, inputs, config)
+    agreement = ee.record(branched, inputs).accuracies
+    assert min(agreement) > 0.9
+    with pytest.raises(ee.DataError, match='teach="original"'):
+        ee.train(branched, inputs, QUICK)
+
+
+def test_every_form_of_data_gives_the_same_training() -> None:
+    data = blobs(64)
+    batches = [(x, y) for x, y in DataLoader(data, 16)]
+    forms = [batches, [{"pixel_values": x, "labels": y} for x, y in batches], DataLoader(data, 16)]
+    config = ee.TrainConfig(epochs=2, validation=0, progress=False)
+    results = []
+    for form in forms:
+        branched = small()
+        ee.train(branched, form, config)
+        results.append(torch.cat([p.flatten() for p in branched.branches.parameters()]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "empty"),
+        ([("a", "b")], "must be inputs"),
+        ([(torch.randn(4, 3, 8, 8), torch.zeros(3))], "4 inputs but 3 labels"),
+        ([(torch.randn(4, 3, 8, 8), torch.full((4,), 7))], "class numbers below 4"),
+        (3, "must be a Dataset"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_data_is_named(data: object, message: str) -> None:
+    with pytest.raises(ee.DataError, match=message):
+        ee.train(small(), data, ee.TrainConfig(epochs=1, progress=False))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_iterator_cannot_be_trained_on_twice() -> None:
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        yield torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+
+    with pytest.raises(ee.DataError, match="used up after one pass"):
+        ee.train(small(), stream(), ee.TrainConfig(epochs=2, schedule="constant", progress=False))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    branched = small()
+    bad = torch.randn(4, 3, 8, 8)
+    bad[0] = torch.nan
+    good = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 3
+    report = ee.train(branched, [*good, (bad, torch.arange(4)), *good], ee.TrainConfig(epochs=1, progress=False))
+    assert report.epochs[0].skipped == 1
+    assert "not finite; skipped" in capsys.readouterr().out
+    assert all(torch.isfinite(parameter).all() for parameter in branched.branches.parameters())
+
+
+def test_a_loss_that_stays_not_finite_stops_training() -> None:
+    bad = [(torch.full((4, 3, 8, 8), torch.nan), torch.arange(4))] * 30
+    with pytest.raises(ee.TrainingError, match="not finite for 10 steps in a row"):
+        ee.train(small(), bad, ee.TrainConfig(epochs=1, progress=False))
+
+
+def test_mixed_precision_and_sgd_train() -> None:
+    branched = small()
+    for precision in ("bf16", "no"):
+        config = ee.TrainConfig(
+            epochs=2,
+            batch_size=32,
+            optimizer="sgd",
+            lr=0.05,
+            schedule="step",
+            mixed_precision=precision,
+            progress=False,
+        )
+        report = ee.train(branched, blobs(), config)
+    assert report.epochs[-1].loss < report.epochs[0].loss
+    assert next(branched.branches.parameters()).dtype == torch.float32
+
+
+def test_the_users_random_state_is_given_back() -> None:
+    branched, data = small(), blobs(32)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    ee.train(branched, data, QUICK)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_decide_the_result() -> None:
+    def weights(seed: int) -> Tensor:
+        branched = small()
+        ee.train(branched, blobs(64), ee.TrainConfig(epochs=1, batch_size=16, seed=seed, progress=False))
+        return torch.cat([p.flatten() for p in branched.branches.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def _run(folder: Path, delay: float) -> subprocess.Popen[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder), str(delay)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[1])},
+    )  # fmt: skip
+
+
+def test_a_killed_training_ends_in_the_same_weights(tmp_path: Path) -> None:
+    whole = _run(tmp_path / "whole", 0)
+    out, _ = whole.communicate(timeout=240)
+    assert whole.returncode == 0, out
+    for moment in ("early", "late"):
+        folder = tmp_path / moment
+        process = _run(folder, 0.05)
+        target = {"early": (0, 4), "late": (1, 4)}[moment]
+        _kill_at(process, folder, target)
+        assert not (folder / "branches.pt").exists()
+        process = _run(folder, 0)
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+        (expected, losses), (seen, again) = (
+            torch.load(f / "branches.pt", weights_only=True) for f in (tmp_path / "whole", folder)
+        )
+        assert expected.keys() == seen.keys()
+        assert all(torch.equal(expected[name], seen[name]) for name in expected), moment
+        assert losses == again
+
+
+def _kill_at(process: subprocess.Popen[str], folder: Path, target: tuple[int, int]) -> None:
+    """SIGKILL once the checkpoint stands in the middle of an epoch at or behind `target`."""
+    path = folder / "training" / checkpoint.FILE
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists():
+            counters = torch.load(path, weights_only=True)["counters"]
+            if (counters["epoch"], counters["step"]) >= target and counters["step"]:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"training never stood at {target}: {process.communicate()[0]}")
+
+
+def test_checkpoints_of_other_settings_or_none_are_refused(tmp_path: Path) -> None:
+    config = ee.TrainConfig(epochs=1, batch_size=32, checkpoint_dir=str(tmp_path), progress=False)
+    branched = small()
+    ee.train(branched, blobs(64), config)
+    weights = [parameter.clone() for parameter in branched.branches.parameters()]
+    again = small()
+    report = ee.train(again, blobs(64), config)  # finished already: nothing left to do but to load it
+    assert all(torch.equal(a, b) for a, b in zip(weights, again.branches.parameters(), strict=True))
+    assert len(report.epochs) == 1
+    other = ee.TrainConfig(epochs=1, batch_size=32, lr=0.5, checkpoint_dir=str(tmp_path), progress=False)
+    with pytest.raises(ee.TrainingError, match=r"lr: 0\.001 there, 0\.5 now"):
+        ee.train(small(), blobs(64), other)
+    (tmp_path / checkpoint.FILE).write_bytes(b"torn")
+    with pytest.raises(ee.TrainingError, match="no checkpoint of this version"):
+        ee.train(small(), blobs(64), config)
+
+
+def test_calibrate_operate_evaluate() -> None:
+    branched = small()
+    data = blobs(512)
+    ee.train(branched, data, ee.TrainConfig(epochs=6, batch_size=32, lr=2e-2, teach="original", progress=False))
+    with pytest.raises(ee.OperatingPointError, match=r"run ee\.calibrate"):
+        branched.operate(budget=0.5)
+    frontier = ee.calibrate(branched, data)
+    point = branched.operate(max_accuracy_drop=0.02)
+    assert point is not None
+    assert point in list(frontier)
+    result = ee.evaluate(branched, data)
+    assert result.accuracy == pytest.approx(point.accuracy, abs=0.005)
+    assert result.macs_fraction == pytest.approx(point.macs_fraction, abs=0.005)
+    assert result.exit_shares == pytest.approx(point.exit_shares, abs=0.005)
+    assert sum(result.exit_shares) == pytest.approx(1)
+    assert branched.operate(None) is None
+    assert ee.evaluate(branched, data).macs_fraction == 1
+    with pytest.raises(ee.OperatingPointError, match="exactly one"):
+        branched.operate(budget=0.5, max_accuracy_drop=0.1)
+    with pytest.raises(ee.OperatingPointError, match="3 thresholds for 2 branches"):
+        branched.operate(thresholds=[0.1, 0.2, 0.3])
+    with pytest.raises(ee.DataError, match="empty"):
+        ee.evaluate(branched, [])
+
+
+def test_the_one_liner_does_it_all() -> None:
+    model = small().backbone
+    branched = ee.augment(
+        model, ["2", "4"], branch="mlp", sample=torch.randn(3, 3, 8, 8), train=blobs(), calibrate=blobs(), config=QUICK
+    )
+    assert branched.frontier is not None
+    assert branched.receipt().unchanged
