@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
@@ -72,9 +72,8 @@ def main() -> None:
     networks = {depth: _network(depth) for depth in (20, 32, 56)}
     _, mean, std = data.weights("cifar10_resnet56")
     images, labels = (tensor[:few] for tensor in data.cifar10("train"))
-    branched = _branch(
-        networks[56], Varied(images, labels, mean, std), 1 if options.smoke else options.epochs, options.out
-    )
+    epochs = 1 if options.smoke else options.epochs
+    branched = _branch(networks[56], Varied(images, labels, mean, std), epochs, options.out)
 
     test, truth = (tensor[:few] for tensor in data.cifar10("test"))
     test = (test.float() / 255 - mean) / std
@@ -119,16 +118,18 @@ def main() -> None:
         speed = _against(networks[depth], networks[56], test, 3 if options.smoke else 30)
         table.add_row(f"static ResNet-{depth}", _spread(accuracy), _spread(drops), cost, "", *speed)
     console.print(table)
-    alone = ", ".join(f"{a:.2%}" for a in records.accuracies)
-    console.print(f"each exit alone on the whole test set: {alone}; branches cost "
-                  f"{', '.join(f'{m / records.base_macs:.1%}' for m in records.branch_macs)} of the original")  # fmt: skip
+    alone = ", ".join(f"{accuracy:.2%}" for accuracy in records.accuracies)
+    costs = ", ".join(f"{macs / records.base_macs:.1%}" for macs in records.branch_macs)
+    console.print(f"each exit alone on the whole test set: {alone}; branches cost {costs} of the original")
     branched.frontier = first
     branched.operate(max_accuracy_drop=0.01)
     branched.save_pretrained(options.out / "adapter")
     first.plot(options.out / "frontier.png")
     console.print(f"original {branched.receipt()}")
-    console.print(f"seed 0, {options.epochs} epochs, {time.time() - started:.0f} s in all with {options.threads} threads to train; "
-                  f"times: {environment(test.device)}, speed on split 0")  # fmt: skip
+    console.print(
+        f"seed 0, {epochs} epochs, {time.time() - started:.0f} s in all with {options.threads} threads to train; speed "
+        f"on split 0: {environment(test.device)}"
+    )
 
 
 def _network(depth: int) -> CifarResNet:
@@ -139,12 +140,10 @@ def _network(depth: int) -> CifarResNet:
 
 def _branch(model: CifarResNet, train: Varied, epochs: int, out: Path) -> ee.EarlyExitModel:
     branched = ee.augment(model, 6, "linear", sample=torch.zeros(1, 3, 32, 32))
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=10), v2.CutMix(alpha=1.0, num_classes=10)])
-    batches = DataLoader(train, 128, shuffle=True, drop_last=True, collate_fn=lambda rows: mix(*default_collate(rows)))
     config = ee.TrainConfig(
-        epochs=epochs, lr=3e-3, weight_decay=5e-3, objective="kd", temperature=1.0, checkpoint_dir=str(out / "training")
+        epochs=epochs, lr=3e-3, weight_decay=5e-3, distill=0.5, validation=0, checkpoint_dir=str(out / "training")
     )
-    ee.train(branched, batches, config)
+    ee.train(branched, train, config)
     return branched
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,19 +32,27 @@ def cifar10(split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.ascontiguousarray(planes.transpose(1, 0, 2, 3))), torch.from_numpy(labels)
 
 
-def imagenette(split: str) -> dict[str, object]:
-    """Imagenette `train` or `test`: decoded RGB `images` (PIL), `imagenet_index` (N,), `from_imagenet_val` (N,)."""
-    from PIL import Image
+class Photos(NamedTuple):
+    """Photographs of ten ImageNet classes."""
 
+    images: list[Image.Image]
+    """RGB, short side 160 px."""
+    imagenet_index: Tensor
+    """int64 (N,), in 0..999."""
+    from_imagenet_val: Tensor
+    """bool (N,): of the ImageNet validation set, so that no ImageNet network has learnt from it."""
+
+
+def imagenette(split: str) -> Photos:
+    """Imagenette `train` or `test`, decoded."""
     with np.load(folder() / "imagenette160" / f"{split}.npz") as file:
         data = {key: file[key] for key in ("jpeg", "offsets", "imagenet_index", "from_imagenet_val")}
-    starts, stops = data["offsets"][:-1], data["offsets"][1:]
-    pictures = [data["jpeg"][a:b].tobytes() for a, b in zip(starts, stops, strict=True)]
-    return {
-        "images": [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures],
-        "imagenet_index": torch.from_numpy(data["imagenet_index"].astype(np.int64)),
-        "from_imagenet_val": torch.from_numpy(data["from_imagenet_val"]),
-    }
+    pictures = [data["jpeg"][a:b].tobytes() for a, b in itertools.pairwise(data["offsets"])]
+    return Photos(
+        [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures],
+        torch.from_numpy(data["imagenet_index"].astype(np.int64)),
+        torch.from_numpy(data["from_imagenet_val"]),
+    )
 
 
 def weights(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
