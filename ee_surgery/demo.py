@@ -21,7 +21,7 @@ EPOCHS = 12
 
 def run(out: Path, console: Console) -> ee.EarlyExitModel:
     """Train a stand-in, then inspect, augment, train, calibrate, run and save; leaves adapter and plot in `out`."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = digits()
     splits = [TensorDataset(images[a:b], labels[a:b]) for a, b in ((0, 900), (900, 1300), (1300, len(images)))]
@@ -38,7 +38,7 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
 
     console.rule("augment, train the branches, calibrate on held-out digits")
     branched = ee.attach(graph, ee.place(graph, exits=3))
-    report = ee.train(branched, learn, ee.TrainConfig(epochs=15, batch_size=64, lr=3e-3, validation=0, progress=False))
+    report = ee.train(branched, learn, ee.TrainConfig(epochs=40, batch_size=64, lr=1e-2, validation=0, progress=False))
     console.print(f"branches at {', '.join(branched.exits)}: loss {report.epochs[-1].loss:.3f}")
     frontier = ee.calibrate(branched, held_out)
     console.print(frontier_table(frontier))

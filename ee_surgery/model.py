@@ -21,9 +21,8 @@ from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
-from ee_surgery.policies.records import exit_costs
 from ee_surgery.runtime.program import Program, build_program, verify
-from ee_surgery.runtime.routed import ExitOutput, route
+from ee_surgery.runtime.routed import ExitOutput, Router
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
@@ -80,7 +79,8 @@ class EarlyExitModel(nn.Module):
         self._disabled = False
         self._before = graph.backbone.digests()
         self._programs: OrderedDict[tuple[object, ...], tuple[Program, list[int]]] = OrderedDict()
-        self._costs: tuple[object, list[int]] | None = None
+        # The router of the inputs last seen, by their key: the hot path looks nothing else up.
+        self._router: tuple[tuple[object, ...], Router] | None = None
         weights = next(graph.backbone.model.parameters(), None)
         if weights is not None:
             self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
@@ -155,7 +155,7 @@ class EarlyExitModel(nn.Module):
             raise OperatingPointError(
                 f"{len(policy.thresholds)} thresholds for {len(self.branches)} branches at {self.exits}."
             )
-        self.operating_point, self._policy, self._costs = point, policy, None
+        self.operating_point, self._policy, self._router = point, policy, None
         return point
 
     @property
@@ -197,19 +197,24 @@ class EarlyExitModel(nn.Module):
                 captured on first use and kept.
         """
         with torch.no_grad():
-            policy = self.policy
-            if policy is None:
-                logits = self._backbone.logits(self._backbone(x))
-                last = torch.full((len(x),), len(self.branches), device=logits.device)
-                nan = torch.full((len(x),), torch.nan, device=logits.device)
-                return ExitOutput(logits, last, nan, torch.full_like(last, self.program(x).trunk_macs[-1]))
-            program, branch_macs = self._program(x)
-            if self._costs is None or self._costs[0] is not program:
-                self._costs = program, exit_costs(program.trunk_macs, branch_macs, policy.visits)
             if not self.branches.training:
-                return route(program, list(self.branches), policy, self._costs[1], x)  # pyright: ignore[reportArgumentType]
+                return self._route(x)
             with eval_mode(list(self.branches.modules())):
-                return route(program, list(self.branches), policy, self._costs[1], x)  # pyright: ignore[reportArgumentType]
+                return self._route(x)
+
+    def _route(self, x: Tensor) -> ExitOutput:
+        key = _key(x)
+        if self._router is not None and self._router[0] == key and not self._disabled:
+            return self._router[1](x)
+        program, branch_macs = self._program(x)
+        policy = self.policy
+        if policy is not None:
+            self._router = key, Router(program, self._branches(), policy, branch_macs)
+            return self._router[1](x)
+        logits = self._backbone.logits(self._backbone(x))
+        last = torch.full((len(x),), len(self.branches), device=logits.device)
+        nan = torch.full((len(x),), torch.nan, device=logits.device)
+        return ExitOutput(logits, last, nan, torch.tensor(program.trunk_macs, device=logits.device))
 
     def all_exits(self, x: Tensor) -> Tensor:
         """Logits of every exit for every sample, (K, B, C), the original's last; nobody leaves."""
@@ -295,7 +300,7 @@ class EarlyExitModel(nn.Module):
 
 def _key(x: Tensor) -> tuple[object, ...]:
     # export bakes shapes, dtypes and device constants into a graph; the batch alone is free
-    return (*x.shape[1:], x.dtype, x.device)
+    return x.shape[1:], x.dtype, x.device
 
 
 def attach(

@@ -40,7 +40,9 @@ class ThresholdPolicy:
     def __post_init__(self) -> None:
         if any(math.isnan(value) for value in self.thresholds):
             raise ConfigError(f"Thresholds must be numbers, got {self.thresholds}. Use inf to close an exit.")
-        object.__setattr__(self, "_score", SCORES[self.score])  # looked up once: decide runs at every exit
+        # Looked up once: decide runs at every exit. Scores are float32, so thresholds are compared as float32.
+        object.__setattr__(self, "_score", SCORES[self.score])
+        object.__setattr__(self, "_taus", torch.tensor(self.thresholds, dtype=torch.float32).tolist())
 
     @property
     def visits(self) -> tuple[bool, ...]:
@@ -58,7 +60,19 @@ class ThresholdPolicy:
         Args:
             logits: (B, C), `confidence`: (B,) or None, `state`: from the exit before, () at the first.
         """
-        score, state = self._score(logits, confidence, state)  # pyright: ignore[reportAttributeAccessIssue]
+        score, state = self._score(_precise(logits), confidence, state)  # pyright: ignore[reportAttributeAccessIssue]
         # One sum tells: it is finite unless a logit is not (or their sum overflows, which is no answer either).
-        leaves = (score >= self.thresholds[exit_index]) & torch.isfinite(logits.sum(-1))
+        leaves = (score >= self._taus[exit_index]) & torch.isfinite(logits.sum(-1))  # pyright: ignore[reportAttributeAccessIssue]
         return Decision(score, leaves, state)
+
+    def decide_one(
+        self, exit_index: int, logits: Tensor, confidence: Tensor | None, state: State
+    ) -> tuple[bool, Tensor, State]:
+        """The same for a batch of one, compared in Python: a few kernel launches fewer, which count at batch 1."""
+        score, state = self._score(_precise(logits), confidence, state)  # pyright: ignore[reportAttributeAccessIssue]
+        leaves = score.item() >= self._taus[exit_index] and math.isfinite(logits.sum().item())  # pyright: ignore[reportAttributeAccessIssue]
+        return leaves, score, state
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,9 +39,10 @@ def interleave(
         Seconds of each call, `rounds` a function, in the order of the rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
+    names, order = list(functions), random.Random(0)
     for i in range(-warmup, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody always goes first
+        order.shuffle(names)  # whoever goes before leaves its data in the caches: let that be anybody
+        for name in names:
             _synchronise(device)
             start = time.perf_counter()
             functions[name]()

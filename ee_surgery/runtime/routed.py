@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from torch import Tensor
 from ee_surgery.branches.base import Branch
 from ee_surgery.graph.stages import compact
 from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import State
 from ee_surgery.runtime.program import Program
 
 
-@dataclass(frozen=True, eq=False)
-class ExitOutput:
+class ExitOutput(NamedTuple):
     """Where each sample left, with what answer, at what cost."""
 
     logits: Tensor
@@ -25,86 +25,89 @@ class ExitOutput:
     """int64, shape (B,); the last is the original's own head."""
     score: Tensor
     """Score at the exit taken, shape (B,); NaN at the original's head, which is not asked."""
-    macs: Tensor
-    """int64, shape (B,): the stages that ran for the sample and every branch it was shown to."""
+    costs: Tensor
+    """MACs of leaving at each exit, int64, shape (K,)."""
+
+    @property
+    def macs(self) -> Tensor:
+        """int64, shape (B,): the stages that ran for each sample and every branch it was shown to."""
+        return self.costs[self.exit_index]
 
 
-def route(
-    program: Program, branches: Sequence[Branch], policy: ThresholdPolicy, costs: Sequence[int], x: Tensor
-) -> ExitOutput:
-    """Run stages, ask branches, let samples leave, compact what is left.
+class Router:
+    """Stages, branches and a policy, ready to run: everything that does not depend on the batch is worked out here.
 
     Args:
-        program: K stages. `branches`: K - 1, in eval mode.
-        costs: MACs of leaving at each of the K exits.
-        x: inputs, shape (B, ...).
+        program: K stages.
+        branches: K - 1, in eval mode.
+        branch_macs: of each branch, one sample.
     """
-    if x.shape[0] == 1:
-        return _route_one(program, branches, policy, costs, x)
-    visits, dims = policy.visits, [stage.batch_dims for stage in program.stages]
-    rows: Tensor | None = None  # which samples are still in flight; None while all are
-    state: State = ()
-    live = program.stages[0](x)
-    # Filled once the first answer tells classes and dtype.
-    logits = exit_index = score = None
-    for k, branch in enumerate(branches):
-        if visits[k]:
-            answer = branch(program.features(k, live))
-            decision = policy.decide(k, answer.logits, answer.confidence, state)
-            state = decision.state
-            gone = decision.leaves.nonzero().squeeze(1)
-            if len(gone) > 0:
-                if logits is None or exit_index is None or score is None:
-                    logits, exit_index, score = _empty(answer.logits, x.shape[0], len(branches))
-                stay = None if len(gone) == len(decision.leaves) else (~decision.leaves).nonzero().squeeze(1)
-                done = gone if rows is None else rows[gone]
-                everyone = stay is None and rows is None
-                logits[done] = answer.logits if everyone else answer.logits[gone]
-                score[done] = (decision.score if everyone else decision.score[gone]).to(score.dtype)
-                exit_index[done] = k
-                if stay is None:
-                    return _output(logits, exit_index, score, costs)
-                rows = stay if rows is None else rows[stay]
-                live = compact(live, dims[k + 1], stay)
-                state = tuple(tensor.index_select(0, stay) for tensor in state)
-        live = program.stages[k + 1](*live)
-    if logits is None or exit_index is None or score is None or rows is None:
-        _, exit_index, score = _empty(live[0], x.shape[0], len(branches))
-        return _output(live[0], exit_index, score, costs)
-    logits[rows] = live[0].to(logits.dtype)
-    return _output(logits, exit_index, score, costs)
 
+    def __init__(
+        self, program: Program, branches: Sequence[Branch], policy: ThresholdPolicy, branch_macs: Sequence[int]
+    ) -> None:
+        self.program = program
+        self.policy = policy
+        self.last = len(branches)
+        device = next(branches[0].parameters()).device
+        self.costs = torch.tensor(exit_costs(program.trunk_macs, branch_macs, policy.visits), device=device)
+        # Copied at batch 1: cheaper than making tensors out of numbers.
+        self._index = [torch.tensor([k], device=device) for k in range(self.last + 1)]
+        self._unasked = torch.full((1,), torch.nan, device=device)
+        # Exits that are closed have no branch to ask.
+        asked = [branch if seen else None for branch, seen in zip(branches, policy.visits, strict=True)]
+        dims = [stage.batch_dims[read] for stage, read in zip(program.stages[1:], program.reads, strict=True)]
+        self.steps = list(zip(program.stages[1:], asked, program.reads, dims, strict=True))
 
-def _empty(like: Tensor, batch: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-    logits = like.new_empty((batch, like.shape[1]))
-    exit_index = torch.full((batch,), last, device=like.device)
-    return logits, exit_index, torch.full((batch,), torch.nan, device=like.device)
+    def __call__(self, x: Tensor) -> ExitOutput:
+        """Run stages, ask branches, let samples leave, compact what is left; x of shape (B, ...)."""
+        return self._one(x) if x.shape[0] == 1 else self._batch(x)
 
+    def _batch(self, x: Tensor) -> ExitOutput:
+        rows: Tensor | None = None  # which samples are still in flight; None while all are
+        state: State = ()
+        results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
+        live = self.program.stages[0](x)
+        for k, (stage, branch, read, dim) in enumerate(self.steps):
+            if branch is not None:
+                answer = branch(live[read] if dim == 0 else live[read].movedim(dim, 0))
+                decision = self.policy.decide(k, answer.logits, answer.confidence, state)
+                state = decision.state
+                gone = decision.leaves.nonzero().squeeze(1)
+                if len(gone) > 0:
+                    results = results or self._results(answer.logits, len(x))
+                    done = gone if rows is None else rows[gone]
+                    for result, value in zip(results, (answer.logits, decision.score), strict=False):
+                        result[done] = value[gone].to(result.dtype)
+                    results[2][done] = k
+                    if len(gone) == len(decision.leaves):
+                        break
+                    stay = (~decision.leaves).nonzero().squeeze(1)
+                    rows = stay if rows is None else rows[stay]
+                    live = compact(live, stage.batch_dims, stay)
+                    state = tuple(tensor.index_select(0, stay) for tensor in state)
+            live = stage(*live)
+        else:  # somebody came through to the original's own head
+            results = results or self._results(live[0], len(x))
+            results[0][slice(None) if rows is None else rows] = live[0].to(results[0].dtype)
+        logits, score, exit_index = results
+        return ExitOutput(logits, exit_index, score, self.costs)
 
-def _output(logits: Tensor, exit_index: Tensor, score: Tensor, costs: Sequence[int]) -> ExitOutput:
-    return ExitOutput(logits, exit_index, score, torch.tensor(costs, device=logits.device)[exit_index])
+    def _results(self, like: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, score and exit of a batch of which nobody has left early."""
+        score = torch.full((batch,), torch.nan, device=like.device)
+        exit_index = torch.full((batch,), self.last, device=like.device)
+        return like.new_empty((batch, like.shape[1])), score, exit_index
 
-
-def _route_one(
-    program: Program, branches: Sequence[Branch], policy: ThresholdPolicy, costs: Sequence[int], x: Tensor
-) -> ExitOutput:
-    """One sample: it leaves or it does not, so nothing is indexed."""
-    visits = policy.visits
-    state: State = ()
-    live = program.stages[0](x)
-    for k, branch in enumerate(branches):
-        if visits[k]:
-            answer = branch(program.features(k, live))
-            decision = policy.decide(k, answer.logits, answer.confidence, state)
-            if decision.leaves.item():
-                return _single(answer.logits, k, decision.score.float(), costs)
-            state = decision.state
-        live = program.stages[k + 1](*live)
-    return _single(live[0], len(branches), torch.full((1,), torch.nan, device=x.device), costs)
-
-
-def _single(logits: Tensor, exit_index: int, score: Tensor, costs: Sequence[int]) -> ExitOutput:
-    device = logits.device
-    return ExitOutput(
-        logits, torch.tensor([exit_index], device=device), score, torch.tensor([costs[exit_index]], device=device)
-    )
+    def _one(self, x: Tensor) -> ExitOutput:
+        """One sample: it leaves or it does not, so nothing is indexed."""
+        state: State = ()
+        live = self.program.stages[0](x)
+        for k, (stage, branch, read, dim) in enumerate(self.steps):
+            if branch is not None:
+                answer = branch(live[read] if dim == 0 else live[read].movedim(dim, 0))
+                leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
+                if leaves:
+                    return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs)
+            live = stage(*live)
+        return ExitOutput(live[0], self._index[self.last].clone(), self._unasked.clone(), self.costs)
