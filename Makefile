@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
-.PHONY: setup demo test test-all check fmt clean
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-slow test-all check fmt clean
 
 setup: $(VENV)/ready
 
@@ -20,8 +22,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-test-all: setup
-	$(BIN)/python -m pytest -m 'not gpu and not hub'
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 check: setup
 	$(BIN)/ruff check .

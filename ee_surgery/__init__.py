@@ -27,6 +27,7 @@ from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.scores import SCORES
 from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.data import batches
 from ee_surgery.training.loop import TrainReport, train
 from ee_surgery.training.objectives import OBJECTIVES
 from ee_surgery.training.record import Evaluation, calibrate, evaluate, record
@@ -68,6 +69,7 @@ __all__ = [
     "accuracy_drop_rule",
     "attach",
     "augment",
+    "batches",
     "calibrate",
     "evaluate",
     "from_pretrained",

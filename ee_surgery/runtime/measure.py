@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ee_surgery.backbone import eval_mode
 from ee_surgery.errors import DataError
 from ee_surgery.graph.stages import compact
 
@@ -104,7 +105,8 @@ def measure(
     batches = [batch for batch in inputs.split(batch_size) if len(batch) == batch_size]
     if not batches:
         raise DataError(f"{len(inputs)} inputs are no batch of {batch_size}.")
-    with torch.no_grad():
+    # the original itself is called: one in train mode would move its BatchNorm statistics
+    with torch.no_grad(), eval_mode(list(branched.backbone.modules())):
         cost = torch.cat([branched.predict(batch).macs for batch in batches]).double().mean().item()
         routed, plain = [[0.0] * rounds for _ in range(2)]
         latencies: dict[str, list[float]] = {"routed": [], "original": []}

@@ -66,14 +66,19 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def batches(
-    data: Data, batch_size: int, device: torch.device, dtype: torch.dtype
+    data: Data, batch_size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches in order, on a device, floating inputs in the model's dtype."""
+    """Batches of (inputs, labels) in order, from any form of data; labels are None where there are none.
+
+    Args:
+        batch_size: of a Dataset; batches that come as such stay as they are.
+        device: where to put them; floating inputs become `dtype`.
+    """
     for batch in loader(data, batch_size):
         inputs, labels = unpack(batch)
         yield place(inputs, device, dtype), None if labels is None else labels.to(device)
 
 
-def place(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def place(inputs: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """Inputs on a device; integer inputs keep their type."""
     return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)

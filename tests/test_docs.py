@@ -1,0 +1,76 @@
+"""Every Python snippet of README and docs runs, file by file, on small stand-ins for what would be downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+
+import ee_surgery as ee
+
+ROOT = Path(__file__).parents[1]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders of pictures in the working directory, no downloads, small models."""
+    for split in ("train", "held_out"):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    vit = transformers.ViTForImageClassification(config)
+    monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", lambda name: vit)
+
+    def processor(picture: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.rand(1, 3, 32, 32)}
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name: processor)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.usefixtures("photos")
+def test_snippets_run(path: Path) -> None:
+    namespace: dict[str, object] = {}
+    registered = set(ee.BRANCHES)
+    try:
+        for i, code in enumerate(SNIPPET.findall(path.read_text())):
+            exec(compile(code, f"{path.name}[{i}]", "exec"), namespace)
+    finally:
+        for name in set(ee.BRANCHES) - registered:
+            del ee.BRANCHES._items[name]
+    branched = namespace.get("branched")
+    if path.name in ("README.md", "guide.md"):
+        assert isinstance(branched, ee.EarlyExitModel)
+        assert branched.receipt().unchanged
+
+
+def test_the_readme_examples_are_short() -> None:
+    for code in SNIPPET.findall((ROOT / "README.md").read_text()):
+        assert len([line for line in code.splitlines() if line.strip()]) < 20
+
+
+def test_every_public_name_is_mentioned_in_the_docs() -> None:
+    text = "\n".join(path.read_text() for path in FILES)
+    functions = [name for name in ee.__all__ if name.islower()]
+    assert [name for name in functions if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_links_lead_somewhere() -> None:
+    for path in FILES:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"

@@ -1,0 +1,35 @@
+"""Every recipe and benchmark runs in small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import data
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = [
+    path for folder in ("recipes", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_smoke(path: Path, tmp_path: Path) -> None:
+    if path.parent.name == "recipes" and not (data.folder() / "weights").exists():
+        pytest.skip(f"pretrained networks not found in {data.folder()}; set EE_SURGERY_DATA")
+    command = [sys.executable, "-m", f"{path.parent.name}.{path.stem}", "--smoke"]
+    if path.parent.name == "recipes":
+        command += ["--out", str(tmp_path), "--threads", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if path.parent.name == "recipes":
+        assert "original unchanged" in done.stdout
+    else:
+        assert "torch" in done.stdout
