@@ -1,6 +1,6 @@
 """How long `inspect` takes on every model of the test zoo.
 
-    python -m benchmarks.inspection
+python -m benchmarks.inspection
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import timm
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    console = Console(width=120)
+    console = Console(width=140)
     rounds = 2 if options.smoke else options.rounds
     names = ["CIFAR ResNet-56"] if options.smoke else options.case or list(CASES)
     routed, single = _table("forced exits 50 % + 25 %"), _table("batch 1, leaving at each exit in turn")
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=box.MARKDOWN)
     for column in ("", "original ms", "routed ms", "ideal ms", "routed / ideal", "ideal / routed", "routed / original"):
         table.add_column(column, justify="right")
     return table

@@ -88,6 +88,10 @@ class EarlyExitModel(nn.Module):
         self._programs[_key(sample)] = self._compile(graph, sample)
         self.train(False)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Stages are functions over this very original's tables: a copy makes its own on first use.
+        return {**self.__dict__, "_programs": OrderedDict(), "_router": None}
+
     # --- what it is
 
     @property

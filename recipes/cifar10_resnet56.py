@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,14 +25,14 @@ from ee_surgery.runtime.measure import environment, interleave, measure
 from recipes import data
 from recipes.networks import CifarResNet
 
-REQUESTS: list[tuple[str, dict[str, float]]] = [
-    ("drop 0.5 points", {"max_accuracy_drop": 0.005}),
-    ("drop 1 point", {"max_accuracy_drop": 0.01}),
-    ("drop 2 points", {"max_accuracy_drop": 0.02}),
-    ("budget 0.75", {"budget": 0.75}),
-    ("budget 0.5", {"budget": 0.5}),
-]
-SCORES = ("max_prob", "margin", "entropy")
+REQUESTS: dict[str, dict[str, float]] = {
+    "drop 0.5 points": {"max_accuracy_drop": 0.005},
+    "drop 1 point": {"max_accuracy_drop": 0.01},
+    "drop 2 points": {"max_accuracy_drop": 0.02},
+    "budget 0.75": {"budget": 0.75},
+    "budget 0.5": {"budget": 0.5},
+}
+COLUMNS = ("", "accuracy %", "below original", "mean MACs %", "share at each exit", "latency b1", "throughput b64")
 
 
 class Varied(Dataset):  # pyright: ignore[reportMissingTypeArgument]
@@ -57,94 +57,76 @@ class Varied(Dataset):  # pyright: ignore[reportMissingTypeArgument]
 
 
 def main() -> None:
-    """Train, record, split twenty times, time, print."""
+    """Train, record, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_resnet56"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="to train; speed is measured with one")
     parser.add_argument("--smoke", action="store_true", help="a few images, one epoch")
     options = parser.parse_args()
     few = 256 if options.smoke else None
     torch.set_num_threads(options.threads)
-    started = time.time()
-    console = Console(width=130)
+    console = Console(width=160, record=True)
 
     networks = {depth: _network(depth) for depth in (20, 32, 56)}
     _, mean, std = data.weights("cifar10_resnet56")
     images, labels = (tensor[:few] for tensor in data.cifar10("train"))
-    epochs = 1 if options.smoke else options.epochs
-    branched = _branch(networks[56], Varied(images, labels, mean, std), epochs, options.out)
+    branched = ee.augment(networks[56], 6, "linear", sample=torch.zeros(1, 3, 32, 32))
+    config = ee.TrainConfig(
+        epochs=1 if options.smoke else options.epochs,
+        lr=3e-3,
+        weight_decay=5e-3,
+        validation=0,
+        checkpoint_dir=str(options.out / "training"),
+    )
+    trained = ee.train(branched, Varied(images, labels, mean, std), config)
 
     test, truth = (tensor[:few] for tensor in data.cifar10("test"))
     test = (test.float() / 255 - mean) / std
     records = ee.record(branched, list(zip(test.split(250), truth.split(250), strict=True)))
     records.save(options.out / "test_records.safetensors")
-    static = {depth: _right(networks[depth], test, truth) for depth in (20, 32)}
-
     splits = [torch.randperm(len(test), generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(20)]
-    rows = _splits(records, splits)
-    base = [records.take(reported).base_accuracy for _, reported in splits]
-    table = Table(
-        title=f"CIFAR-10, ResNet-56, exits at {', '.join(branched.exits)}; 20 splits {len(test) // 2}/{len(test) // 2}"
-    )
-    for column in (
-        "",
-        "accuracy",
-        "below original",
-        "mean MACs",
-        "share leaving at each exit",
-        "latency b1",
-        "throughput b64",
-    ):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_row("original", _spread(base), "", "100 %", "", "1", "1")
+    frontier = ee.Frontier.search(records.take(splits[0][0]))
     torch.set_num_threads(1)
-    first = ee.Frontier.search(records.take(splits[0][0]), SCORES)
-    timed = test[splits[0][1]]
-    for name, request in REQUESTS:
-        branched.operate(first.at(**request))
-        one = measure(branched, timed[:192], batch_size=1, rounds=2 if options.smoke else 5)
-        many = measure(branched, timed[:1280], batch_size=64, rounds=2 if options.smoke else 5)
-        accuracy, cost, shares = rows[name]
-        drops = [b - a for a, b in zip(accuracy, base, strict=True)]
-        mean_shares = " ".join(f"{statistics.mean(column):.0%}" for column in zip(*shares, strict=True))
-        speed = [f"{one.latency_ratio:.3f}", f"{1 / many.latency_ratio:.3f}"]
-        table.add_row(name, _spread(accuracy), _spread(drops), _spread(cost), mean_shares, *speed)
-    branched.operate(None)
-    for depth, right in static.items():
+    rounds = 2 if options.smoke else 10
+
+    table = Table(box=box.MARKDOWN)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", overflow="fold")
+    base = [records.take(reported).base_accuracy for _, reported in splits]
+    table.add_row("original", _spread(base), "", "100", "", "1", "1")
+    for name, (accuracy, cost, shares) in _splits(records, splits).items():
+        branched.operate(frontier.at(**REQUESTS[name]))
+        speed = _speed(branched, test[splits[0][1]], rounds)
+        shown = " ".join(f"{statistics.mean(column):.0%}" for column in zip(*shares, strict=True))
+        table.add_row(name, _spread(accuracy), _below(accuracy, base), _spread(cost), shown, *speed)
+    for depth in (20, 32):
+        right = _right(networks[depth], test, truth)
         accuracy = [right[reported].double().mean().item() for _, reported in splits]
-        drops = [b - a for a, b in zip(accuracy, base, strict=True)]
-        cost = f"{ee.inspect(networks[depth], test[:3]).macs / records.base_macs:.1%}"
-        speed = _against(networks[depth], networks[56], test, 3 if options.smoke else 30)
-        table.add_row(f"static ResNet-{depth}", _spread(accuracy), _spread(drops), cost, "", *speed)
+        cost = f"{100 * ee.inspect(networks[depth], test[:3]).macs / records.base_macs:.1f}"
+        speed = _against(networks[depth], networks[56], test, 5 * rounds)
+        table.add_row(f"static ResNet-{depth}", _spread(accuracy), _below(accuracy, base), cost, "", *speed)
+
     console.print(table)
     alone = ", ".join(f"{accuracy:.2%}" for accuracy in records.accuracies)
     costs = ", ".join(f"{macs / records.base_macs:.1%}" for macs in records.branch_macs)
-    console.print(f"each exit alone on the whole test set: {alone}; branches cost {costs} of the original")
-    branched.frontier = first
+    console.print(f"Exits at {', '.join(branched.exits)}, 20 splits of {len(test)} test images in halves.")
+    console.print(f"Each exit alone on the whole test set: {alone}; the branches cost {costs} of the original.")
+    minutes = sum(epoch.seconds for epoch in trained.epochs) / 60
+    console.print(f"Training: seed 0, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s).")
+    console.print(f"Speed on split 0: {environment(test.device)}.")
+    branched.frontier = frontier
     branched.operate(max_accuracy_drop=0.01)
     branched.save_pretrained(options.out / "adapter")
-    first.plot(options.out / "frontier.png")
-    console.print(f"original {branched.receipt()}")
-    console.print(
-        f"seed 0, {epochs} epochs, {time.time() - started:.0f} s in all with {options.threads} threads to train; speed "
-        f"on split 0: {environment(test.device)}"
-    )
+    frontier.plot(options.out / "frontier.png")
+    console.print(f"Original {branched.receipt()}.")
+    console.save_text(str(options.out / "report.md"))
 
 
 def _network(depth: int) -> CifarResNet:
     model = CifarResNet(depth)
     model.load_state_dict(data.weights(f"cifar10_resnet{depth}")[0], strict=False)  # no BatchNorm counters in the file
     return model.eval()
-
-
-def _branch(model: CifarResNet, train: Varied, epochs: int, out: Path) -> ee.EarlyExitModel:
-    branched = ee.augment(model, 6, "linear", sample=torch.zeros(1, 3, 32, 32))
-    config = ee.TrainConfig(
-        epochs=epochs, lr=3e-3, weight_decay=5e-3, distill=0.5, validation=0, checkpoint_dir=str(out / "training")
-    )
-    ee.train(branched, train, config)
-    return branched
 
 
 def _right(model: CifarResNet, images: Tensor, labels: Tensor) -> Tensor:
@@ -156,10 +138,10 @@ def _splits(
     records: ee.ExitRecords, splits: list[tuple[Tensor, ...]]
 ) -> dict[str, tuple[list[float], list[float], list[list[float]]]]:
     """Accuracy, mean MACs fraction and exit shares of every request on the reported half of every split."""
-    rows = {name: ([], [], []) for name, _ in REQUESTS}
+    rows = {name: ([], [], []) for name in REQUESTS}
     for chosen, reported in splits:
-        frontier, test = ee.Frontier.search(records.take(chosen), SCORES), records.take(reported)
-        for name, request in REQUESTS:
+        frontier, test = ee.Frontier.search(records.take(chosen)), records.take(reported)
+        for name, request in REQUESTS.items():
             replay = test.replay(frontier.at(**request).policy)
             accuracy, cost, shares = rows[name]
             accuracy.append(replay.correct.double().mean().item())
@@ -172,7 +154,18 @@ def _spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
 
 
-def _against(model: CifarResNet, original: CifarResNet, images: Tensor, rounds: int) -> list[str]:
+def _below(accuracy: list[float], base: list[float]) -> str:
+    return _spread([b - a for a, b in zip(accuracy, base, strict=True)])
+
+
+def _speed(branched: ee.EarlyExitModel, images: Tensor, rounds: int) -> tuple[str, str]:
+    """Latency at batch 1 and throughput at batch 64, by the original's, interleaved with it."""
+    one = measure(branched, images[:192], batch_size=1, rounds=rounds)
+    many = measure(branched, images[:1280], batch_size=64, rounds=rounds)
+    return f"{one.latency_ratio:.3f}", f"{1 / many.latency_ratio:.3f}"
+
+
+def _against(model: CifarResNet, original: CifarResNet, images: Tensor, rounds: int) -> tuple[str, str]:
     """Latency ratio at batch 1 and throughput ratio at batch 64."""
     ratios = []
     for batch in (1, 64):
@@ -180,7 +173,7 @@ def _against(model: CifarResNet, original: CifarResNet, images: Tensor, rounds: 
         with torch.no_grad():
             times = interleave({"a": lambda x=x: model(x), "b": lambda x=x: original(x)}, x.device, rounds=rounds)
         ratios.append(statistics.median(times["a"]) / statistics.median(times["b"]))
-    return [f"{ratios[0]:.3f}", f"{1 / ratios[1]:.3f}"]
+    return f"{ratios[0]:.3f}", f"{1 / ratios[1]:.3f}"
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ ImageNet-validation origin, which no network here has seen, are reported.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,6 +28,7 @@ from ee_surgery.runtime.measure import environment, measure
 from recipes import data
 
 CLASSES = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+SPEED = 96
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("original", {}),
     *((f"agreement drop {drop:.0%}", {"max_accuracy_drop": drop}) for drop in (0.01, 0.02, 0.05, 0.1)),
@@ -58,8 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    started = time.time()
-    console = Console(width=120)
+    console = Console(width=160, record=True)
 
     tensors, mean, std = data.weights("imagenet_mobilenetv2_100")
     model = timm.create_model("mobilenetv2_100", pad_type="same").eval()
@@ -91,16 +91,14 @@ def main() -> None:
         validation=0,
         checkpoint_dir=str(options.out / "training"),
     )
-    ee.train(branched, Unlabelled(train.images[:few], varied), config)
+    trained = ee.train(branched, Unlabelled(train.images[:few], varied), config)
 
     inputs = torch.stack([plain(image) for image in test.images])
     unseen = test.from_imagenet_val
     held_out, reported, labels = inputs[~unseen][:few], inputs[unseen][:few], test.imagenet_index[unseen][:few]
     frontier = ee.calibrate(branched, list(held_out.split(50)))
 
-    table = Table(
-        title=f"mobilenetv2_100 at {size} px, exits at {', '.join(branched.exits)}; {len(labels)} photographs"
-    )
+    table = Table(box=box.MARKDOWN)
     for column in ("", "agreement", "10-way accuracy", "MACs", "share at each exit", "latency b1", "throughput b32"):
         table.add_column(column, justify="right")
     for name, request in REQUESTS:
@@ -111,16 +109,17 @@ def main() -> None:
         ten = (torch.tensor(CLASSES)[logits[:, CLASSES].argmax(-1)] == labels).double().mean()
         shares = " ".join(f"{share:.0%}" for share in result.exit_shares)
         row = [name, f"{result.agreement:.1%}", f"{ten:.1%}", f"{result.macs_fraction:.1%}", shares]
-        table.add_row(*row, *(_speed(branched, reported[:96]) if request else ("1", "1")))
+        table.add_row(*row, *(_speed(branched, reported[:SPEED]) if request else ("1", "1")))
         torch.set_num_threads(options.threads)
     console.print(table)
     branched.save_pretrained(options.out / "adapter")
     frontier.plot(options.out / "frontier.png")
-    console.print(f"original {branched.receipt()}")
-    console.print(
-        f"seed 0, {options.epochs} epochs, {time.time() - started:.0f} s in all with {options.threads} threads to "
-        f"train, 1 to time; torch {torch.__version__}, timm {timm.__version__}, {environment(inputs.device)}"
-    )
+    count, minutes = len(trained.epochs), sum(epoch.seconds for epoch in trained.epochs) / 60
+    console.print(f"mobilenetv2_100 at {size} px, exits at {', '.join(branched.exits)}; {len(labels)} photographs.")
+    console.print(f"Training: seed 0, {count} epochs, {minutes:.0f} min, {options.threads} thread(s).")
+    console.print(f"Speed on {SPEED} photographs: {environment(inputs.device)}, timm {timm.__version__}.")
+    console.print(f"Original {branched.receipt()}.")
+    console.save_text(str(options.out / "report.md"))
 
 
 def _speed(branched: ee.EarlyExitModel, inputs: Tensor) -> tuple[str, str]:

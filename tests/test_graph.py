@@ -54,6 +54,22 @@ def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(e
             )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ZOO, ids=str)
+def test_legal_points_inside_blocks_can_be_cut_too(entry: Entry) -> None:
+    found = graph(entry.name)
+    x = entry.sample(3)
+    inside = [point for point in found.points if not point.block]
+    refused = 0
+    with torch.no_grad():
+        whole = found.backbone.logits(found.backbone(x))
+        for point in inside[:: max(1, len(inside) // 40)]:
+            first, rest = cut(found.capture, found.liveness, original(entry.name), [point.index])
+            (logits,) = rest(*compact(first(x), rest.batch_dims, torch.tensor([2, 0])))
+            refused += not torch.allclose(logits, whole[[2, 0]], rtol=1e-3, atol=1e-4)
+    assert refused == 0
+
+
 def test_folded_batches_are_explained() -> None:
     found = graph("swin_tiny_patch4_window7_224")
     assert any("folded with windows" in point.reason for point in found.illegal)

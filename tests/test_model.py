@@ -125,6 +125,23 @@ def test_an_empty_batch_gives_empty_results() -> None:
     assert output.exit_index.shape == output.macs.shape == (0,)
 
 
+def test_a_copy_runs_on_its_own_original() -> None:
+    model = ee.augment(BY_NAME["cifar-resnet20"].make().eval(), 2, sample=torch.randn(3, 3, 32, 32))
+    model.operate(thresholds=2.0)
+    x = BY_NAME["cifar-resnet20"].sample(2)
+    before = model.predict(x).logits
+    twin = copy.deepcopy(model)
+    assert twin.backbone is not model.backbone
+    assert torch.equal(twin.predict(x).logits, before)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.add_(1)
+    assert torch.equal(twin.predict(x).logits, before)
+    assert not torch.equal(model.predict(x).logits, before)
+    assert not model.receipt().unchanged
+    assert twin.receipt().unchanged
+
+
 def test_state_dict_holds_the_original_and_the_branches_once() -> None:
     model = branched("cifar-resnet20")
     kinds = {name.split(".")[0] for name in model.state_dict()}

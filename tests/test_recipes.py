@@ -30,6 +30,6 @@ def test_smoke(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     if path.parent.name == "recipes":
-        assert "original unchanged" in done.stdout
+        assert "Original unchanged" in done.stdout
     else:
         assert "torch" in done.stdout
