@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,11 +81,12 @@ def augment(
     """Add branches to a model, train and calibrate them where pictures are given, and write the adapter folder."""
     with _errors():
         base = _model(model, checkpoint, random_weights)
+        training = out.with_name(f"{out.name}.training")  # a killed run goes on from here, run again
         config = ee.TrainConfig(
             epochs=epochs,
             batch_size=batch_size,
             teach="original" if unlabelled else "labels",
-            checkpoint_dir=str(out / "training"),
+            checkpoint_dir=str(training),
         )
         branched = ee.augment(
             base,
@@ -96,6 +98,7 @@ def augment(
             config=config,
         )
         branched.save_pretrained(out)
+        shutil.rmtree(training, ignore_errors=True)
         if branched.frontier is not None:
             console.print(frontier_table(branched.frontier))
         console.print(f"exits at {', '.join(branched.exits)}\noriginal {branched.receipt()}\nwrote {out}")

@@ -44,17 +44,15 @@ def frontier_table(frontier: Frontier) -> Table:
     """The operating points at some round accuracy drops."""
     what = "accuracy" if frontier.labelled else "agreement"
     count = frontier.points[0].samples
-    table = Table(title=f"Frontier on {count} held-out samples; original: {what} {frontier.base_accuracy:.2%}")
-    table.add_column(what, justify="right")
-    table.add_column("drop", justify="right")
-    table.add_column("MACs", justify="right")
-    table.add_column("score")
-    for name in frontier.exits:
-        table.add_column(name, justify="right", overflow="fold")
+    table = Table(
+        title=f"Frontier on {count} held-out samples; original: {what} {frontier.base_accuracy:.2%}",
+        caption=f"exits: {', '.join(frontier.exits)}",
+    )
+    for name in (what, "drop, points", "MACs", "score", "share leaving at each exit"):
+        table.add_column(name, justify="right")
     for p in frontier.milestones():
-        shares = [f"{share:.0%}" for share in p.exit_shares]
-        drop = f"{p.accuracy_drop * 100:+.2f} pt"
-        table.add_row(f"{p.accuracy:.2%}", drop, f"{p.macs_fraction:.1%}", p.score, *shares)
+        shares = " ".join(f"{share:4.0%}" for share in p.exit_shares)
+        table.add_row(f"{p.accuracy:.2%}", f"{100 * p.accuracy_drop:.2f}", f"{p.macs_fraction:.1%}", p.score, shares)
     return table
 
 

@@ -32,18 +32,12 @@ class Program:
         tensor, dim = live[read], self.stages[exit_index + 1].batch_dims[read]
         return tensor if dim == 0 else tensor.movedim(dim, 0)
 
-    def run(self, x: Tensor, through: int | None = None) -> tuple[list[Tensor], Tensor]:
-        """Features at every exit and the original's logits, nobody leaving; without gradients.
-
-        Args:
-            x: (B, ...). `through`: how many stages to run; all by default.
-        Returns:
-            Features (B, *shape) of each exit reached, and what the last stage gave first: the logits.
-        """
+    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features (B, *shape) at every exit and the original's logits (B, C), nobody leaving; without gradients."""
         found: list[Tensor] = []
         with torch.no_grad():
             live = self.stages[0](x)
-            for k, stage in enumerate(self.stages[1:through]):
+            for k, stage in enumerate(self.stages[1:]):
                 features = self.features(k, live)
                 # a branch may look at them only after later stages ran: keep them from being written to
                 found.append(features.clone() if stage.mutates_input else features)
