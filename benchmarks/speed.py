@@ -60,7 +60,7 @@ def main() -> None:
             _add(single, f"{name}, exit {k}", *_compare(branched, x[:1], rounds * 4))
         if name == "CIFAR ResNet-56" or not options.smoke:
             branched.operate(thresholds=2.0)
-            _add(closed, name, *_nobody(branched, torch.randn(64, 3, size, size), max(2, rounds // 2)))
+            _add(closed, name, *_compare(branched, torch.randn(64, 3, size, size), max(2, rounds // 2), stages=False))
     for table in (routed, single, closed):
         console.print(table)
     stage = _stage_against_modules(rounds * 8)
@@ -94,30 +94,18 @@ def _force(branched: ee.EarlyExitModel, x: Tensor) -> None:
     assert left == [len(x) // 2, len(x) // 4, len(x) // 4], left
 
 
-def _compare(branched: ee.EarlyExitModel, x: Tensor, rounds: int) -> tuple[float, float, float]:
-    """Medians of the original, the routed run, and the sum of its parts on their own."""
-    pieces = parts(branched, x)
-    with torch.no_grad():
-        times = interleave(
-            {"original": lambda: branched.backbone(x), "routed": lambda: branched.predict(x), **pieces},
-            x.device,
-            rounds=rounds,
-        )
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return median["original"], median["routed"], sum(median[name] for name in pieces)
+def _compare(branched: ee.EarlyExitModel, x: Tensor, rounds: int, stages: bool = True) -> tuple[float, float, float]:
+    """Medians of the original, of the routed run, and of the ideal: its parts, each on its own.
 
-
-def _nobody(branched: ee.EarlyExitModel, x: Tensor, rounds: int) -> tuple[float, float, float]:
-    """As above, the ideal being the original plus the branches' own time."""
-    branches = {name: call for name, call in parts(branched, x).items() if name.startswith("branch")}
+    Without `stages`, the ideal is the original plus the branches' own time.
+    """
+    pieces = {name: call for name, call in parts(branched, x).items() if stages or name.startswith("branch")}
+    calls = {"original": lambda: branched.backbone(x), "routed": lambda: branched.predict(x), **pieces}
     with torch.no_grad():
-        times = interleave(
-            {"original": lambda: branched.backbone(x), "routed": lambda: branched.predict(x), **branches},
-            x.device,
-            rounds=rounds,
-        )
+        times = interleave(calls, x.device, rounds=rounds)
     median = {name: statistics.median(values) for name, values in times.items()}
-    return median["original"], median["routed"], median["original"] + sum(median[name] for name in branches)
+    ideal = sum(median[name] for name in pieces) + (0 if stages else median["original"])
+    return median["original"], median["routed"], ideal
 
 
 def _stage_against_modules(rounds: int) -> float:

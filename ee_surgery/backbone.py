@@ -226,10 +226,12 @@ def _model_id(model: nn.Module, library: Library) -> tuple[str, str | None]:
 def _input_shape(model: nn.Module, library: Library) -> tuple[int, int, int] | None:
     if library == "timm":
         size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-        grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        if size is None:
-            return None
-        return (size[0], *grid) if grid else tuple(size)
+        patches = getattr(model, "patch_embed", None)
+        grid = getattr(patches, "img_size", None)  # of this very model; the configuration has the architecture's
+        if grid is None:
+            return None if size is None else tuple(size)
+        channels = size[0] if size else getattr(getattr(patches, "proj", None), "in_channels", 3)
+        return (channels, *grid)
     if library == "transformers":
         config = model.config
         size = getattr(config, "image_size", None) or 224

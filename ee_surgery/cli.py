@@ -19,6 +19,7 @@ import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
 from ee_surgery.report import frontier_table, graph_table
 from ee_surgery.runtime.measure import measure
+from ee_surgery.share.adapter import load_adapter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,9 +139,7 @@ def evaluate(
 ) -> None:
     """Run an adapter on pictures, samples really leaving; at its stored operating point unless one is asked for."""
     with _errors():
-        branched = _load(adapter, checkpoint, random_weights)
-        if max_accuracy_drop is not None or budget is not None:
-            branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
+        branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
         pictures = _images(branched.backbone, data, unlabelled)
         console.print(str(ee.evaluate(branched, pictures, batch_size=batch_size)), highlight=False)
 
@@ -160,9 +159,7 @@ def bench(
     """Time an adapter against its original, interleaved, on real pictures."""
     with _errors():
         torch.set_num_threads(threads)
-        branched = _load(adapter, checkpoint, random_weights)
-        if max_accuracy_drop is not None or budget is not None:
-            branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
+        branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
         pictures = _images(branched.backbone, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]  # pyright: ignore[reportArgumentType]
         inputs = torch.stack([pictures[int(i)][0] for i in order])
@@ -194,12 +191,16 @@ def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
         ) from error
 
 
-def _load(adapter: Path, checkpoint: str, random_weights: bool) -> ee.EarlyExitModel:
-    if not checkpoint and not random_weights:
-        return ee.from_pretrained(adapter)
-    from ee_surgery.share.adapter import load_adapter
-
-    return ee.from_pretrained(adapter, _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights))
+def _load(
+    adapter: Path, checkpoint: str, random_weights: bool, drop: float | None = None, budget: float | None = None
+) -> ee.EarlyExitModel:
+    base = None  # made by its library from the id in the adapter
+    if checkpoint or random_weights:
+        base = _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights)
+    branched = ee.from_pretrained(adapter, base)
+    if drop is not None or budget is not None:
+        branched.operate(max_accuracy_drop=drop, budget=budget)
+    return branched
 
 
 class _Unlabelled(Dataset):  # pyright: ignore[reportMissingTypeArgument]

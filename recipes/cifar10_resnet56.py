@@ -161,7 +161,7 @@ def _below(accuracy: list[float], base: list[float]) -> str:
 def _speed(branched: ee.EarlyExitModel, images: Tensor, rounds: int) -> tuple[str, str]:
     """Latency at batch 1 and throughput at batch 64, by the original's, interleaved with it."""
     one = measure(branched, images[:192], batch_size=1, rounds=rounds)
-    many = measure(branched, images[:1280], batch_size=64, rounds=rounds)
+    many = measure(branched, images[:640], batch_size=64, rounds=rounds)
     return f"{one.latency_ratio:.3f}", f"{1 / many.latency_ratio:.3f}"
 
 

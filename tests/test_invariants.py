@@ -53,21 +53,21 @@ def test_receipt_is_unchanged_after_every_verb(entry: Entry) -> None:
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", ["cifar-resnet20", "test_vit", "hf-Swin"])
 def test_routed_equals_replayed(name: str, score: str, batch: int) -> None:
-    _compare(name, score, batch, seed=batch, quantile=0.5)
+    _check(name, score, batch, seed=batch, quantile=0.5)
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_routed_equals_replayed_on_the_zoo(entry: Entry) -> None:
     for quantile in (0.0, 0.4, 1.0):
-        _compare(entry.name, "max_prob", 5, seed=3, quantile=quantile)
+        _check(entry.name, "max_prob", 5, seed=3, quantile=quantile)
 
 
 @given(quantile=st.floats(0, 1), batch=st.integers(1, 12), seed=st.integers(0, 100), score=st.sampled_from(SCORES))
 def test_routed_equals_replayed_property(quantile: float, batch: int, seed: int, score: str) -> None:
-    _compare("cifar-resnet20", score, batch, seed, quantile)
+    _check("cifar-resnet20", score, batch, seed, quantile)
 
 
-def _compare(name: str, score: str, batch: int, seed: int, quantile: float) -> None:
+def _check(name: str, score: str, batch: int, seed: int, quantile: float) -> None:
     """Thresholds at a quantile of the very batch, so that it is split; halfway between two scores, for float noise."""
     model, x = branched(name), BY_NAME[name].sample(batch, seed)
     records = ee.record(model, [x], batch_size=batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class BranchSpec:
         return branch if isinstance(branch, BranchSpec) else cls(branch)
 
 
-class Branch(nn.Module):
+class Branch(nn.Module, ABC):
     """Base of all branches. A subclass builds a body that turns features into a vector of `width` numbers a sample.
 
     Args:
@@ -63,9 +64,9 @@ class Branch(nn.Module):
         self.classifier = nn.Linear(width, num_classes)
         self.confidence = nn.Linear(width, 1) if confidence else None
 
+    @abstractmethod
     def vector(self, features: Tensor) -> Tensor:
         """Features of shape (B, *point.shape) to vectors of shape (B, width)."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor) -> ExitLogits:
         """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
