@@ -137,7 +137,7 @@ class EarlyExitModel(nn.Module):
             budget: the most accurate one within this fraction of the original's MACs.
             thresholds: one a branch, or one for all, for `score`; nothing is known about their accuracy then.
         Returns:
-            The operating point now in force; None for never, and for thresholds given by hand.
+            The operating point now in force; None for never.
         Raises:
             OperatingPointError: more than one of them, no frontier yet, or none of its points meets the request.
         """
@@ -147,14 +147,15 @@ class EarlyExitModel(nn.Module):
             raise OperatingPointError(f"Give exactly one of max_accuracy_drop=, budget=, thresholds=; got {asked}.")
         if thresholds is not None:
             values = [thresholds] * len(self.branches) if isinstance(thresholds, (int, float)) else thresholds
-            return self._set(None, ThresholdPolicy(tuple(float(v) for v in values), score))
+            return self._set(OperatingPoint.by_hand(tuple(float(v) for v in values), score))
         if max_accuracy_drop is not None or budget is not None:
             if self.frontier is None:
                 raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
             point = self.frontier.at(max_accuracy_drop=max_accuracy_drop, budget=budget)
-        return self._set(point, point.policy if point is not None else None)
+        return self._set(point)
 
-    def _set(self, point: OperatingPoint | None, policy: ThresholdPolicy | None) -> OperatingPoint | None:
+    def _set(self, point: OperatingPoint | None) -> OperatingPoint | None:
+        policy = None if point is None else point.policy
         if policy is not None and len(policy.thresholds) != len(self.branches):
             raise OperatingPointError(
                 f"{len(policy.thresholds)} thresholds for {len(self.branches)} branches at {self.exits}."

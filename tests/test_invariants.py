@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -111,20 +113,39 @@ def test_all_leave_first_and_none_leaves(name: str) -> None:
     model.operate(None)
 
 
-@pytest.mark.parametrize("name", ["cifar-resnet20", "test_convnext", "hf-ViT"])
-def test_permuting_and_splitting_a_batch_permutes_and_splits_the_results(name: str) -> None:
-    model, x = branched(name), BY_NAME[name].sample(6)
+@pytest.mark.parametrize("entry", ZOO, ids=str)
+def test_permuting_and_splitting_a_batch_permutes_and_splits_the_results(entry: Entry) -> None:
+    model, x = branched(entry.name), entry.sample(6)
     scores = ee.record(model, [x]).scores("max_prob")
-    model.operate(thresholds=[(row.sort().values[2:4].mean()).item() for row in scores])
+    model.operate(thresholds=[_widest_gap(row) for row in scores])
     whole = model.predict(x)
     order = torch.randperm(6)
     permuted = model.predict(x[order])
     assert permuted.exit_index.tolist() == whole.exit_index[order].tolist()
     torch.testing.assert_close(permuted.logits, whole.logits[order], rtol=1e-3, atol=1e-4)
-    halves = [model.predict(half) for half in x.split([2, 4])]
+    halves = [model.predict(half) for half in x.split([1, 5])]
     assert torch.cat([half.exit_index for half in halves]).tolist() == whole.exit_index.tolist()
     torch.testing.assert_close(torch.cat([half.logits for half in halves]), whole.logits, rtol=1e-3, atol=1e-4)
     model.operate(None)
+
+
+def _widest_gap(scores: torch.Tensor) -> float:
+    """A threshold that float noise does not reach."""
+    ranked = scores.sort().values
+    at = int(ranked.diff().argmax())
+    return ranked[at : at + 2].mean().item()
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=str)
+def test_save_and_load_give_the_same_logits_and_exits(entry: Entry, tmp_path: Path) -> None:
+    model, x = branched(entry.name), entry.sample(5)
+    scores = ee.record(model, [x]).scores("max_prob")
+    model.operate(thresholds=[_widest_gap(row) for row in scores])
+    again = ee.from_pretrained(model.save_pretrained(tmp_path), original(entry.name))
+    expected, seen = model.predict(x), again.predict(x)
+    model.operate(None)
+    assert seen.exit_index.tolist() == expected.exit_index.tolist()
+    torch.testing.assert_close(seen.logits, expected.logits, rtol=1e-5, atol=1e-6)
 
 
 @given(done=st.lists(st.booleans(), min_size=1, max_size=32), dim=st.integers(0, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,19 @@ def test_transformers_models_answer_with_their_own_class(vit: ee.EarlyExitModel)
     assert type(vit(x)) is expected
     assert torch.equal(vit(pixel_values=x).logits, vit(x).logits)
     assert torch.equal(vit(x).logits, vit.predict(x).logits)
+
+
+def test_thresholds_by_hand_are_an_operating_point_that_is_kept(tmp_path: Path) -> None:
+    model = branched("cifar-resnet20")
+    point = model.operate(thresholds=[0.5, float("inf"), 0.7])
+    assert point is not None
+    assert point.thresholds == (0.5, float("inf"), 0.7)
+    assert point.samples == 0
+    folder = model.save_pretrained(tmp_path / "adapter")
+    again = ee.from_pretrained(folder, original("cifar-resnet20"))
+    assert again.policy == model.policy == point.policy
+    json.loads((folder / "config.json").read_text(), parse_constant=pytest.fail)
+    model.operate(None)
 
 
 def test_unknown_inputs_are_named(vit: ee.EarlyExitModel) -> None:

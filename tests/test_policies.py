@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from ee_surgery.policies.budget import quota_thresholds
 from ee_surgery.policies.cascade import tail_accuracy
 from ee_surgery.policies.operating import realise
 from ee_surgery.policies.records import exit_costs
+from ee_surgery.policies.search import search
 
 
 def synthetic(n: int = 400, k: int = 4, classes: int = 5, seed: int = 0, ties: bool = False) -> ee.ExitRecords:
@@ -142,10 +145,13 @@ def test_frontier_keeps_its_promises_by_realised_exits(seed: int, drop: float, t
     frontier = ee.Frontier.search(records, ["max_prob"])
     for point in frontier:
         again = realise(records, point.policy, point.rule)
-        assert again == point
+        assert replace(again, expected_accuracy=point.expected_accuracy) == point
+        assert point.expected_accuracy <= point.accuracy
     assert [p.macs_fraction for p in frontier] == sorted(p.macs_fraction for p in frontier)
-    assert [p.accuracy for p in frontier] == sorted(p.accuracy for p in frontier)
+    expected = [p.expected_accuracy for p in frontier]
+    assert expected == sorted(expected)
     assert frontier.at(max_accuracy_drop=drop).accuracy_drop <= drop + 1e-12
+    assert frontier.at(max_accuracy_drop=drop).expected_accuracy >= records.base_accuracy - drop - 1e-12
     assert frontier.at(budget=0.6).macs_fraction <= 0.6
     assert frontier.at(max_accuracy_drop=0.0).macs_fraction <= 1.0 + 1e-12
 
@@ -158,7 +164,7 @@ def test_search_comes_close_to_exhaustive_search(seed: int) -> None:
         realise(records, ee.ThresholdPolicy((a, b)), "grid")
         for a, b in itertools.product([*scores[0].tolist(), math.inf], [*scores[1].tolist(), math.inf])
     ]
-    frontier = ee.Frontier.search(records)
+    frontier = search(records, "max_prob")
     for price in (0.1, 0.5, 1.0, 2.0):
         best = max(p.accuracy - price * p.macs_fraction for p in every)
         found = max(p.accuracy - price * p.macs_fraction for p in frontier)
@@ -167,14 +173,30 @@ def test_search_comes_close_to_exhaustive_search(seed: int) -> None:
 
 def test_search_beats_one_threshold_for_all_and_the_geometric_rule() -> None:
     records = synthetic(2000)
-    frontier = ee.Frontier.search(records)
+    points = search(records, "max_prob")
     for budget in (0.5, 0.7):
-        assert frontier.at(budget=budget).accuracy >= ee.geometric_budget(records, budget).accuracy
+        found = max(p.accuracy for p in points if p.macs_fraction <= budget)
+        assert found >= ee.geometric_budget(records, budget).accuracy
         single = max(
             (realise(records, ee.ThresholdPolicy((tau,) * 3), "one") for tau in torch.linspace(0, 1, 200).tolist()),
             key=lambda p: (p.macs_fraction <= budget, p.accuracy),
         )
-        assert frontier.at(budget=budget).accuracy >= single.accuracy
+        assert found >= single.accuracy
+
+
+def test_expected_accuracy_is_nearer_to_new_data_than_realised_accuracy() -> None:
+    realised, expected = [], []
+    for seed in range(6):
+        both = synthetic(1200, 6, seed=seed)
+        frontier = ee.Frontier.search(both.take(torch.arange(300)))
+        new = both.take(torch.arange(300, 1200))
+        for budget in (0.5, 0.7):
+            point = frontier.at(budget=budget)
+            accuracy = new.replay(point.policy).correct.double().mean().item()
+            realised.append(point.accuracy - accuracy)
+            expected.append(point.expected_accuracy - accuracy)
+    assert sum(realised) > 0  # choosing is optimistic
+    assert abs(sum(expected)) < abs(sum(realised))
 
 
 def test_a_useless_exit_is_closed_and_not_paid_for() -> None:
@@ -210,8 +232,6 @@ def test_records_and_frontier_survive_the_disk(tmp_path: Path) -> None:
     assert again.exits == records.exits
     assert again.branch_macs == records.branch_macs
     frontier = ee.Frontier.search(records)
-    import json
-
     assert ee.Frontier.from_dict(json.loads(frontier.save(tmp_path / "f.json").read_text())) == frontier
     (tmp_path / "bad").write_bytes(b"nothing")
     with pytest.raises(ee.DataError, match="Cannot read exit records"):

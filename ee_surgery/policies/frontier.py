@@ -19,10 +19,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Frontier(Sequence[OperatingPoint]):
-    """Operating points of which none is both dearer and worse than another, from cheap to dear.
+    """Operating points of which none is both dearer and expected to be worse than another, from cheap to dear.
 
-    The first is the cheapest, the last the most accurate. What stands in them was realised on the calibration
-    data; on new data expect the sampling error of that many samples.
+    Costs, shares and `accuracy` were realised on the calibration data; `expected_accuracy` is lower by the luck in
+    choosing thresholds, and it is what requests are judged by. On new data there remains the sampling error.
     """
 
     points: tuple[OperatingPoint, ...]
@@ -60,7 +60,8 @@ class Frontier(Sequence[OperatingPoint]):
         """The cheapest point within an accuracy drop, or the most accurate within a budget.
 
         Args:
-            max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+            max_accuracy_drop: of the expected accuracy below the original's, in [0, 1]; 0.01 is one percentage
+                point. The realised drop on the calibration data is no larger.
             budget: mean MACs as a fraction of the original's, branches included.
         Raises:
             OperatingPointError: none or both were given, or no point meets the request.
@@ -73,7 +74,8 @@ class Frontier(Sequence[OperatingPoint]):
                     f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop}: 0.01 is one percentage point."
                 )
             # Never exiting is a point of every search, so there always is one.
-            return next(p for p in self.points if p.accuracy_drop <= max_accuracy_drop + 1e-12)
+            floor = self.base_accuracy - max_accuracy_drop - 1e-12
+            return next(p for p in self.points if p.expected_accuracy >= floor)
         assert budget is not None
         affordable = [point for point in self.points if point.macs_fraction <= budget + 1e-12]
         if not affordable:
@@ -94,10 +96,10 @@ class Frontier(Sequence[OperatingPoint]):
 
     def __str__(self) -> str:
         what = "accuracy" if self.labelled else "agreement"
-        lines = [f"{what:>9}  drop     MACs   share leaving at each exit"]
+        lines = [f"{what:>9}  expected    MACs   share leaving at each exit"]
         for point in self.milestones():
             shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
-            numbers = f"{point.accuracy:9.2%} {point.accuracy_drop:+.2%}  {point.macs_fraction:6.1%}"
+            numbers = f"{point.accuracy:9.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
             lines.append(f"{numbers}   {shares}  ({point.score})")
         return "\n".join(lines)
 
@@ -161,9 +163,9 @@ class Frontier(Sequence[OperatingPoint]):
 
 
 def _pareto(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
-    """Points sorted by cost, each more accurate than all cheaper ones."""
+    """Points sorted by cost, each expected to be more accurate than all cheaper ones."""
     kept: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.accuracy)):
-        if not kept or point.accuracy > kept[-1].accuracy:
+    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.expected_accuracy)):
+        if not kept or point.expected_accuracy > kept[-1].expected_accuracy:
             kept.append(point)
     return tuple(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,23 +31,31 @@ class OperatingPoint:
     """How many calibration samples stand behind these numbers."""
     rule: str
     """The calibrator that chose the thresholds."""
+    expected_accuracy: float = math.nan
+    """On new data: `accuracy` less the luck that cross-validation found in choosing; NaN where not estimated."""
 
     @property
     def policy(self) -> ThresholdPolicy:
         """The policy to run."""
         return ThresholdPolicy(self.thresholds, self.score)
 
+    @classmethod
+    def by_hand(cls, thresholds: tuple[float, ...], score: str) -> OperatingPoint:
+        """Thresholds that no calibration stands behind: accuracy and cost are not known, NaN."""
+        return cls(thresholds, score, math.nan, math.nan, math.nan, (), samples=0, rule="by hand")
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; `inf` as a string, which JSON has no number for."""
+        """Plain data; JSON has no number for `inf` and NaN: a string and null."""
         data = asdict(self)
-        data["thresholds"] = [t if abs(t) != float("inf") else str(t) for t in self.thresholds]
-        return data
+        data["thresholds"] = [t if math.isfinite(t) else str(t) for t in self.thresholds]
+        return {key: None if value != value else value for key, value in data.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OperatingPoint:
         """What `to_dict` gave."""
+        known = {key: math.nan if value is None else value for key, value in data.items()}
         shares, thresholds = tuple(data["exit_shares"]), tuple(float(t) for t in data["thresholds"])
-        return cls(**{**data, "exit_shares": shares, "thresholds": thresholds})
+        return cls(**{**known, "exit_shares": shares, "thresholds": thresholds})
 
 
 def realise(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:

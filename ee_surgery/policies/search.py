@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ee_surgery.policies.operating import OperatingPoint, realise
@@ -88,6 +90,22 @@ class _Search:
             here &= self.position[k] >= ranks[k]
         return tuple(ranks)
 
+    def ranks(self, thresholds: tuple[float, ...]) -> Ranks:
+        """Ranks of thresholds that were chosen on other samples."""
+        return tuple(int((row >= tau).sum()) for row, tau in zip(self.scores, thresholds, strict=True))
+
+    def sweep(self, prices: int) -> dict[Ranks, tuple[float, float]]:
+        """The best ranks at many prices and the starts they were found from, with mean cost and accuracy."""
+        closed = (0,) * self.exits
+        depth = np.arange(self.exits + 1)
+        ratios = [np.exp(log_g * depth) for log_g in np.linspace(-4, 4, 33)]
+        found = {ranks: self.evaluate(ranks) for ranks in [closed, *(self.quotas(r / r.sum()) for r in ratios)]}
+        for price in (*_prices(prices), *_prices(prices)[::-1]):
+            for start in (_best_at(found, price), closed):
+                ranks = self.improve(start, float(price))
+                found[ranks] = self.evaluate(ranks)
+        return found
+
     def snap(self, k: int, rank: int) -> int:
         """The nearest rank at or below that does not part a tie."""
         below = np.flatnonzero(self.ends[k, : max(rank, 0)])
@@ -122,33 +140,62 @@ def search(records: ExitRecords, score: str, prices: int = 64) -> list[Operating
     coordinate ascent from the best known so far, from the geometric distributions of MSDNet and from all exits
     closed. Then the points between neighbours, where no single price is best.
 
+    The best of many thresholds is partly luck. How much is measured by cross-validation, and taken off in each
+    point's `expected_accuracy`.
+
     Args:
         prices: how many; time grows linearly.
     """
     state = _Search(records, score)
-    closed = (0,) * state.exits
-    depth = np.arange(state.exits + 1)
-    ratios = [np.exp(log_g * depth) for log_g in np.linspace(-4, 4, 33)]
-    found = {ranks: state.evaluate(ranks) for ranks in [closed, *(state.quotas(r / r.sum()) for r in ratios)]}
-    grid = np.geomspace(1e-3, 30, prices)
-    for price in (*grid, *grid[::-1]):
-        best = max(found, key=lambda ranks: found[ranks][1] - price * found[ranks][0])
-        for start in (best, closed):
-            ranks = state.improve(start, float(price))
-            found[ranks] = state.evaluate(ranks)
+    found = state.sweep(prices)
     for low, high in itertools.pairwise(_front(found)):
         steps = min(20, int((found[high][0] - found[low][0]) / 0.002))
         for t in np.linspace(0, 1, steps + 2)[1:-1]:
             ranks = tuple(state.snap(k, round(a + t * (b - a))) for k, (a, b) in enumerate(zip(low, high, strict=True)))
             found[ranks] = state.evaluate(ranks)
-    policies = [ThresholdPolicy(state.thresholds(ranks), score) for ranks in _front(found)]
-    return [realise(records, policy, f"search({score})") for policy in policies]
+    costs, luck = _luck(records, score)
+    points = []
+    for ranks in _front(found):
+        point = realise(records, ThresholdPolicy(state.thresholds(ranks), score), f"search({score})")
+        lucky = float(np.interp(point.macs_fraction, costs, luck)) if any(ranks) else 0.0
+        points.append(replace(point, expected_accuracy=point.accuracy - lucky))
+    return points
+
+
+def _luck(records: ExitRecords, score: str, folds: int = 5, prices: int = 24) -> tuple[_Floats, _Floats]:
+    """How much less accurate thresholds are on samples that did not choose them, by mean cost (rising).
+
+    Cross-validation: thresholds for each price from all folds but one, tried on that one.
+    """
+    if len(records) < 2 * folds:
+        return np.ones(1), np.zeros(1)
+    rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
+    totals = np.zeros((prices, 3))
+    for held in rows.chunk(folds):
+        rest = rows[~torch.isin(rows, held)]
+        chosen, fresh = _Search(records.take(rest), score), _Search(records.take(held), score)
+        found = chosen.sweep(prices)
+        for i, price in enumerate(_prices(prices)):
+            ranks = _best_at(found, price)
+            cost, accuracy = fresh.evaluate(fresh.ranks(chosen.thresholds(ranks)))
+            totals[i] += cost, found[ranks][1], accuracy
+    cost, seen, new = totals[::-1].T / folds  # the dearest MAC comes last, and with it the cheapest point
+    order = np.argsort(cost, kind="stable")
+    return cost[order], np.maximum(seen - new, 0)[order]
+
+
+def _prices(count: int) -> _Floats:
+    return np.geomspace(1e-3, 30, count)
+
+
+def _best_at(found: Mapping[Ranks, tuple[float, float]], price: float) -> Ranks:
+    return max(found, key=lambda ranks: found[ranks][1] - price * found[ranks][0])
 
 
 def _front(found: Mapping[Ranks, tuple[float, float]]) -> list[Ranks]:
-    """From cheap to dear, each more accurate than all cheaper ones."""
+    """From cheap to dear, each more accurate than all cheaper ones; and never leaving, which needs no luck."""
     kept: list[Ranks] = []
     for ranks in sorted(found, key=lambda ranks: (found[ranks][0], -found[ranks][1])):
-        if not kept or found[ranks][1] > found[kept[-1]][1]:
+        if not kept or found[ranks][1] > found[kept[-1]][1] or not any(ranks):
             kept.append(ranks)
     return kept
