@@ -201,21 +201,19 @@ class EarlyExitModel(nn.Module):
             x: inputs, shape (B, ...); a new batch size costs nothing, a new image size, dtype or device is
                 captured on first use and kept.
         """
-        with torch.no_grad():
-            if not self.branches.training:
-                return self._route(x)
-            with eval_mode(list(self.branches.modules())):
-                return self._route(x)
-
-    def _route(self, x: Tensor) -> ExitOutput:
+        if torch.is_grad_enabled() or self.branches.training:
+            with torch.no_grad(), eval_mode(list(self.branches.modules())):
+                return self.predict(x)
         key = _key(x)
-        if self._router is not None and self._router[0] == key and not self._disabled:
-            return self._router[1](x)
-        program, branch_macs = self._program(x)
-        policy = self.policy
-        if policy is not None:
+        if self._router is None or self._router[0] != key or self._disabled:
+            program, branch_macs = self._program(x)
+            policy = self.policy
+            if policy is None:
+                return self._never(x, program)
             self._router = key, Router(program, self._branches(), policy, branch_macs)
-            return self._router[1](x)
+        return self._router[1](x)
+
+    def _never(self, x: Tensor, program: Program) -> ExitOutput:
         logits = self._backbone.logits(self._backbone(x))
         last = torch.full((len(x),), len(self.branches), device=logits.device)
         nan = torch.full((len(x),), torch.nan, device=logits.device)
