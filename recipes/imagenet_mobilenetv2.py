@@ -52,7 +52,7 @@ class Unlabelled(Dataset):  # pyright: ignore[reportMissingTypeArgument]
 def main() -> None:
     """Train, calibrate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/imagenet_mobilenetv2"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a few photographs, one epoch")
@@ -77,7 +77,7 @@ def main() -> None:
     varied = v2.Compose(
         [v2.RandomResizedCrop(size, (0.35, 1.0)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3), finish]
     )
-    plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), finish])
+    plain = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), finish])
 
     branched = ee.augment(model, 4, sample=torch.zeros(1, 3, size, size))
     config = ee.TrainConfig(
