@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import ExitPointError
-from ee_surgery.graph.liveness import batch_dim, live_after
+from ee_surgery.graph.liveness import live_after
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.graph.stages import Stage, compact, cut
 
@@ -40,7 +40,7 @@ class Program:
             for k, stage in enumerate(self.stages[1:]):
                 features = self.features(k, live)
                 # a branch may look at them only after later stages ran: keep them from being written to
-                found.append(features.clone() if stage.mutates_input else features)
+                found.append(features.clone() if any(s.mutates_input for s in self.stages[k + 1 :]) else features)
                 live = stage(*live)
         return found, live[0]
 
@@ -51,9 +51,6 @@ def build_program(graph: ModelGraph, names: Sequence[str]) -> Program:
     stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points])
     live = live_after(graph.capture, graph.liveness)
     reads = tuple([node.name for node in live[point.index]].index(point.node) for point in points)
-    for stage, point in zip(stages[1:], points, strict=True):
-        found = [batch_dim(node, graph.capture.batch) for node in live[point.index]]
-        assert stage.batch_dims == found, (point.name, found)
     return Program(stages, points, reads, (*(point.macs for point in points), graph.macs))
 
 
