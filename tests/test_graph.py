@@ -92,6 +92,8 @@ def test_layouts_are_recognised() -> None:
     swin = [p for p in graph("swin_tiny_patch4_window7_224").blocks if p.name.startswith("layers.")]
     assert {p.layout for p in swin} == {"nhwc"}
     assert {p.layout for p in graph("test_convnext").blocks if p.name.startswith("stages")} == {"nchw"}
+    assert graph("hf-ViT")["vit.embeddings.patch_embeddings"].prefix_tokens == 0
+    assert graph("hf-ViT")["vit.layers.0"].prefix_tokens == 1
     vit = [p for p in graph("test_vit").blocks if p.name.startswith("blocks")]
     assert {(p.layout, p.prefix_tokens) for p in vit} == {("tokens", 1)}
 

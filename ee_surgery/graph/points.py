@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _points(program: Capture, liveness: Liveness, macs: list[int], backbone: Bac
                 node=node.name,
                 shape=shape,
                 layout=layout,
-                prefix_tokens=backbone.prefix_tokens if layout == "tokens" else 0,
+                prefix_tokens=_prefix(shape[0], backbone.prefix_tokens) if layout == "tokens" else 0,
                 live=len(crossing),
                 macs=spent[index + 1],
                 macs_fraction=spent[index + 1] / total if total else 0.0,
@@ -232,6 +233,12 @@ def _holds_blocks(module: nn.Module) -> bool:
         and any(next(element.children(), None) is not None for element in child.children())
         for child in module.children()
     )
+
+
+def _prefix(tokens: int, prefix: int) -> int:
+    """Before the class token is put in front, there are only patches: a square number, usually."""
+    bare = math.isqrt(tokens) ** 2 == tokens and math.isqrt(tokens - prefix) ** 2 != tokens - prefix
+    return 0 if bare or prefix >= tokens else prefix
 
 
 def _features(program: Capture, crossing: list[fx.Node], paths: list[str]) -> fx.Node:
