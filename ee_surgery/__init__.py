@@ -25,6 +25,7 @@ from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.scores import SCORES
+from ee_surgery.policies.search import realised_drop
 from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import batches
@@ -76,6 +77,7 @@ __all__ = [
     "geometric_budget",
     "inspect",
     "place",
+    "realised_drop",
     "record",
     "train",
 ]

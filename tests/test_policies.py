@@ -199,6 +199,17 @@ def test_expected_accuracy_is_nearer_to_new_data_than_realised_accuracy() -> Non
     assert abs(sum(expected)) < abs(sum(realised))
 
 
+@given(seed=st.integers(0, 200), drop=st.sampled_from([0.0, 0.02, 0.1]), ties=st.booleans())
+def test_realised_drop_is_met_at_the_lowest_cost_found(seed: int, drop: float, ties: bool) -> None:
+    records = synthetic(100, seed=seed, ties=ties)
+    point = ee.realised_drop(records, drop)
+    replay = records.replay(point.policy)
+    assert records.base_accuracy - replay.correct.double().mean().item() <= drop + 1e-12
+    cheaper = [p for p in search(records, "max_prob") if p.macs_fraction < point.macs_fraction]
+    assert all(p.accuracy_drop > drop for p in cheaper)
+    assert point.macs_fraction <= ee.Frontier.search(records).at(max_accuracy_drop=drop).macs_fraction
+
+
 def test_a_useless_exit_is_closed_and_not_paid_for() -> None:
     records = synthetic(300, 3)
     noise = ee.ExitRecords(

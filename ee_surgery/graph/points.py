@@ -155,7 +155,7 @@ def _points(program: Capture, liveness: Liveness, macs: list[int], backbone: Bac
         problems = [dim for dim in (batch_dim(n, program.batch) for n in crossing) if isinstance(dim, str)]
         if not crossing:
             problems = ["nothing that depends on the input is used after it"]
-        shape, layout = ((), "vector") if problems else _describe(node, program)
+        shape, layout = _describe(node, program) if not problems else (tuple[int, ...](), "vector")
         if not problems and not 1 <= len(shape) <= 3:
             problems = [f"features of shape {shape} are neither a map, tokens nor a vector"]
         points.append(

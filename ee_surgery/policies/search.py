@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ee_surgery.errors import ConfigError
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
@@ -160,6 +161,19 @@ def search(records: ExitRecords, score: str, prices: int = 64) -> list[Operating
         lucky = float(np.interp(point.macs_fraction, costs, luck)) if any(ranks) else 0.0
         points.append(replace(point, expected_accuracy=point.accuracy - lucky))
     return points
+
+
+def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") -> OperatingPoint:
+    """The cheapest thresholds found whose realised drop on these very records is at most `drop`.
+
+    New data will be less kind, the more so the fewer records: `Frontier.at` asks the expected accuracy instead.
+
+    Args:
+        drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+    """
+    if not 0 <= drop <= 1:
+        raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
+    return next(point for point in search(records, score) if point.accuracy_drop <= drop + 1e-12)
 
 
 def _luck(records: ExitRecords, score: str, folds: int = 5, prices: int = 24) -> tuple[_Floats, _Floats]:
