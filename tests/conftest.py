@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 import pytest
 import torch
@@ -25,6 +24,3 @@ def cifar_weights() -> None:
     """Skip where the pretrained networks are absent."""
     if not (data.folder() / "weights" / "cifar10_resnet56.safetensors").exists():
         pytest.skip(f"pretrained networks not found in {data.folder()}; set EE_SURGERY_DATA")
-
-
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
