@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ee_surgery.errors import CaptureError, DataError
+from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, tensors
+from ee_surgery.samples import default_sample
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
 # What a model may answer with: logits, a tuple that begins with them, or a transformers ModelOutput.
+Sample: TypeAlias = Inputs | tuple[Tensor, ...]
+# Modules of well-known models that loop over samples by their values, each sample on its own.
+_OPAQUE = frozenset({"Siglip2VisionEmbeddings"})
 Output: TypeAlias = Tensor | tuple[object, ...] | Mapping[str, object]
 
 
@@ -81,54 +87,100 @@ class Backbone:
     """A pretrained model seen from outside. Holds it by reference and never changes it.
 
     Args:
-        model: a timm model, a transformers image classifier, or any `nn.Module` that maps one image
-            tensor to logits.
-        sample: an example input with its batch dimension first, e.g. `torch.randn(2, 3, 224, 224)`.
-            Read from the model's own configuration when left out.
+        model: a timm model, a transformers classifier of images or texts, or any `nn.Module` from tensors to logits.
+        sample: an example input with its batch, e.g. `torch.randn(2, 3, 224, 224)`; a dict (or a tuple, by position)
+            for a model of several inputs. Read from the model's own configuration when left out.
+        opaque: modules to keep whole, by name: they are called as they are, and nothing leaves inside them. For
+            modules that torch.export cannot read but that treat each sample on its own.
     Raises:
-        DataError: `sample` is missing for a model that does not say its input size, or is no batch.
+        DataError: `sample` is missing for a model that does not say what it takes, or is no batch.
         CaptureError: the model's answer holds no logits of shape (B, C).
     """
 
-    def __init__(self, model: nn.Module, sample: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, sample: Sample | None = None, opaque: Sequence[str] = ()) -> None:
         self.model = model
         self.library: Library = _library(model)
         self.model_id, self.revision = _model_id(model, self.library)
         self.modules = list(model.modules())
+        self.input_names = _input_names(model)
+        self.opaque = (*opaque, *(name for name, m in model.named_modules() if type(m).__name__ in _OPAQUE))
         self.sample = self._sample(sample)
-        output = self(self.sample)
+        """Four samples, in their normal form."""
+        self.batch_dims = batch_dims(self.sample)
+        """Where each input tensor holds the batch."""
+        self.sample = as_sample(self.sample, self.batch_dims)
+        rows = batch_size(self.sample, self.batch_dims)
+        with torch.no_grad():
+            output = self(self.sample)
+        self._field = None if isinstance(output, (Tensor, tuple, list)) else _logits_field(output, rows)
         logits = self.logits(output)
-        if logits.ndim != 2 or logits.shape[0] != self.sample.shape[0]:
+        if logits.ndim != 2 or logits.shape[0] != rows:
             raise CaptureError(
                 f"{self.model_id} answers with a tensor of shape {tuple(logits.shape)}, not logits of shape "
-                f"({self.sample.shape[0]}, classes). Build it with a classification head."
+                f"({rows}, classes). Build it with a classification head."
             )
         self.num_classes = int(logits.shape[1])
         self._answer: type | None = None if isinstance(output, Tensor) else type(output)
 
-    def __call__(self, x: Tensor) -> Output:
+    def __call__(self, inputs: Inputs) -> Output:
         """The original's own answer in eval mode, through its own forward: nothing of this package runs inside."""
+        arguments = {self.input_names[0]: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if not any(module.training for module in self.modules):
-            return self.call(x)
+            return self.call(arguments)
         with eval_mode(self.modules):
-            return self.call(x)
+            return self.call(arguments)
 
-    def call(self, x: Tensor) -> Output:
+    def call(self, arguments: Arguments) -> Output:
         """Call the model on one batch as its library does."""
         if self.library == "transformers":
-            return self.model(**{self.input_name: x})
-        return self.model(x)
+            return self.model(**arguments)
+        names = [*arguments]
+        return self.model(arguments[names[0]], **{name: arguments[name] for name in names[1:]})
+
+    def arguments(self, *inputs: Any, **named: Any) -> Arguments:
+        """Inputs in their normal form, from whatever the user called with: tensors, one dict, keywords.
+
+        Raises:
+            DataError: no input tensor, more of them than the model takes, or under names that it does not know.
+        """
+        if len(inputs) == 1 and isinstance(inputs[0], Tensor) and not named:
+            return {self.input_names[0]: inputs[0]}
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            inputs, named = (), {**inputs[0], **named}
+        if len(inputs) > len(self.input_names):
+            raise DataError(f"{self.model_id} takes inputs {self.input_names}; got {len(inputs)} of them.")
+        given = {**dict(zip(self.input_names, inputs)), **named}  # noqa: B905 (fewer inputs than names)
+        found = {name: value for name, value in given.items() if value is not None}
+        main = self.input_names[0]
+        unknown = [name for name in tensors(found) if name not in self.input_names]
+        if unknown or not tensors(found):
+            seen = {name: type(value).__name__ for name, value in found.items()}
+            raise DataError(f"{self.model_id} takes input tensors {self.input_names}; got {seen or 'none'}.")
+        return {name: found[name] for name in sorted(found, key=lambda name: (name != main, name))}
+
+    def dims(self, arguments: Arguments) -> Mapping[str, int | None]:
+        """Where each tensor of these arguments holds its batch, those that the sample did not have included.
+
+        Raises:
+            DataError: they hold different numbers of samples.
+        """
+        if len(arguments) == 1 and self.input_names[0] in arguments:
+            return self.batch_dims
+        dims = {**batch_dims(arguments), **self.batch_dims}
+        batch_size(arguments, dims)
+        return dims
 
     @property
-    def input_name(self) -> str:
-        """Keyword under which the model takes its input (`pixel_values` for transformers)."""
-        return str(getattr(self.model, "main_input_name", "pixel_values"))
+    def reads_tokens(self) -> bool:
+        """True for a model over token ids: texts, or images as sequences of clusters."""
+        main = next(iter(tensors(self.sample).values()))
+        return main.ndim == 2 and not main.is_floating_point()
 
     def logits(self, output: Output) -> Tensor:
         """Find the logits in what the model answered."""
         if isinstance(output, Tensor):
             return output
-        found = output.get("logits") if isinstance(output, Mapping) else output[0] if output else None
+        found = output.get(self._field or "logits") if isinstance(output, Mapping) else output[0] if output else None
         if not isinstance(found, Tensor):
             raise CaptureError(
                 f"No logits in the {type(output).__name__} that {self.model_id} answers with. "
@@ -140,7 +192,7 @@ class Backbone:
         """Put logits into the type that the original answers with."""
         if self._answer is None:
             return logits
-        return (logits,) if issubclass(self._answer, tuple) else self._answer(logits=logits)
+        return (logits,) if self._field is None else self._answer(**{self._field: logits})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters, then all buffers (non-persistent ones too), by name."""
@@ -179,26 +231,25 @@ class Backbone:
         extra = "distillation_token" in names
         return ("cls_token" in names) + extra + sum(int(p.shape[-2]) for p in registers)
 
-    def _sample(self, sample: Tensor | None) -> Tensor:
-        if sample is None:
-            shape = _input_shape(self.model, self.library)
-            if shape is None:
-                raise DataError(
-                    f"{self.model_id} does not say what input it takes. Pass one: sample=torch.randn(2, 3, H, W)."
-                )
-            # Any finite picture does, but the same one each time: `augment` verifies its cuts on it.
-            generator = torch.Generator().manual_seed(0)
-            sample = torch.randn(3, *shape, generator=generator)
-        if not isinstance(sample, Tensor) or sample.ndim < 2 or sample.shape[0] < 1:
-            seen = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
-            raise DataError(f"The sample must be a tensor with a batch dimension, such as (2, 3, H, W); got {seen}.")
-        if sample.shape[0] < 3:  # export specialises batches of 1, and two rows cannot show an order gone wrong
-            first = sample[:1]
-            sample = torch.cat([first, first.flip(-1), first.roll(1, -1)])
+    def _sample(self, sample: Sample | None) -> Arguments:
         weights = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if weights is not None:
-            sample = sample.to(weights.device, weights.dtype if sample.is_floating_point() else sample.dtype)
-        return sample
+        if sample is None:
+            sample = default_sample(self.model, self.library)
+            if sample is None:
+                raise DataError(
+                    f"{self.model_id} does not say what input it takes. Pass one: sample=torch.randn(2, 3, H, W), or a "
+                    "dict of tensors for a model of several inputs."
+                )
+        arguments = self.arguments(*sample) if isinstance(sample, tuple) else self.arguments(sample)
+        for name, value in tensors(arguments).items():
+            if value.ndim < 1 or (value.ndim < 2 and len(arguments) == 1) or 0 in value.shape:
+                seen = tuple(value.shape)
+                raise DataError(
+                    f"The sample must be a tensor with a batch dimension, such as (2, 3, H, W); got {name} of {seen}."
+                )
+            if weights is not None:
+                arguments[name] = value.to(weights.device, weights.dtype if value.is_floating_point() else None)
+        return arguments
 
 
 def _library(model: nn.Module) -> Library:
@@ -223,18 +274,18 @@ def _model_id(model: nn.Module, library: Library) -> tuple[str, str | None]:
     return name, None
 
 
-def _input_shape(model: nn.Module, library: Library) -> tuple[int, int, int] | None:
-    if library == "timm":
-        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-        patches = getattr(model, "patch_embed", None)
-        grid = getattr(patches, "img_size", None)  # of this very model; the configuration has the architecture's
-        if grid is None:
-            return None if size is None else tuple(size)
-        channels = size[0] if size else getattr(getattr(patches, "proj", None), "in_channels", 3)
-        return (channels, *grid)
-    if library == "transformers":
-        config = model.config
-        size = getattr(config, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return int(getattr(config, "num_channels", 3)), height, width  # pyright: ignore[reportArgumentType]
-    return None
+def _input_names(model: nn.Module) -> list[str]:
+    """What the model's forward takes, the main input first."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)] or ["x"]
+    main = getattr(model, "main_input_name", names[0])
+    return [main, *(name for name in names if name != main)]
+
+
+def _logits_field(output: object, rows: int) -> str:
+    """Under which name an answer of several fields holds its logits: `logits`, or the only (B, C) there is."""
+    fields = output if isinstance(output, Mapping) else {}
+    if isinstance(fields.get("logits"), Tensor):
+        return "logits"
+    found = [n for n, v in fields.items() if isinstance(v, Tensor) and v.ndim == 2 and v.shape[0] == rows]
+    return found[0] if len(found) == 1 else "logits"

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Output, eval_mode
+from ee_surgery.backbone import Output, Sample, eval_mode
 from ee_surgery.branches import BranchSpec, resolve
 from ee_surgery.branches.base import Branch, ExitLogits
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
-from ee_surgery.graph.points import ModelGraph, inspect
+from ee_surgery.graph.points import ModelGraph, inspect, read
+from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key, tensors
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
@@ -26,6 +28,7 @@ from ee_surgery.runtime.routed import ExitOutput, Router
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
+_SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Receipt:
 class BranchBank(nn.ModuleList):
     """The trainable part: all branches, called on the features of all exits at once (so that DDP can wrap it)."""
 
-    def forward(self, features: Sequence[Tensor]) -> list[ExitLogits]:
-        """Features of each exit, (B, *shape), to the answer of each branch."""
-        return [branch(f) for branch, f in zip(self, features, strict=True)]
+    def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
+        """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each."""
+        return [branch(*read) for branch, read in zip(self, features, strict=True)]
 
 
 class EarlyExitModel(nn.Module):
@@ -78,14 +81,19 @@ class EarlyExitModel(nn.Module):
         self._policy: ThresholdPolicy | None = None
         self._disabled = False
         self._before = graph.backbone.digests()
-        self._programs: OrderedDict[tuple[object, ...], tuple[Program, list[int]]] = OrderedDict()
+        self._programs: OrderedDict[tuple[Hashable, ...], tuple[Program, list[int]]] = OrderedDict()
         # The router of the inputs last seen, by their key: the hot path looks nothing else up.
-        self._router: tuple[tuple[object, ...], Router] | None = None
+        self._router: tuple[tuple[Hashable, ...], Router] | None = None
         weights = next(graph.backbone.model.parameters(), None)
         if weights is not None:
             self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
         sample = graph.backbone.sample
-        self._programs[_key(sample)] = self._compile(graph, sample)
+        program, branch_macs = self._compile(graph, sample)
+        self._programs[key(sample, graph.backbone.batch_dims)] = program, branch_macs
+        self.trunk_macs = program.trunk_macs
+        """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
+        self.branch_macs = tuple(branch_macs)
+        """MACs of each branch, one sample of that size."""
         self.train(False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -103,16 +111,6 @@ class EarlyExitModel(nn.Module):
     def exits(self) -> list[str]:
         """Names of the exit points, in program order; the original's own head comes after them."""
         return self.plan.names
-
-    @property
-    def trunk_macs(self) -> tuple[int, ...]:
-        """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
-        return self.program(self._backbone.sample).trunk_macs
-
-    @property
-    def branch_macs(self) -> tuple[int, ...]:
-        """MACs of each branch, one sample of that size."""
-        return tuple(self._program(self._backbone.sample)[1])
 
     def receipt(self) -> Receipt:
         """Hash every parameter and buffer of the original again and compare with when it was augmented."""
@@ -183,56 +181,74 @@ class EarlyExitModel(nn.Module):
 
     # --- running
 
-    def forward(self, x: Tensor | None = None, **inputs: Tensor) -> Output:
+    def forward(self, *inputs: Inputs, **named: Any) -> Output:
         """What the original answers with, of the same type; easy samples leave early where an operating point says so.
 
         Args:
-            x: inputs, shape (B, ...); transformers models also take them as `pixel_values=`.
+            inputs, named: what the original takes: a tensor of shape (B, ...), a dict of them, or keywords such as
+                `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
-        x = self._input(x, inputs)
+        arguments = self._backbone.arguments(*inputs, **named)
         if self.policy is None:
-            return self._backbone(x)
-        return self._backbone.answer(self.predict(x).logits)
+            return self._backbone(arguments)
+        shaping = sorted(_SHAPES_THE_ANSWER.intersection(arguments))
+        if shaping:
+            raise DataError(f"An early exit answers with logits alone: leave out {shaping}, or call `.backbone`.")
+        return self._backbone.answer(self.predict(arguments).logits)
 
-    def predict(self, x: Tensor) -> ExitOutput:
+    def predict(self, *inputs: Inputs, **named: Any) -> ExitOutput:
         """Run with early exit; logits, exit taken, score there and MACs of every sample.
 
         Args:
-            x: inputs, shape (B, ...); a new batch size costs nothing, a new image size, dtype or device is
-                captured on first use and kept.
+            inputs, named: as for a call; a new batch size costs nothing, a new image size, text length, dtype or
+                device is captured on first use and kept.
         """
         if torch.is_grad_enabled() or self.branches.training:
             with torch.no_grad(), eval_mode(list(self.branches.modules())):
-                return self.predict(x)
-        key = _key(x)
-        if self._router is None or self._router[0] != key or self._disabled:
-            program, branch_macs = self._program(x)
+                return self.predict(*inputs, **named)
+        arguments = self._backbone.arguments(*inputs, **named)
+        dims = self._backbone.dims(arguments)
+        found = key(arguments, dims)
+        main = next(iter(arguments.values()))
+        batch = main.shape[dims[next(iter(arguments))] or 0]
+        if batch == 0:
+            return self._nobody(main.device)
+        if self._router is None or self._router[0] != found or self._disabled:
+            program, branch_macs = self._program(arguments, dims, found)
             policy = self.policy
             if policy is None:
-                return self._never(x, program)
-            self._router = key, Router(program, self._branches(), policy, branch_macs)
-        return self._router[1](x)
+                return self._never(arguments, program)
+            self._router = found, Router(program, self._branches(), policy, branch_macs)
+        return self._router[1](list(arguments.values()) if len(arguments) == 1 else _values(arguments), batch)
 
-    def _never(self, x: Tensor, program: Program) -> ExitOutput:
-        logits = self._backbone.logits(self._backbone(x))
-        last = torch.full((len(x),), len(self.branches), device=logits.device)
-        nan = torch.full((len(x),), torch.nan, device=logits.device)
+    def _never(self, arguments: Arguments, program: Program) -> ExitOutput:
+        logits = self._backbone.logits(self._backbone(arguments))
+        last = torch.full((len(logits),), len(self.branches), device=logits.device)
+        nan = torch.full((len(logits),), torch.nan, device=logits.device)
         return ExitOutput(logits, last, nan, torch.tensor(program.trunk_macs, device=logits.device))
 
-    def all_exits(self, x: Tensor) -> Tensor:
+    def _nobody(self, device: torch.device) -> ExitOutput:
+        """For an empty batch, which many models do not take."""
+        dtype = next(self.branches.parameters()).dtype
+        logits = torch.empty((0, self._backbone.num_classes), dtype=dtype, device=device)
+        index, score = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
+        return ExitOutput(logits, index, score, torch.tensor(self.trunk_macs, device=device))
+
+    def all_exits(self, *inputs: Inputs, **named: Any) -> Tensor:
         """Logits of every exit for every sample, (K, B, C), the original's last; nobody leaves."""
-        answers, logits = self.answers(x)
+        answers, logits = self.answers(*inputs, **named)
         return torch.stack([*(answer.logits for answer in answers), logits])
 
-    def answers(self, x: Tensor) -> tuple[list[ExitLogits], Tensor]:
+    def answers(self, *inputs: Inputs, **named: Any) -> tuple[list[ExitLogits], Tensor]:
         """The answer of every branch, and the original's logits (B, C), without gradients, in eval mode."""
-        features, logits = self.features(x)
+        features, logits = self.features(*inputs, **named)
         with torch.no_grad(), eval_mode(list(self.branches.modules())):
             return self.branches(features), logits
 
-    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features at every exit, each (B, *shape), and the original's logits; without gradients."""
-        return self.program(x).run(x)
+    def features(self, *inputs: Inputs, **named: Any) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """What every branch reads, its features (B, *shape) first, and the original's logits; without gradients."""
+        program, values, _ = self.prepare(*inputs, **named)
+        return program.run(values)
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""
@@ -240,36 +256,31 @@ class EarlyExitModel(nn.Module):
         self.branches.train(mode)
         return self
 
-    def _input(self, x: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
-        name = self._backbone.input_name
-        if x is None and name in inputs:
-            x = inputs.pop(name)
-        if inputs or not isinstance(x, Tensor):
-            raise DataError(
-                f"An early-exit model takes one input tensor (also as {name}=); got {type(x).__name__}"
-                f"{' and ' + ', '.join(inputs) if inputs else ''}. Call `.backbone` for anything else."
-            )
-        return x
+    # --- programs, one for inputs of each shape, dtype and device
 
-    # --- programs, one an input shape, dtype and device
+    def program(self, *inputs: Inputs, **named: Any) -> Program:
+        """The stages that inputs like these (shape, dtype, device; any batch size) run through."""
+        return self.prepare(*inputs, **named)[0]
 
-    def program(self, x: Tensor) -> Program:
-        """The stages that inputs like `x` (shape, dtype, device; any batch size) run through."""
-        return self._program(x)[0]
+    def prepare(self, *inputs: Inputs, **named: Any) -> tuple[Program, tuple[Tensor, ...], int]:
+        """The program for these inputs, the tensors its first stage takes, and how many samples they hold."""
+        arguments = self._backbone.arguments(*inputs, **named)
+        dims = self._backbone.dims(arguments)
+        program, _ = self._program(arguments, dims, key(arguments, dims))
+        return program, _values(arguments), batch_size(arguments, dims)
 
-    def _program(self, x: Tensor) -> tuple[Program, list[int]]:
-        key = _key(x)
-        found = self._programs.get(key)
-        if found is None:
-            sample = x if len(x) > 1 else torch.cat([x, x.flip(-1)])
-            found = self._compile(inspect(self._backbone, sample[:3]), sample[:3])
-            self._programs[key] = found
+    def _program(
+        self, arguments: Arguments, dims: Mapping[str, int | None], found: tuple[Hashable, ...]
+    ) -> tuple[Program, list[int]]:
+        if found not in self._programs:
+            sample = as_sample(arguments, dims)
+            self._programs[found] = self._compile(read(self._backbone, sample), sample)
             if len(self._programs) > _PROGRAMS_KEPT:
                 self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return found
+        self._programs.move_to_end(found)
+        return self._programs[found]
 
-    def _compile(self, graph: ModelGraph, sample: Tensor) -> tuple[Program, list[int]]:
+    def _compile(self, graph: ModelGraph, sample: Arguments) -> tuple[Program, list[int]]:
         program = build_program(graph, self.exits)
         verify(program, self._backbone, sample)
         return program, [b.macs(p.shape) for b, p in zip(self._branches(), program.points, strict=True)]
@@ -283,7 +294,8 @@ class EarlyExitModel(nn.Module):
         """Everything about the branches that is not a tensor."""
         return AdapterConfig.of(
             identity=self._backbone.identity(self._before),
-            sample=self._backbone.sample,
+            inputs=self._backbone.sample,
+            opaque=self._backbone.opaque,
             points=self.plan.points,
             specs=self.specs,
             rule=self.plan.rule,
@@ -301,9 +313,8 @@ class EarlyExitModel(nn.Module):
         return save_adapter(Path(folder), self.adapter_config(), self.branches.state_dict(), self.frontier)
 
 
-def _key(x: Tensor) -> tuple[object, ...]:
-    # export bakes shapes, dtypes and device constants into a graph; the batch alone is free
-    return x.shape[1:], x.dtype, x.device
+def _values(arguments: Arguments) -> tuple[Tensor, ...]:
+    return tuple(tensors(arguments).values())
 
 
 def attach(
@@ -311,7 +322,8 @@ def attach(
     plan: ExitPlan,
     branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
     *,
-    sample: Tensor | None = None,
+    sample: Sample | None = None,
+    opaque: Sequence[str] = (),
     seed: int = 0,
 ) -> EarlyExitModel:
     """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
@@ -319,13 +331,13 @@ def attach(
     Args:
         model: the model, or the graph that `inspect` gave (spares capturing it again).
         branch: `auto`, a registered name or a `BranchSpec`; or one for each exit.
-        sample: see `inspect`.
+        sample, opaque: see `inspect`.
         seed: of the branches' first weights; the global random state is left alone.
     Raises:
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
-    graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
+    graph = model if isinstance(model, ModelGraph) else inspect(model, sample, opaque=opaque)
     given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ee_surgery.backbone import Backbone, Identity, make_model
+from ee_surgery.backbone import Backbone, Identity, Sample, make_model
 from ee_surgery.branches import BranchSpec
 from ee_surgery.errors import AdapterError, FingerprintError
-from ee_surgery.graph.points import inspect
+from ee_surgery.graph.points import inspect, read
 from ee_surgery.model import EarlyExitModel, attach
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.share.adapter import check_tensors, load_adapter
@@ -28,7 +28,8 @@ def augment(
     placement: str = "linear",
     branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
     *,
-    sample: Tensor | None = None,
+    sample: Sample | None = None,
+    opaque: Sequence[str] = (),
     train: Data | None = None,
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
@@ -40,17 +41,19 @@ def augment(
     it does.
 
     Args:
-        model: timm model, transformers image classifier, or any module from one image tensor to logits.
+        model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
         exits: how many, names of exit points (`inspect` lists them), or a plan.
         placement: rule for a number of exits: `linear`, `fine`, `pareto`, `gold_ratio`.
         branch: `auto`, a registered name, a `BranchSpec`, or one for each exit.
-        sample: an example batch (B, ...); needed where the model does not say its input size.
+        sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
+            say what it takes.
+        opaque: names of modules to keep whole; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
         seed: of the branches' first weights.
     """
-    graph = inspect(model, sample)
+    graph = inspect(model, sample, opaque=opaque)
     plan = exits if isinstance(exits, ExitPlan) else place(graph, exits, placement)
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
@@ -60,13 +63,16 @@ def augment(
     return branched
 
 
-def from_pretrained(folder: str | os.PathLike[str], model: nn.Module | None = None) -> EarlyExitModel:
+def from_pretrained(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, sample: Sample | None = None
+) -> EarlyExitModel:
     """Load an adapter folder onto its base.
 
     Args:
         folder: written by `save_pretrained`.
         model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
             left out.
+        sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
     Raises:
         AdapterError: a file is missing or damaged, or the base cannot be made from its id.
         FingerprintError: the base is not the one that the branches were trained on.
@@ -74,9 +80,10 @@ def from_pretrained(folder: str | os.PathLike[str], model: nn.Module | None = No
     folder = Path(folder)
     config, tensors, frontier = load_adapter(folder)
     model = model if model is not None else _make_base(config.base)
-    weights = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    backbone = Backbone(model, torch.randn(3, *config.input_shape, generator=generator).to(weights.device))
+    if sample is None:
+        generator = torch.Generator().manual_seed(0)
+        sample = {name: spec.make(generator) for name, spec in config.inputs.items()}
+    backbone = Backbone(model, sample, config.opaque)
     identity = backbone.identity()
     if identity.fingerprint != config.base.fingerprint:
         raise FingerprintError(
@@ -84,7 +91,7 @@ def from_pretrained(folder: str | os.PathLike[str], model: nn.Module | None = No
             f"given is {identity.model_id} with fingerprint {identity.fingerprint}. Load the very same weights "
             "(same checkpoint, dtype and number of classes)."
         )
-    graph = inspect(backbone)
+    graph = read(backbone, backbone.sample)
     plan = ExitPlan(identity.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
     branched = attach(graph, plan, [exit.branch for exit in config.exits])
     check_tensors(tensors, branched.branches.state_dict(), folder)

@@ -47,7 +47,7 @@ def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(e
         whole = found.backbone.logits(found.backbone(x))
         for point in found.blocks[:: max(1, len(found.blocks) // 6)]:
             first, rest = cut(found.capture, found.liveness, original(entry.name), [point.index])
-            live = compact(first(x), rest.batch_dims, torch.tensor([2, 0]))
+            live = compact(first(x), rest.axes, torch.tensor([2, 0]))
             (logits,) = rest(*live)
             torch.testing.assert_close(
                 logits, whole[[2, 0]], rtol=1e-3, atol=1e-4, msg=lambda m, p=point: f"{p.name}: {m}"
@@ -65,16 +65,36 @@ def test_legal_points_inside_blocks_can_be_cut_too(entry: Entry) -> None:
         whole = found.backbone.logits(found.backbone(x))
         for point in inside[:: max(1, len(inside) // 40)]:
             first, rest = cut(found.capture, found.liveness, original(entry.name), [point.index])
-            (logits,) = rest(*compact(first(x), rest.batch_dims, torch.tensor([2, 0])))
+            (logits,) = rest(*compact(first(x), rest.axes, torch.tensor([2, 0])))
             refused += not torch.allclose(logits, whole[[2, 0]], rtol=1e-3, atol=1e-4)
     assert refused == 0
 
 
-def test_folded_batches_are_explained() -> None:
+def test_samples_can_leave_inside_window_attention() -> None:
     found = graph("swin_tiny_patch4_window7_224")
-    assert any("folded with windows" in point.reason for point in found.illegal)
-    with pytest.raises(ee.ExitPointError, match=r"No sample can leave .* folded with windows"):
-        found[found.illegal[0].name]
+    assert not found.illegal
+    inside = found["layers.0.blocks.0.attn.proj"]
+    assert (inside.layout, inside.shape) == ("tokens", (256, 24))  # 16 windows of 4 x 4 tokens
+
+
+class _Folded(nn.Module):
+    """Doubles the batch in a way that no view shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pair = self.inner(torch.cat([x, x + 1]))
+        return self.head(torch.cat(pair.chunk(2), 1))
+
+
+def test_a_fold_of_unknown_order_is_explained() -> None:
+    found = ee.inspect(_Folded(), torch.randn(3, 8))
+    with pytest.raises(
+        ee.ExitPointError, match=r"No sample can leave _Folded at 'inner': the batch is folded .* \(2\*B"
+    ):
+        found["inner"]
 
 
 def test_unknown_names_suggest_near_ones() -> None:

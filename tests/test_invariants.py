@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ee_surgery as ee
+from ee_surgery.graph.axes import Axis
 from ee_surgery.graph.stages import compact
 from ee_surgery.policies.records import exit_costs
 from tests.zoo import BY_NAME, ZOO, Entry, branched, original
@@ -152,13 +153,13 @@ def test_save_and_load_give_the_same_logits_and_exits(entry: Entry, tmp_path: Pa
 def test_compact_keeps_order_in_any_dimension(done: list[bool], dim: int) -> None:
     rows = torch.arange(len(done)).view(-1, 1, 1).expand(-1, 2, 3).movedim(0, dim)
     keep = (~torch.tensor(done)).nonzero().squeeze(1)
-    (left,) = compact((rows,), (dim,), keep)
+    (left,) = compact((rows,), (Axis(dim),), keep)
     assert left.movedim(dim, 0)[:, 0, 0].tolist() == [i for i, gone in enumerate(done) if not gone]
 
 
 def test_compact_keeps_channels_last() -> None:
     x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
-    (left,) = compact((x,), (0,), torch.tensor([2, 0]))
+    (left,) = compact((x,), (Axis(0),), torch.tensor([2, 0]))
     assert torch.equal(left, x[[2, 0]])
     assert left.is_contiguous(memory_format=torch.channels_last)
 

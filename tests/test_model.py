@@ -42,10 +42,16 @@ def test_thresholds_by_hand_are_an_operating_point_that_is_kept(tmp_path: Path) 
 
 
 def test_unknown_inputs_are_named(vit: ee.EarlyExitModel) -> None:
-    with pytest.raises(ee.DataError, match=r"takes one input tensor \(also as pixel_values=\)"):
+    x, labels = BY_NAME["hf-ViT"].sample(1), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ee.DataError, match=r"takes input tensors \['pixel_values'.*got {'input_ids': 'Tensor'}"):
         vit(input_ids=torch.zeros(1))
+    with pytest.raises(ee.DataError, match="got none"):
+        vit()
+    assert vit(x, labels=labels).loss is not None  # nothing leaves early: whatever the original takes
+    vit.operate(thresholds=2.0)
     with pytest.raises(ee.DataError, match="labels"):
-        vit(BY_NAME["hf-ViT"].sample(1), labels=torch.zeros(1))
+        vit(x, labels=labels)
+    vit.operate(None)
 
 
 def test_exits_disabled_is_the_original_for_a_while() -> None:

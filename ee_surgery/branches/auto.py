@@ -24,7 +24,7 @@ def resolve(spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int) -> 
     """
     if spec.name != "auto":
         return spec, build(spec, point, num_classes)
-    if point.layout in ("tokens", "nhwc"):
+    if point.layout in ("tokens", "sequence", "nhwc"):
         chosen = replace(spec, name="token")
         return chosen, build(chosen, point, num_classes)
     size = grid(point)

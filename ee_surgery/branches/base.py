@@ -65,12 +65,16 @@ class Branch(nn.Module, ABC):
         self.confidence = nn.Linear(width, 1) if confidence else None
 
     @abstractmethod
-    def vector(self, features: Tensor) -> Tensor:
-        """Features of shape (B, *point.shape) to vectors of shape (B, width)."""
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of shape (B, *point.shape) to vectors of shape (B, width).
 
-    def forward(self, features: Tensor) -> ExitLogits:
+        Args:
+            mask: 1 for a token and 0 for padding, (B, tokens), where the model has one.
+        """
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> ExitLogits:
         """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
-        vector = self.vector(features)
+        vector = self.vector(features) if mask is None else self.vector(features, mask)
         confidence = self.confidence(vector).squeeze(-1) if self.confidence is not None else None
         return ExitLogits(self.classifier(vector), confidence)
 
@@ -141,8 +145,14 @@ def to_nchw(features: Tensor, layout: str, prefix_tokens: int) -> Tensor:
     return patches.unflatten(2, (side, side))
 
 
-def pooled(features: Tensor, layout: str) -> Tensor:
-    """Mean over all places: (B, C)."""
+_PLACES = {"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,), "sequence": (1,)}
+
+
+def pooled(features: Tensor, layout: str, mask: Tensor | None = None) -> Tensor:
+    """Mean over all places, padding left out: (B, C)."""
     if layout == "vector":
         return features
-    return features.mean({"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,)}[layout])
+    if mask is None:
+        return features.mean(_PLACES[layout])
+    weights = mask.to(features.dtype).unsqueeze(-1)
+    return (features * weights).sum(1) / weights.sum(1).clamp_min(1)

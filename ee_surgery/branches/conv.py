@@ -17,7 +17,7 @@ def _unit(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 class _MapBranch(Branch):
     body: nn.Sequential
 
-    def vector(self, features: Tensor) -> Tensor:
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, width): the body on the map, then the global average."""
         return self.body(to_nchw(features, self.layout, self.prefix_tokens)).mean((2, 3))
 

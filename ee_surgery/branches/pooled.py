@@ -17,9 +17,9 @@ class PoolBranch(Branch):
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
         super().__init__(point, num_classes, confidence, channels(point))
 
-    def vector(self, features: Tensor) -> Tensor:
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, C)."""
-        return pooled(features, self.layout)
+        return pooled(features, self.layout, mask)
 
 
 @BRANCHES.register("mlp")
@@ -52,12 +52,12 @@ class MlpBranch(Branch):
         self.hidden = nn.Linear(c * cells * cells, hidden)
         self.norm = nn.BatchNorm1d(hidden) if norm else nn.Identity()
 
-    def vector(self, features: Tensor) -> Tensor:
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, hidden)."""
         if self.cells:
             cells = F.adaptive_avg_pool2d(to_nchw(features, self.layout, self.prefix_tokens), self.cells).flatten(1)
         else:
-            cells = pooled(features, self.layout)
+            cells = pooled(features, self.layout, mask)
         return F.relu(self.norm(self.hidden(cells)))
 
 
@@ -77,11 +77,13 @@ class TokenBranch(Branch):
         self.norm = nn.LayerNorm(c)
         self.hidden = nn.Linear(c, hidden) if hidden else None
 
-    def vector(self, features: Tensor) -> Tensor:
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, C), (B, 2 C) with a class token, or (B, hidden)."""
-        if self.prefix_tokens:
-            summary = torch.cat([features[:, 0], features[:, self.prefix_tokens :].mean(1)], dim=1)
+        n = self.prefix_tokens
+        if n:
+            rest = pooled(features[:, n:], self.layout, None if mask is None else mask[:, n:])
+            summary = torch.cat([features[:, 0], rest], dim=1)
         else:
-            summary = pooled(features, self.layout)
+            summary = pooled(features, self.layout, mask)
         vector = self.norm(summary)
         return F.gelu(self.hidden(vector)) if self.hidden is not None else vector

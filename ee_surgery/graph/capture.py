@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from sympy import Expr
@@ -13,29 +16,40 @@ from torch.export import Dim
 
 from ee_surgery.backbone import Backbone, eval_mode
 from ee_surgery.errors import CaptureError
+from ee_surgery.graph.opaque import OpaqueCalls
+from ee_surgery.inputs import Arguments, tensors
 
-_PREFIX = "model."  # of the wrapper below, in front of every name that export reports
+_PREFIX = "surgery_original."  # of the wrapper below, in front of the names that export reports (of most)
 
 
 class _LogitsOnly(nn.Module):
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, options: Arguments, dims: Mapping[str, int | None]) -> None:
         super().__init__()
-        self.model = backbone.model
-        self._read: Callable[[Tensor], Tensor] = lambda x: backbone.logits(backbone.call(x))
+        self.surgery_original = backbone.model
+        if "use_cache" in backbone.input_names:
+            options = {"use_cache": False, **options}  # a classifier has no next token to keep it for
+        self._read: Callable[[Arguments], Tensor] = lambda given: backbone.logits(backbone.call({**given, **options}))
+        self._dims = dims
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._read(x)
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        sizes = [tensor.shape[dim] for n, tensor in inputs.items() if (dim := self._dims.get(n)) is not None]
+        for size in sizes[1:]:
+            torch._check(size == sizes[0])
+        return self._read(inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """One program: what `model(x)` computes for inputs of one shape, dtype and device, at any batch size."""
+    """One program: what the model computes for inputs of one shape, dtype and device, at any batch size."""
 
     nodes: list[fx.Node]
     """Every call, in program order."""
     position: dict[fx.Node, int]
     """Index of each call in `nodes`."""
-    input: fx.Node
+    inputs: dict[str, fx.Node]
+    """Input tensors by name, the main one first."""
+    shared: set[fx.Node]
+    """Those without a batch: one for all samples."""
     output: fx.Node
     """The node whose value is the logits."""
     batch: Expr
@@ -44,33 +58,57 @@ class Capture:
     """Parameter and buffer placeholders, by their name in the model."""
     constants: dict[fx.Node, object]
     """Values the graph carries itself: lifted tensors, submodules of higher-order ops."""
+    opaque: OpaqueCalls
+    """Calls of modules that were kept whole."""
     owners: dict[fx.Node, list[str]] = field(default_factory=dict)
     """Module paths around each call, outermost first; a module called again gets the suffix @1, @2."""
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, without the batch."""
-        return tuple(int(size) for size in self.input.meta["val"].shape[1:])
 
-
-def capture(backbone: Backbone, sample: Tensor | None = None) -> Capture:
+def capture(backbone: Backbone, arguments: Arguments | None = None) -> Capture:
     """Read `backbone` as a graph whose batch is a symbol; the model's training flags are given back.
 
     Args:
-        sample: a batch of the size, dtype and device to capture for, shape (B, ...) with B >= 2;
-            the backbone's own sample when left out.
+        arguments: inputs of the size, dtype and device to capture for, with at least two samples; the backbone's
+            own sample when left out.
     Raises:
         CaptureError: the model cannot be exported, or only for one batch size.
     """
-    sample = backbone.sample if sample is None else sample
-    wrapper = _LogitsOnly(backbone)
+    arguments = backbone.sample if arguments is None else arguments
+    dims = backbone.dims(arguments)
+    inputs = tensors(arguments)
+    options = {name: value for name, value in arguments.items() if name not in inputs}
+    wrapper = _LogitsOnly(backbone, options, dims)
+    dynamic = {name: None if dims[name] is None else {dims[name]: Dim.DYNAMIC} for name in inputs}
     with eval_mode([*wrapper.modules()]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # export warns about its own deprecated internals
+        opaque = OpaqueCalls.record(backbone, arguments)
         try:
-            program = torch.export.export(wrapper, (sample,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+            with opaque.patched(backbone.model), _indexed_masks():
+                program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
         except Exception as error:
             raise CaptureError(_explain(backbone, error)) from error
-    return _read(program)
+    return _read(program, inputs, dims, opaque)
+
+
+@contextmanager
+def _indexed_masks() -> Iterator[None]:
+    """While this lasts, transformers makes attention masks by indexing, not by vmap: its traces run nowhere else.
+
+    Both ways give the same mask; transformers itself indexes wherever it knows the mask function allows it.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    if masking is None or not hasattr(masking, "_non_vmap_expansion_sdpa"):
+        yield
+        return
+
+    def expansion(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *indices: function(*masking._non_vmap_expansion_sdpa(*indices))
+
+    with (
+        patch.object(masking, "_vmap_expansion_sdpa", expansion),
+        patch.object(masking, "TransformGetItemToIndex", nullcontext),
+    ):
+        yield
 
 
 def _explain(backbone: Backbone, error: Exception) -> str:
@@ -96,14 +134,19 @@ def _frames(error: BaseException):
         trace = trace.tb_next
 
 
-def _read(program: torch.export.ExportedProgram) -> Capture:
+def _read(
+    program: torch.export.ExportedProgram,
+    inputs: Mapping[str, Tensor],
+    dims: Mapping[str, int | None],
+    opaque: OpaqueCalls,
+) -> Capture:
     graph, signature = program.graph, program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     _drop_dropout(graph)
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, object] = {}
-    inputs: list[fx.Node] = []
+    given: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             if node.name in named:
@@ -111,21 +154,27 @@ def _read(program: torch.export.ExportedProgram) -> Capture:
             elif node.name in lifted:
                 constants[node] = program.constants[lifted[node.name]]
             else:
-                inputs.append(node)
+                given.append(node)
         elif node.op == "get_attr":
             constants[node] = program.graph_module.get_submodule(str(node.target))
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = (node for node in graph.nodes if node.op == "output")
     (result,) = output.args[0]
-    (source,) = inputs
+    sources = dict(zip(inputs, given, strict=True))
+    main, dim = next((sources[name], dim) for name in inputs if (dim := dims[name]) is not None)
+    batch = main.meta["val"].shape[dim]
+    if not isinstance(batch, torch.SymInt):
+        raise CaptureError(f"The model was read for a batch of {batch} alone: its code fixes the batch size.")
     return Capture(
         nodes=nodes,
         position={node: i for i, node in enumerate(nodes)},
-        input=source,
+        inputs=sources,
+        shared={sources[name] for name in inputs if dims[name] is None},
         output=result,
-        batch=source.meta["val"].shape[0].node.expr,
+        batch=batch.node.expr,  # pyright: ignore[reportArgumentType]
         tensors=tensors,
         constants=constants,
+        opaque=opaque,
         owners={node: _owners(node) for node in nodes},
     )
 
@@ -142,7 +191,7 @@ def _owners(node: fx.Node) -> list[str]:
     stack = node.meta.get("nn_module_stack") or {}
     owners = []
     for key, (path, _) in stack.items():
-        if path.startswith(_PREFIX):
+        if path not in ("", _PREFIX[:-1]):
             call = key.partition("@")[2]
             owners.append(path.removeprefix(_PREFIX) + (f"@{call}" if call else ""))
     return owners

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ee_surgery.backbone import eval_mode
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.opaque import is_opaque
 
 _Shape = tuple[int, ...]
 _Formula = Callable[[fx.Node, list[_Shape], _Shape], int]
@@ -170,7 +171,12 @@ def count(capture: Capture, needed: set[fx.Node]) -> tuple[list[int], Counter[st
     """MACs of each call of a program for one sample (0 for calls the logits do not need), and the calls not counted."""
     macs, uncounted = [], Counter[str]()
     for node in capture.nodes:
-        value = node_macs(node, capture.batch) if node in needed else 0
+        if node not in needed:
+            value = 0
+        elif is_opaque(node):
+            value = capture.opaque.macs(node)
+        else:
+            value = node_macs(node, capture.batch)
         if value is None:
             uncounted[_op_name(node)] += 1
         macs.append(value or 0)

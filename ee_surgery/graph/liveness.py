@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
-from sympy import Expr
 from torch import Tensor, fx
 
+from ee_surgery.graph.axes import Axis, find_axes
 from ee_surgery.graph.capture import Capture
 
 
@@ -28,6 +28,8 @@ class Liveness:
     """Nodes that the logits depend on, writes included."""
     last_use: dict[fx.Node, int]
     """Index of the last needed call that reads a node; the logits are read after the end."""
+    axis: dict[fx.Node, Axis | str | None]
+    """Where each of the `carried` keeps its batch: see `find_axes`."""
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
@@ -62,7 +64,7 @@ def analyse(capture: Capture) -> Liveness:
         if node in needed:
             for arg in node.all_input_nodes:
                 last_use[arg] = max(last_use.get(arg, -1), i)
-    return Liveness(carried, root, needed, last_use)
+    return Liveness(carried, root, needed, last_use, find_axes(capture, carried))
 
 
 def _is_getitem(node: fx.Node) -> bool:
@@ -74,7 +76,7 @@ def _is_multiple(node: fx.Node) -> bool:
 
 
 def _carried(capture: Capture, root: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-    carried = {capture.input}
+    carried = set(capture.inputs.values())
     tainted: set[fx.Node] = set()  # storages that some call wrote input data into
     while True:
         before = len(carried)
@@ -114,27 +116,10 @@ def closure(
 
 def live_after(capture: Capture, liveness: Liveness) -> list[list[fx.Node]]:
     """For each position i (behind call i): the input-dependent values made up to i and read after it."""
-    live: list[fx.Node] = [capture.input] if capture.input in liveness.last_use else []
+    live: list[fx.Node] = [node for node in capture.inputs.values() if node in liveness.last_use]
     result = []
     for i, node in enumerate(capture.nodes):
         made = [node] if node in liveness.carried and node in liveness.needed else []
         live = [held for held in (*live, *made) if liveness.last_use.get(held, -1) > i]
         result.append(live)
     return result
-
-
-def batch_dim(node: fx.Node, batch: Expr) -> int | str:
-    """The one dimension of `node` that is the batch, or why there is none."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return f"{node.name} is not a single tensor"
-    sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
-    dims = [i for i, size in enumerate(sizes) if batch in getattr(size, "free_symbols", ())]
-    shape = "(" + ", ".join(str(size).replace(str(batch), "B") for size in sizes) + ")"
-    if not dims:
-        return f"no dimension of {node.name} carries the batch: {shape}"
-    if len(dims) > 1:
-        return f"several dimensions of {node.name} carry the batch: {shape}"
-    if sizes[dims[0]] != batch:
-        return f"the batch is folded with windows or tokens: {shape}"
-    return dims[0]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
-from torch import Tensor, fx, nn
+from torch import nn
 
-from ee_surgery.backbone import Backbone
+from ee_surgery.backbone import Backbone, Sample
 from ee_surgery.errors import ExitPointError
 from ee_surgery.graph.capture import Capture, capture
 from ee_surgery.graph.cost import count
-from ee_surgery.graph.liveness import Liveness, analyse, batch_dim, live_after
+from ee_surgery.graph.features import NOTHING, Features, Layout, choose
+from ee_surgery.graph.liveness import Liveness, analyse, live_after
+from ee_surgery.inputs import Arguments
 from ee_surgery.registry import suggest
-
-Layout: TypeAlias = Literal["nchw", "nhwc", "tokens", "vector"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class ModelGraph:
     """Of one sample through the whole model."""
     uncounted: Counter[str]
     """Calls that may carry multiply-adds but have no formula, with how often they occur."""
+    _features: dict[int, Features]
 
     @property
     def blocks(self) -> list[ExitPoint]:
@@ -89,6 +88,10 @@ class ModelGraph:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def features(self, point: ExitPoint) -> Features:
+        """What a branch at a legal point reads."""
+        return self._features[point.index]
 
     def best_case(self) -> str:
         """The best that exits could do on this model: a bound from the graph alone, before any training."""
@@ -119,26 +122,36 @@ class ModelGraph:
         yield self.best_case()
 
 
-def inspect(model: nn.Module | Backbone, sample: Tensor | None = None) -> ModelGraph:
+def inspect(model: nn.Module | Backbone, sample: Sample | None = None, *, opaque: Sequence[str] = ()) -> ModelGraph:
     """Read a model as a graph and find where samples may leave it. The model is not changed.
 
     Args:
-        model: timm model, transformers image classifier, or any module from one image tensor to logits.
-        sample: an example batch (B, ...); needed where the model does not say its input size.
+        model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
+        sample: an example batch (B, ...), a dict of several input tensors, or a tuple of them by position; needed
+            where the model does not say what it takes.
+        opaque: names of modules to keep whole, see `Backbone`: the way out where torch.export cannot read one.
     Raises:
         CaptureError: the model cannot be exported with a symbolic batch.
         DataError: no sample given and none can be derived.
     """
-    backbone = model if isinstance(model, Backbone) else Backbone(model, sample)
-    program = capture(backbone, sample if isinstance(model, Backbone) else None)
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque)
+    return read(backbone, backbone.sample)
+
+
+def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
+    """The graph of a backbone for inputs of the shape, dtype and device of these, at least two samples."""
+    program = capture(backbone, arguments)
     liveness = analyse(program)
     macs, uncounted = count(program, liveness.needed)
-    points = _points(program, liveness, macs, backbone)
+    points, features = _points(program, liveness, macs, backbone)
     legal = [point for point in points if point.legal]
-    return ModelGraph(backbone, program, liveness, legal, [p for p in points if not p.legal], sum(macs), uncounted)
+    illegal = [point for point in points if not point.legal]
+    return ModelGraph(backbone, program, liveness, legal, illegal, sum(macs), uncounted, features)
 
 
-def _points(program: Capture, liveness: Liveness, macs: list[int], backbone: Backbone) -> list[ExitPoint]:
+def _points(
+    program: Capture, liveness: Liveness, macs: list[int], backbone: Backbone
+) -> tuple[list[ExitPoint], dict[int, Features]]:
     live = live_after(program, liveness)
     ends = _module_ends(program, liveness)
     narrow = _narrow([len(nodes) for nodes in live])
@@ -147,26 +160,28 @@ def _points(program: Capture, liveness: Liveness, macs: list[int], backbone: Bac
     for value in macs:
         spent.append(spent[-1] + value)
     names = {name for found in ends.values() for name in found}
-    points = []
+    points: list[ExitPoint] = []
+    read: dict[int, Features] = {}
     for index, found in sorted(ends.items()):
         name, *aliases = sorted(found, key=lambda path: (path.count("."), len(path)))
         crossing = live[index]
-        node = _features(program, crossing, found)
-        problems = [dim for dim in (batch_dim(n, program.batch) for n in crossing) if isinstance(dim, str)]
+        problems = [axis for axis in (liveness.axis[node] for node in crossing) if isinstance(axis, str)]
         if not crossing:
             problems = ["nothing that depends on the input is used after it"]
-        shape, layout = _describe(node, program) if not problems else (tuple[int, ...](), "vector")
-        if not problems and not 1 <= len(shape) <= 3:
-            problems = [f"features of shape {shape} are neither a map, tokens nor a vector"]
+        features = None if problems else choose(program, liveness, crossing, found, backbone)
+        if features is None:
+            problems = problems or ["none of the tensors that cross is a map, tokens or a vector of numbers"]
+            features = NOTHING
+        read[index] = features
         points.append(
             ExitPoint(
                 name=name,
                 aliases=tuple(aliases),
                 index=index,
-                node=node.name,
-                shape=shape,
-                layout=layout,
-                prefix_tokens=_prefix(shape[0], backbone.prefix_tokens) if layout == "tokens" else 0,
+                node=features.node,
+                shape=features.shape,
+                layout=features.layout,
+                prefix_tokens=features.prefix_tokens,
                 live=len(crossing),
                 macs=spent[index + 1],
                 macs_fraction=spent[index + 1] / total if total else 0.0,
@@ -175,7 +190,7 @@ def _points(program: Capture, liveness: Liveness, macs: list[int], backbone: Bac
                 block=narrow[index] and any(not _interior(path, backbone.model, names) for path in found),
             )
         )
-    return points
+    return points, read
 
 
 def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
@@ -233,57 +248,3 @@ def _holds_blocks(module: nn.Module) -> bool:
         and any(next(element.children(), None) is not None for element in child.children())
         for child in module.children()
     )
-
-
-def _prefix(tokens: int, prefix: int) -> int:
-    """Before the class token is put in front, there are only patches: a square number, usually."""
-    bare = math.isqrt(tokens) ** 2 == tokens and math.isqrt(tokens - prefix) ** 2 != tokens - prefix
-    return 0 if bare or prefix >= tokens else prefix
-
-
-def _features(program: Capture, crossing: list[fx.Node], paths: list[str]) -> fx.Node:
-    """The tensor a branch reads: the last one made inside the module that ends here, else the last one made."""
-    if not crossing:
-        return program.input
-    inside = [node for node in crossing if node in program.owners and not set(program.owners[node]).isdisjoint(paths)]
-    return (inside or crossing)[-1]
-
-
-def _describe(node: fx.Node, program: Capture) -> tuple[tuple[int, ...], Layout]:
-    dim = batch_dim(node, program.batch)
-    shape = tuple(int(size) for i, size in enumerate(node.meta["val"].shape) if i != dim)
-    if len(shape) == 1:
-        return shape, "vector"
-    if len(shape) == 2:
-        return shape, "tokens"
-    return shape, "nhwc" if _channel_axis(node) == -1 else "nchw"
-
-
-_FIRST = {"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
-_LAST = {"layer_norm", "linear", "rms_norm"}
-
-
-def _channel_axis(node: fx.Node) -> int:
-    """1 or -1: where the nearest call that knows the channels finds them, through calls that leave them in place."""
-    shape = node.meta["val"].shape
-    queue, seen = [node], {node}
-    while queue:
-        here = queue.pop(0)
-        for near in (*here.users, *here.all_input_nodes, here):
-            value = near.meta.get("val")
-            if near.op != "call_function" or not isinstance(value, Tensor):
-                continue
-            name = getattr(near.target, "__name__", "").partition(".")[0]
-            if name in _LAST and value.ndim > 2:
-                return -1
-            if name in _FIRST and value.ndim == len(shape):
-                return 1
-            # (B, H, W, C) viewed as (B, H * W, C) still ends in its channels
-            viewed = name in _VIEWS or getattr(here.target, "__name__", "").partition(".")[0] in _VIEWS
-            if near not in seen and (value.shape == shape or (viewed and value.shape[-1] == shape[-1])):
-                seen.add(near)
-                queue.append(near)
-    return 1
-
-
-_VIEWS = {"view", "reshape", "flatten", "unflatten"}

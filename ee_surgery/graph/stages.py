@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._sympy.printers import PythonPrinter
 
+from ee_surgery.graph.axes import Axis
 from ee_surgery.graph.capture import Capture
-from ee_surgery.graph.liveness import Liveness, batch_dim, closure, live_after, writes
+from ee_surgery.graph.liveness import Liveness, closure, live_after, writes
+from ee_surgery.graph.opaque import is_opaque
 
 _aten = torch.ops.aten
 _nn = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,7 +49,8 @@ _BUILTINS: dict[object, Callable[..., object]] = {
     _aten.scaled_dot_product_attention.default: _nn.scaled_dot_product_attention,
     _aten.adaptive_avg_pool2d.default: _nn.adaptive_avg_pool2d,
     _aten.reshape.default: Tensor.reshape,
-    _aten.view.default: Tensor.view,
+    _aten.view.default: Tensor.reshape,  # a view wherever it can be; other memory formats than the sample's copy
+    _aten._unsafe_view.default: Tensor.reshape,
     _aten.permute.default: Tensor.permute,
     _aten.transpose.int: Tensor.transpose,
     _aten.unbind.int: torch.unbind,
@@ -77,12 +80,12 @@ class Stage:
         source: str,
         scope: dict[str, object],
         references: dict[str, _Reference],
-        batch_dims: list[int],
+        axes: list[Axis | None],
         mutates_input: bool,
     ) -> None:
         self.source = source
-        self.batch_dims = batch_dims
-        """The batch dimension of each tensor that goes in."""
+        self.axes = axes
+        """Where each tensor that goes in keeps its batch; None for one that all samples share."""
         self.mutates_input = mutates_input
         """True when a call of this stage writes in place to a tensor that goes in."""
         self._scope = scope
@@ -108,42 +111,42 @@ def _is(left: object, right: object) -> bool:
     return left is right
 
 
-def compact(live: Sequence[Tensor], dims: Sequence[int], keep: Tensor) -> tuple[Tensor, ...]:
+def compact(live: Sequence[Tensor], axes: Sequence[Axis | None], keep: Tensor) -> tuple[Tensor, ...]:
     """Keep the samples `keep` of every live tensor, in that order.
 
     Args:
-        live: tensors that cross an exit point, the batch of each in dimension `dims[i]`.
+        live: tensors that cross an exit point, each with its batch where `axes` says; None belongs to all samples.
         keep: indices of the samples still in flight, int64, shape (B',).
     Source: side-branch exits of BranchyNet (Teerapittayanon et al., ICPR 2016, arXiv:1709.01686).
     """
-    return tuple(_select(tensor, dim, keep) for tensor, dim in zip(live, dims, strict=True))
+    return tuple(tensor if axis is None else axis.select(tensor, keep) for tensor, axis in zip(live, axes, strict=True))
 
 
-def _select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
-    if dim == 0 and tensor.ndim == 4 and not tensor.is_contiguous():
-        # index_select answers in the default memory format: keep channels_last as it is
-        rows = tensor.permute(0, 2, 3, 1)
-        if rows.is_contiguous():
-            return rows.index_select(0, keep).permute(0, 3, 1, 2)
-    return tensor.index_select(dim, keep)
-
-
-def cut(capture: Capture, liveness: Liveness, model: nn.Module, positions: Sequence[int]) -> list[Stage]:
+def cut(
+    capture: Capture, liveness: Liveness, model: nn.Module, positions: Sequence[int], along: Sequence[fx.Node] = ()
+) -> list[Stage]:
     """Cut a program behind the given calls into `len(positions) + 1` stages.
 
     Args:
         positions: indices of calls in program order, strictly increasing; each a legal position.
+        along: inputs that are handed from stage to stage although no stage may need them: a branch does.
     """
     live = live_after(capture, liveness)
-    borders = [[capture.input], *(live[i] for i in positions), [capture.output]]
+    given = [*capture.inputs.values()]
+    borders = [given, *(crossing(live[i], along) for i in positions), [capture.output]]
     starts, stops = [0, *(i + 1 for i in positions)], [*(i + 1 for i in positions), len(capture.nodes)]
     carried = [node for node in capture.nodes if node in liveness.carried]
     stages = []
-    for given, wanted, start, stop in zip(borders[:-1], borders[1:], starts, stops, strict=True):
-        done = {capture.input} | {node for node in carried if capture.position[node] < start}
+    for entering, wanted, start, stop in zip(borders[:-1], borders[1:], starts, stops, strict=True):
+        done = {*given} | {node for node in carried if capture.position[node] < start}
         calls = closure(capture, liveness.root, wanted, done, stop)
-        stages.append(_write([n for n in capture.nodes if n in calls], given, wanted, capture, liveness, model))
+        stages.append(_write([n for n in capture.nodes if n in calls], entering, wanted, capture, liveness, model))
     return stages
+
+
+def crossing(live: Sequence[fx.Node], along: Sequence[fx.Node]) -> list[fx.Node]:
+    """What is handed over at a cut: the live tensors, then whatever else goes along."""
+    return [*live, *(node for node in along if node not in live)]
 
 
 def _write(
@@ -157,8 +160,8 @@ def _write(
     scope: dict[str, object] = {"torch": torch}
     references: dict[str, _Reference] = {}
     names: dict[fx.Node, str] = {node: f"live{i}" for i, node in enumerate(given)}
-    dims = [batch_dim(node, capture.batch) for node in given]
-    assert all(isinstance(dim, int) for dim in dims), dims
+    axes = [axis for node in given if not isinstance(axis := liveness.axis[node], str)]
+    assert len(axes) == len(given), given
     roots = {liveness.root.get(node, node) for node in given}
     mutates = any(liveness.root.get(arg, arg) in roots for node in calls for arg in writes(node))
 
@@ -195,9 +198,13 @@ def _write(
         if getattr(node.target, "__name__", "") == "getitem":
             lines.append(f"{node.name} = {text(node.args[0])}[{text(node.args[1])}]")
         else:
-            operator = f"op_{getattr(node.target, '__name__', 'call').replace('.', '_')}"
-            scope[operator] = _callable(node.target)
-            arguments = [text(arg) for arg in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
+            operator, given_to = f"op_{getattr(node.target, '__name__', 'call').replace('.', '_')}", node.args
+            if is_opaque(node):
+                operator, given_to = f"op_{node.name}", node.args[1:]
+                scope[operator] = capture.opaque.function(node, model)
+            else:
+                scope[operator] = _callable(node.target)
+            arguments = [text(arg) for arg in given_to] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
             lines.append(f"{node.name} = {operator}({', '.join(arguments)})")
         names[node] = node.name
         dead = [names[arg] for arg in node.all_input_nodes if arg in local and last[arg] == i]
@@ -205,9 +212,15 @@ def _write(
             lines.append(f"del {', '.join(dead)}")
     inputs = ", ".join(names[node] for node in given)
     outputs = "".join(f"{name_of(node)}, " for node in wanted)
-    head = [f"B = live0.shape[{dims[0]}]"] if any("B" in line for line in lines) else []
+    head = [_batch_size(axes)] if any("B" in line for line in lines) else []
     body = "\n".join(f"    {line}" for line in [*head, *lines, f"return ({outputs})"])
-    return Stage(f"def stage({inputs}):\n{body}\n", scope, references, [d for d in dims if isinstance(d, int)], mutates)
+    return Stage(f"def stage({inputs}):\n{body}\n", scope, references, axes, mutates)
+
+
+def _batch_size(axes: Sequence[Axis | None]) -> str:
+    i, axis = next((i, axis) for i, axis in enumerate(axes) if axis is not None)
+    times = axis.before * axis.after
+    return f"B = live{i}.shape[{axis.dim}]" + (f" // {times}" if axis.folded else "")
 
 
 def _reference(model: nn.Module, name: str) -> _Reference:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ee_surgery.backbone import eval_mode
 from ee_surgery.errors import DataError
 from ee_surgery.graph.stages import compact
+from ee_surgery.inputs import Inputs, tensors
 
 if TYPE_CHECKING:  # the model is further down the data flow; only its public face is used here
     from ee_surgery.model import EarlyExitModel
@@ -91,20 +92,29 @@ class Measurement:
 
 
 def measure(
-    branched: EarlyExitModel, inputs: Tensor, *, batch_size: int = 1, rounds: int = 10, warmup: int = 2
+    branched: EarlyExitModel, inputs: Inputs, *, batch_size: int = 1, rounds: int = 10, warmup: int = 2
 ) -> Measurement:
     """Time a branched model at its operating point against its original, on the same batches in the same run.
 
     Args:
-        inputs: samples as they come in service, shape (N, ...), on the model's device; which exits they take
-            decides the time, so take real ones.
+        inputs: samples as they come in service, shape (N, ...) or a dict of such, on the model's device; which exits
+            they take decides the time, so take real ones.
         batch_size: samples a batch; a last, smaller batch is left out.
     Raises:
         DataError: fewer inputs than one batch.
     """
-    batches = [batch for batch in inputs.split(batch_size) if len(batch) == batch_size]
+    named = {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    first = next(iter(tensors(named).values()))
+    batches: list[Inputs] = []
+    for start in range(0, len(first) - batch_size + 1, batch_size):
+        rows = {name: v[start : start + batch_size] if isinstance(v, Tensor) else v for name, v in named.items()}
+        batches.append(rows[""] if isinstance(inputs, Tensor) else rows)
     if not batches:
-        raise DataError(f"{len(inputs)} inputs are no batch of {batch_size}.")
+        raise DataError(f"{len(first)} inputs are no batch of {batch_size}.")
+
+    def original(batch: Inputs) -> object:
+        return branched.backbone(batch) if isinstance(batch, Tensor) else branched.backbone(**batch)
+
     # the original itself is called: one in train mode would move its BatchNorm statistics
     with torch.no_grad(), eval_mode(list(branched.backbone.modules())):
         cost = torch.cat([branched.predict(batch).macs for batch in batches]).double().mean().item()
@@ -114,9 +124,9 @@ def measure(
             times = interleave(
                 {
                     "routed": lambda batch=batch: branched(batch),
-                    "original": lambda batch=batch: branched.backbone(batch),
+                    "original": lambda batch=batch: original(batch),
                 },
-                inputs.device,
+                first.device,
                 rounds=rounds,
                 warmup=warmup,
             )
@@ -126,34 +136,33 @@ def measure(
                 latencies[name].append(statistics.median(values))
     ratios = [a / b for a, b in zip(routed, plain, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    latency, original = (statistics.mean(latencies[name]) for name in ("routed", "original"))
+    latency, plainly = (statistics.mean(latencies[name]) for name in ("routed", "original"))
     return Measurement(
         batch_size=batch_size,
         samples=len(batches) * batch_size,
         rounds=rounds,
         latency_ms=latency * 1e3,
-        original_latency_ms=original * 1e3,
+        original_latency_ms=plainly * 1e3,
         throughput=batch_size / latency,
-        original_throughput=batch_size / original,
-        latency_ratio=latency / original,
+        original_throughput=batch_size / plainly,
+        latency_ratio=latency / plainly,
         spread=(quartiles[0], quartiles[2]),
         macs_fraction=cost / branched.trunk_macs[-1],
-        environment=environment(inputs.device),
+        environment=environment(first.device),
     )
 
 
-def parts(branched: EarlyExitModel, x: Tensor) -> dict[str, Callable[[], object]]:
+def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]]:
     """Every stage and branch that a routed run of `x` would call, on its own and on the samples that get there.
 
     The sum of their times is the ideal for that run: what it would take if deciding and compacting were free.
     """
     policy = branched.policy
-    program = branched.program(x)
+    program, live, batch = branched.prepare(x)
     found: dict[str, Callable[[], object]] = {}
     with torch.no_grad():
         exit_index = branched.predict(x).exit_index
-        live: tuple[Tensor, ...] = (x,)
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(batch, device=live[0].device)
         for k, stage in enumerate(program.stages):
             if len(rows) == 0:
                 break
@@ -162,8 +171,8 @@ def parts(branched: EarlyExitModel, x: Tensor) -> dict[str, Callable[[], object]
             live = stage(*(tensor.clone() for tensor in live))
             if k < len(branched.branches):
                 if policy is not None and policy.visits[k]:
-                    features = program.features(k, live).clone()
-                    found[f"branch {k}"] = lambda branch=branched.branches[k], features=features: branch(features)
+                    features = tuple(tensor.clone() for tensor in program.readers[k](live))
+                    found[f"branch {k}"] = lambda branch=branched.branches[k], features=features: branch(*features)
                 stay = (exit_index[rows] > k).nonzero().squeeze(1)
-                live, rows = compact(live, program.stages[k + 1].batch_dims, stay), rows[stay]
+                live, rows = compact(live, program.stages[k + 1].axes, stay), rows[stay]
     return found

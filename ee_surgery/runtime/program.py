@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import ExitPointError
+from ee_surgery.graph.features import Reading
 from ee_surgery.graph.liveness import live_after
 from ee_surgery.graph.points import ExitPoint, ModelGraph
-from ee_surgery.graph.stages import Stage, compact, cut
+from ee_surgery.graph.stages import Stage, compact, crossing, cut
+from ee_surgery.inputs import Arguments, batch_size, select, tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,26 +24,22 @@ class Program:
 
     stages: list[Stage]
     points: tuple[ExitPoint, ...]
-    reads: tuple[int, ...]
-    """Which of the live tensors at each exit its branch reads."""
+    readers: tuple[Reading, ...]
+    """What the branch of each exit reads of the live tensors there."""
     trunk_macs: tuple[int, ...]
     """MACs of the original up to each exit, the whole last; K numbers."""
 
-    def features(self, exit_index: int, live: Sequence[Tensor]) -> Tensor:
-        """What the branch of an exit reads, the batch first: (B, *point.shape)."""
-        read = self.reads[exit_index]
-        tensor, dim = live[read], self.stages[exit_index + 1].batch_dims[read]
-        return tensor if dim == 0 else tensor.movedim(dim, 0)
-
-    def run(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features (B, *shape) at every exit and the original's logits (B, C), nobody leaving; without gradients."""
-        found: list[Tensor] = []
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """What every branch reads and the original's logits (B, C), nobody leaving; without gradients."""
+        found: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
-            live = self.stages[0](x)
+            live = self.stages[0](*inputs)
             for k, stage in enumerate(self.stages[1:]):
-                features = self.features(k, live)
-                # a branch may look at them only after later stages ran: keep them from being written to
-                found.append(features.clone() if any(s.mutates_input for s in self.stages[k + 1 :]) else features)
+                features = self.readers[k](live)
+                if any(s.mutates_input for s in self.stages[k + 1 :]):
+                    # a branch may look at them only after later stages ran: keep them from being written to
+                    features = tuple(tensor.clone() for tensor in features)
+                found.append(features)
                 live = stage(*live)
         return found, live[0]
 
@@ -48,38 +47,93 @@ class Program:
 def build_program(graph: ModelGraph, names: Sequence[str]) -> Program:
     """Cut a graph at the named exit points, in program order."""
     points = tuple(graph[name] for name in names)
-    stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points])
+    found = [graph.features(point) for point in points]
+    masks = list(dict.fromkeys(features.mask for features in found if features.mask is not None))
+    stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points], masks)
     live = live_after(graph.capture, graph.liveness)
-    reads = tuple([node.name for node in live[point.index]].index(point.node) for point in points)
-    return Program(stages, points, reads, (*(point.macs for point in points), graph.macs))
+    readers = tuple(f.reader(crossing(live[p.index], masks)) for f, p in zip(found, points, strict=True))
+    return Program(stages, points, readers, (*(point.macs for point in points), graph.macs))
 
 
-def verify(program: Program, backbone: Backbone, sample: Tensor) -> None:
+def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
     """Run the stages with samples leaving and changing places at every cut, and compare with the whole model.
 
     Args:
-        sample: at least two different samples, shape (B, ...).
+        arguments: at least two different samples.
     Raises:
-        ExitPointError: the stages do not give the original's logits.
+        ExitPointError: the stages do not give the original's logits, or the model mixes its samples.
     """
+    dims = backbone.dims(arguments)
+    given = tensors(arguments)
+    device = next(iter(given.values())).device
+    size = batch_size(arguments, dims)
     with torch.no_grad():
-        whole = backbone.logits(backbone(sample))
-        rows = torch.arange(len(sample), device=sample.device)
-        live = program.stages[0](sample)
+        whole = backbone.logits(backbone(arguments))
+        rows = torch.arange(size, device=device).flip(0)[: max(1, size - 1)]
+        live = program.stages[0](*tensors(select(arguments, dims, rows)).values())
         for stage in program.stages[1:]:
-            order = torch.arange(len(rows), device=sample.device).flip(0)
+            order = torch.arange(len(rows), device=device).flip(0)
             if len(rows) > 2:
                 order = order[:-1]
             rows = rows[order]
-            live = stage(*compact(live, stage.batch_dims, order))
-    expected, seen = whole[rows].double(), live[0].double()
-    scale = expected.abs().max().clamp_min(1e-6)
-    precise = sample.dtype in (torch.float32, torch.float64) or not sample.is_floating_point()
-    error = ((expected - seen).abs().max() / scale).item()
-    if not error <= (1e-3 if precise else 5e-2):
+            live = stage(*compact(live, stage.axes, order))
+    if not _close(whole[rows], live[0]):
         names = [point.name for point in program.points]
         raise ExitPointError(
-            f"Cut at {names}, {backbone.model_id} does not give its own logits any more (relative error {error:.2g}): "
-            "its samples are not independent of each other there, or a tensor is shared across the cut in a way that "
-            "the graph does not show. Choose other exit points."
+            f"Cut at {names}, {backbone.model_id} does not give its own logits any more "
+            f"(relative error {_error(whole[rows], live[0]):.2g}). " + _suspect(backbone, arguments)
         )
+
+
+def _error(expected: Tensor, seen: Tensor) -> float:
+    scale = expected.double().abs().max().clamp_min(1e-6)
+    return ((expected.double() - seen.double()).abs().max() / scale).item()
+
+
+def _close(expected: Tensor, seen: Tensor) -> bool:
+    return _error(expected, seen) <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2)
+
+
+def _suspect(backbone: Backbone, arguments: Arguments) -> str:
+    """Which module makes a sample depend on its neighbours, found by running it with them and without."""
+    dims = backbone.dims(arguments)
+    rows = torch.zeros(1, dtype=torch.long, device=next(iter(tensors(arguments).values())).device)
+    together, alone = (_outputs(backbone, a) for a in (arguments, select(arguments, dims, rows)))
+    for name, many in together.items():
+        one = alone.get(name)
+        if one is None or many.ndim != one.ndim or len(many) == len(one):
+            continue
+        share = len(one)  # one sample's part of a batch that is folded
+        if len(many) % share == 0 and not _close(many[:share], one):
+            where = f"module {name!r}" if name else "the model's own forward"
+            return (
+                f"Its samples are not independent of each other: {where} answers differently for a sample alone and "
+                "among others (a mean or a norm over the batch?). Samples cannot leave such a batch; make that code "
+                "look at one sample at a time."
+            )
+    return (
+        "Its samples are not independent of each other there, or a tensor is shared across the cut in a way that the "
+        "graph does not show. Choose other exit points."
+    )
+
+
+def _outputs(backbone: Backbone, arguments: Arguments) -> dict[str, Tensor]:
+    """The first tensor that each module answers with, in the order they finish."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            if leaves and leaves[0].ndim:
+                seen.setdefault(name, leaves[0].clone())
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in backbone.model.named_modules()]
+    try:
+        with torch.no_grad():
+            backbone(arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

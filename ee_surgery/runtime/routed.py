@@ -56,26 +56,29 @@ class Router:
         self._unasked = torch.full((1,), torch.nan, device=device)
         # Exits that are closed have no branch to ask.
         asked = [branch if seen else None for branch, seen in zip(branches, policy.visits, strict=True)]
-        dims = [stage.batch_dims[read] for stage, read in zip(program.stages[1:], program.reads, strict=True)]
-        self.steps = list(zip(program.stages[1:], asked, program.reads, dims, strict=True))
+        self.steps = list(zip(program.stages[1:], asked, program.readers, strict=True))
 
-    def __call__(self, x: Tensor) -> ExitOutput:
-        """Run stages, ask branches, let samples leave, compact what is left; x of shape (B, ...)."""
-        return self._one(x) if x.shape[0] == 1 else self._batch(x)
+    def __call__(self, inputs: Sequence[Tensor], batch: int) -> ExitOutput:
+        """Run stages, ask branches, let samples leave, compact what is left.
 
-    def _batch(self, x: Tensor) -> ExitOutput:
+        Args:
+            inputs: the program's, each with `batch` samples.
+        """
+        return self._one(inputs) if batch == 1 else self._batch(inputs, batch)
+
+    def _batch(self, inputs: Sequence[Tensor], batch: int) -> ExitOutput:
         rows: Tensor | None = None  # which samples are still in flight; None while all are
         state: State = ()
         results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
-        live = self.program.stages[0](x)
-        for k, (stage, branch, read, dim) in enumerate(self.steps):
+        live = self.program.stages[0](*inputs)
+        for k, (stage, branch, read) in enumerate(self.steps):
             if branch is not None:
-                answer = branch(live[read] if dim == 0 else live[read].movedim(dim, 0))
+                answer = branch(*read(live))
                 decision = self.policy.decide(k, answer.logits, answer.confidence, state)
                 state = decision.state
                 gone = decision.leaves.nonzero().squeeze(1)
                 if len(gone) > 0:
-                    results = results or self._results(answer.logits, len(x))
+                    results = results or self._results(answer.logits, batch)
                     done = gone if rows is None else rows[gone]
                     for result, value in zip(results, (answer.logits, decision.score), strict=False):
                         result[done] = value[gone].to(result.dtype)
@@ -84,11 +87,11 @@ class Router:
                         break
                     stay = (~decision.leaves).nonzero().squeeze(1)
                     rows = stay if rows is None else rows[stay]
-                    live = compact(live, stage.batch_dims, stay)
+                    live = compact(live, stage.axes, stay)
                     state = tuple(tensor.index_select(0, stay) for tensor in state)
             live = stage(*live)
         else:  # somebody came through to the original's own head
-            results = results or self._results(live[0], len(x))
+            results = results or self._results(live[0], batch)
             results[0][slice(None) if rows is None else rows] = live[0].to(results[0].dtype)
         logits, score, exit_index = results
         return ExitOutput(logits, exit_index, score, self.costs)
@@ -99,13 +102,13 @@ class Router:
         exit_index = torch.full((batch,), self.last, device=like.device)
         return like.new_empty((batch, like.shape[1])), score, exit_index
 
-    def _one(self, x: Tensor) -> ExitOutput:
+    def _one(self, inputs: Sequence[Tensor]) -> ExitOutput:
         """One sample: it leaves or it does not, so nothing is indexed."""
         state: State = ()
-        live = self.program.stages[0](x)
-        for k, (stage, branch, read, dim) in enumerate(self.steps):
+        live = self.program.stages[0](*inputs)
+        for k, (stage, branch, read) in enumerate(self.steps):
             if branch is not None:
-                answer = branch(live[read] if dim == 0 else live[read].movedim(dim, 0))
+                answer = branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
                 if leaves:
                     return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs)

@@ -28,11 +28,38 @@ from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
 from ee_surgery.errors import AdapterError, DataError
 from ee_surgery.graph.points import ExitPoint
+from ee_surgery.inputs import Arguments, tensors
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS, FRONTIER = "config.json", "ee_adapter.safetensors", "frontier.json"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input tensor as it is stored: enough to make one like it."""
+
+    shape: tuple[int, ...]
+    """Of four samples."""
+    dtype: str
+    highest: int
+    """Largest value of integers; 0 for other types."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> InputSpec:
+        """Describe a tensor."""
+        whole = not (tensor.is_floating_point() or tensor.is_complex())
+        highest = int(tensor.max()) if whole and not tensor.is_meta else 0
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), highest)
+
+    def make(self, generator: torch.Generator) -> Tensor:
+        """A tensor of that kind: normal numbers, or integers from 1 to the highest."""
+        dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(self.shape, generator=generator).to(dtype)
+        lowest = min(1, self.highest)
+        return torch.randint(lowest, self.highest + 1, self.shape, generator=generator).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -53,8 +80,10 @@ class AdapterConfig:
     """Everything about the branches that is not a tensor."""
 
     base: Identity
-    input_shape: tuple[int, ...]
-    """Of one sample, without the batch."""
+    inputs: dict[str, InputSpec]
+    """What it was augmented with, by name."""
+    opaque: tuple[str, ...]
+    """Modules of the base that are kept whole."""
     placement: str
     base_macs: int
     exits: tuple[AdapterExit, ...]
@@ -67,7 +96,8 @@ class AdapterConfig:
         cls,
         *,
         identity: Identity,
-        sample: Tensor,
+        inputs: Arguments,
+        opaque: Sequence[str],
         points: Sequence[ExitPoint],
         specs: Sequence[BranchSpec],
         rule: str,
@@ -83,8 +113,8 @@ class AdapterConfig:
         )
         packages = ("ee-surgery", "torch", "timm", "transformers")
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        shape = tuple(sample.shape[1:])
-        return cls(identity, shape, rule, trunk_macs[-1], exits, operating_point, label_names, versions)
+        given = {name: InputSpec.of(tensor) for name, tensor in tensors(inputs).items()}
+        return cls(identity, given, tuple(opaque), rule, trunk_macs[-1], exits, operating_point, label_names, versions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `config.json`."""
@@ -101,7 +131,10 @@ class AdapterConfig:
         )
         return cls(
             base=Identity(**data["base"]),
-            input_shape=tuple(data["input_shape"]),
+            inputs={
+                name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()
+            },
+            opaque=tuple(data["opaque"]),
             placement=data["placement"],
             base_macs=data["base_macs"],
             exits=exits,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ee_surgery.errors import DataError
+from ee_surgery.inputs import Inputs, tensors
 
 Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Iterable[Any]
 """A Dataset of samples, or a DataLoader or iterable of batches; each (inputs, labels), a dict, or inputs alone."""
@@ -39,35 +40,46 @@ def loader(data: Data, batch_size: int, *, shuffle: bool = False, num_workers: i
     return data
 
 
-def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Inputs (B, ...) and labels (B,) of one batch; labels are None where it has none.
+def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
+    """Inputs, with B samples, and labels (B,) of one batch; labels are None where it has none.
+
+    A dict's tensors but the labels are the inputs: of one, the tensor alone; of several, a dict of them.
 
     Raises:
         DataError: the batch is of no known form.
     """
+    inputs: Any = None
+    labels = None
     if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, Mapping):
-        inputs = next((batch[key] for key in _INPUTS if key in batch), None)
-        labels = next((batch[key] for key in _LABELS if key in batch), None)
+        inputs = batch
+    elif isinstance(batch, Mapping):
+        labels = next((batch[name] for name in _LABELS if name in batch), None)
+        inputs = {name: value for name, value in batch.items() if name not in _LABELS and isinstance(value, Tensor)}
+        if len(inputs) == 1 and next(iter(inputs)) in _INPUTS:
+            inputs = next(iter(inputs.values()))
     elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2:
         inputs, labels = batch[0], batch[1] if len(batch) == 2 else None
-    else:
-        inputs, labels = None, None
-    if not isinstance(inputs, Tensor) or not (labels is None or isinstance(labels, Tensor)):
+    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    if not isinstance(named, Mapping) or not tensors(named) or not (labels is None or isinstance(labels, Tensor)):
         seen = {k: type(v).__name__ for k, v in batch.items()} if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
-            f"A batch must be inputs, (inputs, labels), or a dict with one of {_INPUTS} and one of {_LABELS}, all "
-            f"tensors; got {seen}. For a PIL dataset, give it a transform that ends in tensors."
+            f"A batch must be inputs, (inputs, labels), or a dict of input tensors (one of {_INPUTS}, or under the "
+            f"names that the model takes) with one of {_LABELS}, all tensors; got {seen}. For a PIL dataset, give it a "
+            "transform that ends in tensors."
         )
-    if labels is not None and len(labels) != len(inputs):
-        raise DataError(f"{len(inputs)} inputs but {len(labels)} labels in one batch.")
+    if labels is not None and len(labels) != count(inputs):
+        raise DataError(f"{count(inputs)} inputs but {len(labels)} labels in one batch.")
     return inputs, labels
+
+
+def count(inputs: Inputs) -> int:
+    """How many samples there are; of several tensors, the first tells."""
+    return len(inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values())))
 
 
 def batches(
     data: Data, batch_size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Inputs, Tensor | None]]:
     """Batches of (inputs, labels) in order, from any form of data; labels are None where there are none.
 
     Args:
@@ -79,6 +91,8 @@ def batches(
         yield place(inputs, device, dtype), None if labels is None else labels.to(device)
 
 
-def place(inputs: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
-    """Inputs on a device; integer inputs keep their type."""
-    return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
+def place(inputs: Inputs, device: torch.device | None, dtype: torch.dtype) -> Inputs:
+    """Inputs on a device; integer tensors keep their type."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
+    return {name: place(v, device, dtype) if isinstance(v, Tensor) else v for name, v in inputs.items()}

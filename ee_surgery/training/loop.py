@@ -25,6 +25,7 @@ from ee_surgery.policies.records import exit_costs
 from ee_surgery.training import checkpoint
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, is_samples, loader, place, unpack
+from ee_surgery.training.data import count as size
 from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
 
 
@@ -272,7 +273,7 @@ class _Run:
             answers = self.branched.all_exits(place(inputs, self.accelerator.device, self.dtype)).argmax(-1)
             truth = answers[-1] if labels is None or self.config.teach == "original" else labels.to(answers.device)
             right += (answers == truth).sum(1).cpu()
-            count += len(inputs)
+            count += size(inputs)
         return tuple((right / max(1, count)).tolist())
 
     def _bar(self) -> Progress:

@@ -1,0 +1,159 @@
+"""The checks of one model, in a process of its own: `python -m benchmarks.coverage_checks JOB FOLDER MODEL...`.
+
+JOB is `full`, `reload` (a second process, on what `full` saved) or `capture` (on the meta device, nothing is computed).
+What is known is written after every check: a process that dies leaves the results up to there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ee_surgery as ee
+from benchmarks.models import build, sample
+from ee_surgery.graph.stages import compact, cut
+from ee_surgery.inputs import select, tensors
+
+TOLERANCE = 1e-3  # relative to the largest logit; float32 sums in another order
+
+
+class Report:
+    """Results so far, on disk after each."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.row: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+    def add(self, **results: object) -> None:
+        """Keep results."""
+        self.row.update(results)
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.row))
+
+
+def relative(expected: Tensor, seen: Tensor) -> float:
+    """Largest difference by the largest expected value."""
+    return ((expected - seen).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+
+
+def capture(name: str, report: Report) -> None:
+    """Read the model as a graph on the meta device."""
+    model = build(name, "meta")
+    report.add(device="meta", parameters=sum(p.numel() for p in model.parameters()))
+    _inspect(model, name, report)
+
+
+def _inspect(model: torch.nn.Module, name: str, report: Report) -> ee.ModelGraph:
+    start = time.perf_counter()
+    graph = ee.inspect(model, sample(name))
+    report.add(inspect_seconds=round(time.perf_counter() - start, 2))
+    reasons = Counter(re.sub(r"\(.*\)|of \S+|dimensions? of \S+", "", point.reason).strip() for point in graph.illegal)
+    report.add(
+        nodes=len(graph.capture.nodes),
+        legal=len(graph.points),
+        blocks=len(graph.blocks),
+        illegal=len(graph.illegal),
+        reason=reasons.most_common(1)[0][0] if reasons else "",
+        example=next((point.reason for point in graph.illegal), ""),
+        layouts=sorted({point.layout for point in graph.blocks}),
+        most_live=max((point.live for point in graph.blocks), default=0),
+        gmacs=round(graph.macs / 1e9, 3),
+        uncounted=dict(graph.uncounted),
+    )
+    if not graph.points:
+        raise AssertionError("no legal exit point")
+    return graph
+
+
+def full(name: str, report: Report, folder: Path) -> None:
+    """Everything that is done with a model, on its sample."""
+    model = build(name)
+    report.add(device="cpu", parameters=sum(p.numel() for p in model.parameters()))
+    graph = _inspect(model, name, report)
+    backbone = graph.backbone
+    inputs = backbone.sample
+    with torch.no_grad():
+        eager = backbone.logits(backbone(inputs))
+        (whole,) = cut(graph.capture, graph.liveness, model, [])[0](*tensors(inputs).values())
+        report.add(captured_difference=(whole - eager).abs().max().item())
+        assert relative(eager, whole) < TOLERANCE, "captured graph and eager differ"
+
+        branched = ee.attach(graph, ee.place(graph, min(3, len({p.macs for p in graph.blocks} - {0, graph.macs}))))
+        points = branched.plan.points
+        report.add(
+            exits=[f"{p.name} ({p.macs_fraction:.0%})" for p in points], branches=[s.name for s in branched.specs]
+        )
+
+        rows = torch.tensor([3, 0, 2, 1, 2])
+        keeps = [torch.tensor([4, 0, 1, 2]), torch.tensor([2, 0, 3]), torch.tensor([1, 2])]
+        program, live, _ = branched.prepare(select(inputs, backbone.batch_dims, rows))
+        live = program.stages[0](*live)
+        for keep, stage in zip(keeps, program.stages[1:], strict=False):
+            rows, live = rows[keep], stage(*compact(live, stage.axes, keep))
+        report.add(staged_difference=relative(eager[rows], live[0]))
+        assert report.row["staged_difference"] < TOLERANCE, "staged run and whole model differ"
+        with branched.exits_disabled():
+            assert torch.equal(backbone.logits(branched(inputs)), eager), "never-exit is not the original"
+
+    before = {key: value.clone() for key, value in branched.branches.state_dict().items()}
+    labels = torch.arange(4) % backbone.num_classes
+    trained = ee.train(branched, [({**inputs}, labels)], ee.TrainConfig(epochs=1, warmup=0, progress=False))
+    moved = [key for key, value in branched.branches.state_dict().items() if not torch.equal(value, before[key])]
+    report.add(loss=trained.epochs[0].loss)
+    assert moved, "training moved no weight"
+    assert trained.epochs[0].skipped == 0, "the loss of the training step is not finite"
+
+    scores = branched.all_exits(inputs)[:-1].softmax(-1).amax(-1).sort(1).values
+    branched.operate(thresholds=((scores[:, 1] + scores[:, 2]) / 2).tolist())
+    output = branched.predict(inputs)
+    receipt = branched.receipt()
+    report.add(shares=output.exit_index.bincount(minlength=len(points) + 1).tolist(), receipt=receipt.unchanged)
+    assert receipt.unchanged, str(receipt)
+    assert isinstance(branched(inputs), type(model(**inputs) if backbone.library == "transformers" else eager))
+    branched.save_pretrained(folder / "adapter")
+    save_file({"logits": output.logits, "exit_index": output.exit_index}, folder / "expected.safetensors")
+
+
+def reload(name: str, report: Report, folder: Path) -> None:
+    """A fresh process: the same logits and exits from the saved adapter."""
+    branched = ee.from_pretrained(folder / "adapter", build(name), sample=sample(name))
+    output = branched.predict(ee.inspect(build(name), sample(name)).backbone.sample)
+    expected = load_file(folder / "expected.safetensors")
+    assert torch.equal(output.exit_index, expected["exit_index"]), "other exits after loading"
+    assert torch.equal(output.logits, expected["logits"]), "other logits after loading"
+    report.add(reloaded=True)
+
+
+def main() -> None:
+    """Run one job; captures print a line of JSON a model, whatever happened."""
+    job, folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    for name in names:
+        report = Report(None if job == "capture" else Path(folder, "report.json"))
+        try:
+            if job == "capture":
+                capture(name, report)
+            elif job == "full":
+                full(name, report, Path(folder))
+            else:
+                reload(name, report, Path(folder))
+        except Exception as error:
+            report.add(error=f"{job}: {type(error).__name__}: {str(error)[:500]}")
+            if job != "capture":
+                raise
+        if job == "capture":
+            print(json.dumps({"error": "", **report.row}), flush=True)
+            build.cache_clear()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Where the tensors of a program keep their batch, also folded together with windows or tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sympy import Expr, Integer
+from torch import Tensor, fx
+
+from ee_surgery.graph.capture import Capture
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The batch of a tensor: dimension `dim` counts `before` x B x `after` things, the sample in the middle.
+
+    Windows cut out of each picture in turn make (1, B, windows); pictures one window at a time (windows, B, 1).
+    """
+
+    dim: int
+    before: int = 1
+    after: int = 1
+
+    @property
+    def folded(self) -> bool:
+        """True where the dimension holds more than the batch."""
+        return self.before * self.after > 1
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The tensor with its batch in a dimension of its own, and which one that is."""
+        if not self.folded:
+            return tensor, self.dim
+        return tensor.unflatten(self.dim, (self.before, -1, self.after)), self.dim + 1
+
+    def select(self, tensor: Tensor, keep: Tensor) -> Tensor:
+        """The samples `keep` (int64 indices) of a tensor, folded as it was."""
+        if self.dim == 0 and tensor.ndim == 4 and not tensor.is_contiguous() and not self.folded:
+            # index_select answers in the default memory format: keep channels_last as it is
+            rows = tensor.permute(0, 2, 3, 1)
+            if rows.is_contiguous():
+                return rows.index_select(0, keep).permute(0, 3, 1, 2)
+        if not self.folded:
+            return tensor.index_select(self.dim, keep)
+        parts, dim = self.split(tensor)
+        return parts.index_select(dim, keep).flatten(dim - 1, dim + 1)
+
+
+def find_axes(capture: Capture, carried: Set[fx.Node]) -> dict[fx.Node, Axis | str | None]:
+    """For each tensor that depends on the input: its batch axis; None where it belongs to no sample (made of inputs
+    that all samples share alone); or, in words, why samples cannot be told apart in it.
+    """
+    shared = set(capture.shared)
+    found: dict[fx.Node, Axis | str | None] = {}
+    for node in (*capture.inputs.values(), *capture.nodes):
+        if node not in carried:
+            continue
+        sources = [arg for arg in node.all_input_nodes if arg in carried]
+        if node.op == "call_function" and all(source in shared for source in sources):
+            shared.add(node)
+        found[node] = None if node in shared else _axis(node, capture.batch, found)
+    return found
+
+
+def _axis(node: fx.Node, batch: Expr, found: dict[fx.Node, Axis | str | None]) -> Axis | str:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return f"{node.name} is not a single tensor"
+    sizes = _sizes(value)
+    dims = [i for i, size in enumerate(sizes) if batch in getattr(size, "free_symbols", ())]
+    shape = "(" + ", ".join(str(size).replace(str(batch), "B") for size in sizes) + ")"
+    if not dims:
+        return f"no dimension of {node.name} carries the batch: {shape}"
+    if len(dims) > 1:
+        return f"several dimensions of {node.name} carry the batch: {shape}"
+    (dim,) = dims
+    times = sizes[dim] / batch
+    if times == 1:
+        return Axis(dim)
+    if isinstance(times, Integer):
+        for source in _sources(node):
+            axis = _inherited(node, source, found.get(source), dim, sizes, batch)
+            if axis is not None and axis.before * axis.after == times:
+                return axis
+    return f"the batch is folded with windows or tokens: {shape}"
+
+
+def _sizes(value: Tensor) -> list[Any]:
+    """Sympy expressions of the batch, or integers."""
+    return [size.node.expr if isinstance(size, torch.SymInt) else Integer(size) for size in value.shape]
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors a call works on, those behind a list of its parts too."""
+    for arg in node.all_input_nodes:
+        if isinstance(arg.meta.get("val"), (list, tuple)):
+            yield from arg.all_input_nodes
+        else:
+            yield arg
+
+
+_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
+
+
+def _inherited(
+    node: fx.Node, source: fx.Node, axis: Axis | str | None, dim: int, sizes: list[Any], batch: Expr
+) -> Axis | None:
+    """The axis of a folded dimension, from the tensor it was made of."""
+    value = source.meta.get("val")
+    if not isinstance(axis, Axis) or not isinstance(value, Tensor):
+        return None
+    given = _sizes(value)
+    if getattr(node.target, "__name__", "").partition(".")[0] in _VIEWS:
+        # A view keeps the order of all numbers: the batch strides over as many of them as before.
+        stride = axis.after * math.prod(int(size) for size in given[axis.dim + 1 :])
+        inner = math.prod(int(size) for size in sizes[dim + 1 :])
+        total = int(sizes[dim] / batch)
+        after, rest = divmod(stride, inner)
+        return Axis(dim, total // after, after) if not rest and after and total % after == 0 else None
+    return Axis(dim, axis.before, axis.after) if given[axis.dim] == sizes[dim] else None

@@ -1,0 +1,159 @@
+"""What a branch reads at an exit: which of the tensors that cross, and how its numbers lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor, fx
+
+from ee_surgery.backbone import Backbone
+from ee_surgery.graph.axes import Axis
+from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.liveness import Liveness
+
+Layout: TypeAlias = Literal["nchw", "nhwc", "tokens", "sequence", "vector"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The tensor a branch reads."""
+
+    node: str
+    shape: tuple[int, ...]
+    """Of one sample, without the batch."""
+    layout: Layout
+    """`tokens` are the patches of a picture, `sequence` those of a text: of any length, perhaps padded."""
+    prefix_tokens: int
+    """Tokens in front of the others (class token, registers); 0 for other layouts."""
+    axis: Axis
+    channels_first: bool
+    """In a folded tensor: whether the channels come before the places."""
+    mask: fx.Node | None
+    """The input that tells tokens from padding."""
+
+    def reader(self, crossing: Sequence[fx.Node]) -> Reading:
+        """How to read them from what crosses a cut."""
+        names = [node.name for node in crossing]
+        mask = None if self.mask is None else names.index(self.mask.name)
+        return Reading(names.index(self.node), self.axis, self.channels_first, mask)
+
+
+NOTHING = Features("", (), "vector", 0, Axis(0), False, None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Takes a branch's arguments from the live tensors at its exit."""
+
+    index: int
+    axis: Axis
+    channels_first: bool
+    mask: int | None
+
+    def __call__(self, live: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Features (B, *shape), and their mask (B, tokens) where there is one."""
+        tensor = live[self.index]
+        if self.axis.folded:  # (before * B * after, ...) -> (B, tokens, channels)
+            parts, dim = self.axis.split(tensor)
+            parts = parts.movedim(dim, 0)
+            tensor = (parts.movedim(3, -1) if self.channels_first else parts).flatten(1, -2)
+        elif self.axis.dim:
+            tensor = tensor.movedim(self.axis.dim, 0)
+        return (tensor,) if self.mask is None else (tensor, live[self.mask])
+
+
+def choose(
+    program: Capture, liveness: Liveness, crossing: list[fx.Node], paths: list[str], backbone: Backbone
+) -> Features | None:
+    """Which of several live tensors a branch reads: what the module that ends here made, and made last.
+
+    That is the deepest the network knows at that point: of several streams the coarsest map (HRNet), of a map and a
+    class token what the block worked on. A tensor whose batch is still folded with windows counts only where no
+    other does. Numbers alone are features: masks and indices are not.
+
+    Returns:
+        None where no tensor is a map, tokens or a vector.
+    """
+    made = set(paths)
+    found: list[tuple[bool, bool, Features]] = []
+    for node in crossing:
+        axis = liveness.axis[node]
+        features = _describe(node, axis, program, backbone) if isinstance(axis, Axis) else None
+        if features is not None:
+            inside = not made.isdisjoint(program.owners.get(node, ()))
+            found.append((inside, not features.axis.folded, features))
+    if not found:
+        return None
+    best = max(rank[:2] for rank in found)
+    return [features for *rank, features in found if tuple(rank) == best][-1]
+
+
+def _describe(node: fx.Node, axis: Axis, program: Capture, backbone: Backbone) -> Features | None:
+    value = node.meta["val"]
+    if not value.is_floating_point():
+        return None
+    sizes = [int(size) for i, size in enumerate(value.shape) if i != axis.dim]
+    first = len(sizes) == 3 and _channel_axis(node) == 1
+    if axis.folded:
+        if axis.dim != 0 or not sizes:
+            return None
+        channels = sizes.pop(0 if first else -1)
+        tokens = axis.before * axis.after * math.prod(sizes)
+        return Features(node.name, (tokens, channels), "tokens", 0, axis, first, None)
+    shape = tuple(sizes)
+    if len(shape) == 1:
+        return Features(node.name, shape, "vector", 0, axis, False, None)
+    if len(shape) == 2:
+        layout: Layout = "sequence" if backbone.reads_tokens else "tokens"
+        prefix = min(1, shape[0] - 1) if layout == "sequence" else _prefix(shape[0], backbone.prefix_tokens)
+        return Features(node.name, shape, layout, prefix, axis, False, _mask(program, shape[0]))
+    if len(shape) == 3:
+        return Features(node.name, shape, "nchw" if first else "nhwc", 0, axis, False, None)
+    return None
+
+
+def _mask(program: Capture, tokens: int) -> fx.Node | None:
+    """The input that says which of so many tokens are padding."""
+    for name, node in program.inputs.items():
+        if name.endswith("attention_mask") and node.meta["val"].ndim == 2 and node.meta["val"].shape[1] == tokens:
+            return node
+    return None
+
+
+def _prefix(tokens: int, prefix: int) -> int:
+    """Before the class token is put in front, there are only patches: a square number, usually."""
+    bare = math.isqrt(tokens) ** 2 == tokens and math.isqrt(tokens - prefix) ** 2 != tokens - prefix
+    return 0 if bare or prefix >= tokens else prefix
+
+
+_FIRST = {"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
+_LAST = {"layer_norm", "linear", "rms_norm"}
+
+
+def _channel_axis(node: fx.Node) -> int:
+    """1 or -1: where the nearest call that knows the channels finds them, through calls that leave them in place."""
+    shape = node.meta["val"].shape
+    queue, seen = [node], {node}
+    while queue:
+        here = queue.pop(0)
+        for near in (*here.users, *here.all_input_nodes, here):
+            value = near.meta.get("val")
+            if near.op != "call_function" or not isinstance(value, Tensor):
+                continue
+            name = getattr(near.target, "__name__", "").partition(".")[0]
+            if name in _LAST and value.ndim > 2:
+                return -1
+            if name in _FIRST and value.ndim == len(shape):
+                return 1
+            # (B, H, W, C) viewed as (B, H * W, C) still ends in its channels
+            viewed = name in _VIEWS or getattr(here.target, "__name__", "").partition(".")[0] in _VIEWS
+            if near not in seen and (value.shape == shape or (viewed and value.shape[-1] == shape[-1])):
+                seen.add(near)
+                queue.append(near)
+    return 1
+
+
+_VIEWS = {"view", "reshape", "flatten", "unflatten"}

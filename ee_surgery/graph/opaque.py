@@ -1,0 +1,197 @@
+"""Modules kept whole: one call in the graph, whatever their own code does.
+
+The way out for code that torch.export cannot read (a loop over samples, a branch on their values) and that treats each
+sample on its own: the module is run once to see what it answers, and its call becomes one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from ee_surgery.backbone import Backbone
+from ee_surgery.errors import CaptureError
+from ee_surgery.inputs import Arguments, batch_size, select
+from ee_surgery.registry import suggest
+
+_running: list[OpaqueCalls] = []  # what the operator's shapes come from while a model is captured
+
+
+# Module, tensors in, values out, their structure, MACs.
+_Observed: TypeAlias = tuple[str, list[Tensor], list[Any], pytree.TreeSpec, int]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of one module, as a real run saw it."""
+
+    module: str
+    spec: pytree.TreeSpec
+    """Structure of what it answers."""
+    like: list[tuple[tuple[tuple[int, int], ...], torch.dtype]]
+    """Of each tensor it answers: (constant, multiple of the batch) of each dimension, and its type."""
+    batch: tuple[int, int]
+    """Which of the tensors that go in tells the batch, and in which dimension."""
+    macs: int
+
+
+@dataclass(eq=False)
+class OpaqueCalls:
+    """The calls of all opaque modules of a model, in the order they happen."""
+
+    calls: list[_Call] = field(default_factory=list)
+
+    @classmethod
+    def record(cls, backbone: Backbone, arguments: Arguments) -> OpaqueCalls:
+        """Run the model with all samples and with one fewer, and keep what its opaque modules answer.
+
+        Raises:
+            CaptureError: there is no module of that name.
+        """
+        if not backbone.opaque:
+            return cls()
+        known = dict(backbone.model.named_modules())
+        for name in backbone.opaque:
+            if name not in known:
+                raise CaptureError(f"{backbone.model_id} has no module {name!r} to keep whole. {suggest(name, known)}")
+        size = batch_size(arguments, backbone.dims(arguments))
+        device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
+        fewer = select(arguments, backbone.dims(arguments), torch.arange(size - 1, device=device))
+        many, few = (_observe(backbone, given) for given in (arguments, fewer))
+        return cls([_compare(name, a, b, size) for (name, *a), (_, *b) in zip(many, few, strict=True)])
+
+    @contextmanager
+    def patched(self, model: nn.Module) -> Iterator[None]:
+        """While this lasts, calls of opaque modules are one operator each."""
+        if not self.calls:
+            yield
+            return
+        order = iter(range(len(self.calls)))
+        _running.append(self)
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            index = next(order)
+            flat, spec = pytree.tree_flatten((args, kwargs))
+            places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+            rest = [None if i in places else value for i, value in enumerate(flat)]
+            self._inputs[index] = (places, rest, spec)
+            return pytree.tree_unflatten(_operator(index, [flat[i] for i in places]), self.calls[index].spec)
+
+        try:
+            with ExitStack() as stack:
+                for name in {call.module for call in self.calls}:
+                    stack.enter_context(_replaced_forward(model.get_submodule(name), stand_in))
+                yield
+        finally:
+            _running.pop()
+
+    _inputs: dict[int, tuple[list[int], list[Any], pytree.TreeSpec]] = field(default_factory=dict)
+
+    def macs(self, node: fx.Node) -> int:
+        """MACs of the module's call, one sample, as torch counted them."""
+        return self.calls[_index(node)].macs
+
+    def function(self, node: fx.Node, model: nn.Module) -> Callable[[list[Tensor]], list[Tensor]]:
+        """The module's own call, from input tensors to output tensors."""
+        index = _index(node)
+        module = model.get_submodule(self.calls[index].module)
+        places, rest, spec = self._inputs[index]
+
+        def call(given: list[Tensor]) -> list[Tensor]:
+            flat = list(rest)
+            for place, tensor in zip(places, given, strict=True):
+                flat[place] = tensor
+            args, kwargs = pytree.tree_unflatten(flat, spec)
+            return pytree.tree_leaves(module(*args, **kwargs))
+
+        return call
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")  # somebody else's, who replaced the class's own
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _observe(backbone: Backbone, arguments: Arguments) -> list[_Observed]:
+    seen: list[_Observed] = []
+
+    def watch(name: str, module: nn.Module) -> Callable[..., Any]:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                answer = original(*args, **kwargs)
+            leaves, spec = pytree.tree_flatten(answer)
+            given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            seen.append((name, given, leaves, spec, counter.get_total_flops() // 2))
+            return answer
+
+        return forward
+
+    with ExitStack() as stack:
+        for name in dict.fromkeys(backbone.opaque):
+            module = backbone.model.get_submodule(name)
+            stack.enter_context(_replaced_forward(module, watch(name, module)))
+        backbone.call(arguments)
+    return seen
+
+
+def _compare(name: str, many: list[Any], few: list[Any], size: int) -> _Call:
+    (given, leaves, spec, macs), (fewer_given, fewer_leaves, _, _) = many, few
+    like = []
+    for a, b in zip(leaves, fewer_leaves, strict=True):
+        if not isinstance(a, Tensor):
+            raise CaptureError(f"Module {name!r} answers with a {type(a).__name__}: only tensors can be kept whole.")
+        steps = [x - y for x, y in zip(a.shape, b.shape, strict=True)]
+        like.append((tuple((x - size * step, step) for x, step in zip(a.shape, steps, strict=True)), a.dtype))
+    places = [
+        (i, dim)
+        for i, (a, b) in enumerate(zip(given, fewer_given, strict=True))
+        for dim, (x, y) in enumerate(zip(a.shape, b.shape, strict=True))
+        if x == size and y == size - 1
+    ]
+    if not places:
+        raise CaptureError(f"Nothing that goes into module {name!r} carries the batch: it cannot be kept whole.")
+    return _Call(name, spec, like, places[0], macs // size)
+
+
+@torch.library.custom_op("ee_surgery::opaque", mutates_args=())
+def _operator(index: int, given: list[Tensor]) -> list[Tensor]:
+    raise NotImplementedError("An opaque call stands for its module; stages call the module itself.")
+
+
+@_operator.register_fake
+def _(index: int, given: list[Tensor]) -> list[Tensor]:
+    call = _running[-1].calls[index]
+    place, dim = call.batch
+    size = given[place].shape[dim]
+    return [
+        given[place].new_empty([constant + step * size if step else constant for constant, step in dims], dtype=dtype)
+        for dims, dtype in call.like
+    ]
+
+
+def _index(node: fx.Node) -> int:
+    index = node.args[0]
+    assert isinstance(index, int)
+    return index
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """True for the one call that stands for a module kept whole."""
+    return node.target is torch.ops.ee_surgery.opaque.default
