@@ -22,7 +22,7 @@ Library: TypeAlias = Literal["timm", "transformers", "torch"]
 Sample: TypeAlias = Inputs | tuple[Tensor, ...]
 # Modules of well-known models that loop over samples by their values, each sample on its own.
 _OPAQUE = frozenset({"Siglip2VisionEmbeddings"})
-Output: TypeAlias = Tensor | tuple[object, ...] | Mapping[str, object]
+Output: TypeAlias = Tensor | tuple[object, ...] | list[object] | Mapping[str, object]
 
 
 @contextmanager
@@ -56,6 +56,9 @@ class Identity:
     fingerprint: str
     """SHA-256 over the names and digests of all parameters and persistent buffers."""
     num_classes: int
+    """Of the model's own head; 0 for one that has none."""
+    architecture: str = ""
+    """Name of the model's class."""
 
 
 def make_model(
@@ -64,11 +67,13 @@ def make_model(
     *,
     revision: str | None = None,
     checkpoint: str = "",
+    architecture: str = "",
     num_classes: int | None = None,
 ) -> nn.Module:
-    """Build a timm or transformers image classifier with pretrained weights, in eval mode.
+    """Build a timm or transformers model with pretrained weights, in eval mode.
 
     Args:
+        architecture: transformers class to build; the image classifier that the checkpoint names by default.
         checkpoint: weights file for a timm model, in place of its pretrained ones.
         num_classes: of a timm model, where not the architecture's own.
     """
@@ -78,9 +83,12 @@ def make_model(
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         pretrained = not checkpoint
         return timm.create_model(model_id, pretrained=pretrained, checkpoint_path=checkpoint or None, **options).eval()
-    from transformers import AutoModelForImageClassification
+    import transformers
 
-    return AutoModelForImageClassification.from_pretrained(model_id, revision=revision)
+    cls = getattr(transformers, architecture or "AutoModelForImageClassification", None)
+    if cls is None:
+        raise DataError(f"transformers {transformers.__version__} has no class {architecture!r}.")
+    return cls.from_pretrained(model_id, revision=revision)
 
 
 class Backbone:
@@ -92,12 +100,20 @@ class Backbone:
             for a model of several inputs. Read from the model's own configuration when left out.
         opaque: modules to keep whole, by name: they are called as they are, and nothing leaves inside them. For
             modules that torch.export cannot read but that treat each sample on its own.
+        num_classes: for a model without a classification head, whose answer are features: how many classes a head
+            on them shall tell apart.
     Raises:
         DataError: `sample` is missing for a model that does not say what it takes, or is no batch.
         CaptureError: the model's answer holds no logits of shape (B, C).
     """
 
-    def __init__(self, model: nn.Module, sample: Sample | None = None, opaque: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Sample | None = None,
+        opaque: Sequence[str] = (),
+        num_classes: int | None = None,
+    ) -> None:
         self.model = model
         self.library: Library = _library(model)
         self.model_id, self.revision = _model_id(model, self.library)
@@ -112,14 +128,18 @@ class Backbone:
         rows = batch_size(self.sample, self.batch_dims)
         with torch.no_grad():
             output = self(self.sample)
-        self._field = None if isinstance(output, (Tensor, tuple, list)) else _logits_field(output, rows)
+        self.headless = num_classes is not None
+        self._field = None
+        if isinstance(output, Mapping):
+            self._field = _features_field(output) if self.headless else _logits_field(output, rows)
         logits = self.logits(output)
-        if logits.ndim != 2 or logits.shape[0] != rows:
+        if not self.headless and (logits.ndim != 2 or logits.shape[0] != rows):
             raise CaptureError(
                 f"{self.model_id} answers with a tensor of shape {tuple(logits.shape)}, not logits of shape "
-                f"({rows}, classes). Build it with a classification head."
+                f"({rows}, classes). Build it with a classification head, or say how many classes a head on these "
+                "features shall tell apart: num_classes=."
             )
-        self.num_classes = int(logits.shape[1])
+        self.num_classes = int(logits.shape[1]) if num_classes is None else num_classes
         self._answer: type | None = None if isinstance(output, Tensor) else type(output)
 
     def __call__(self, inputs: Inputs) -> Output:
@@ -177,10 +197,13 @@ class Backbone:
         return main.ndim == 2 and not main.is_floating_point()
 
     def logits(self, output: Output) -> Tensor:
-        """Find the logits in what the model answered."""
+        """Find the logits in what the model answered; the features, for a model without a head."""
         if isinstance(output, Tensor):
             return output
-        found = output.get(self._field or "logits") if isinstance(output, Mapping) else output[0] if output else None
+        if isinstance(output, Mapping):
+            found = output.get(self._field or "logits")
+        else:  # maps of several depths end in the deepest
+            found = output[-1 if self.headless and isinstance(output, list) else 0] if output else None
         if not isinstance(found, Tensor):
             raise CaptureError(
                 f"No logits in the {type(output).__name__} that {self.model_id} answers with. "
@@ -190,6 +213,8 @@ class Backbone:
 
     def answer(self, logits: Tensor) -> Output:
         """Put logits into the type that the original answers with."""
+        if self.headless:
+            return _head_answer(logits) if self.library == "transformers" else logits
         if self._answer is None:
             return logits
         return (logits,) if self._field is None else self._answer(**{self._field: logits})
@@ -209,7 +234,9 @@ class Backbone:
         # Non-persistent buffers are derived (position tables, masks): another library version may compute them anew.
         stored = [(name, digests[name]) for name in sorted(self.model.state_dict()) if name in digests]
         fingerprint = hashlib.sha256("\n".join(f"{name} {value}" for name, value in stored).encode()).hexdigest()
-        return Identity(self.library, self.model_id, self.revision, fingerprint, self.num_classes)
+        classes = 0 if self.headless else self.num_classes
+        name = type(self.model).__name__
+        return Identity(self.library, self.model_id, self.revision, fingerprint, classes, name)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -280,6 +307,18 @@ def _input_names(model: nn.Module) -> list[str]:
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)] or ["x"]
     main = getattr(model, "main_input_name", names[0])
     return [main, *(name for name in names if name != main)]
+
+
+def _features_field(output: Mapping[str, object]) -> str:
+    """Under which name a model without a head holds its features: pooled ones, or else all of them."""
+    found = [name for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return next((name for name in ("pooler_output", "last_hidden_state") if name in found), (found or [""])[0])
+
+
+def _head_answer(logits: Tensor) -> Output:
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+    return ImageClassifierOutput(logits=logits)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _logits_field(output: object, rows: int) -> str:

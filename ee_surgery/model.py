@@ -8,15 +8,16 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ee_surgery.backbone import Output, Sample, eval_mode
 from ee_surgery.branches import BranchSpec, resolve
-from ee_surgery.branches.base import Branch, ExitLogits
+from ee_surgery.branches.base import Branch, ExitLogits, build
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
+from ee_surgery.graph.features import Layout
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key, tensors
 from ee_surgery.placement import ExitPlan
@@ -54,12 +55,32 @@ class Receipt:
         return f"CHANGED: {len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
 
 
-class BranchBank(nn.ModuleList):
-    """The trainable part: all branches, called on the features of all exits at once (so that DDP can wrap it)."""
+class BranchBank(nn.Module):
+    """The trainable part: a branch an exit, and a head where the original has none.
+
+    Called on the features of all at once, so that DDP can wrap it; a sequence of the branches otherwise.
+    """
+
+    def __init__(self, branches: Sequence[Branch], head: Branch | None = None) -> None:
+        super().__init__()
+        self.exits = nn.ModuleList(branches)
+        self.head = head
+
+    def __len__(self) -> int:
+        return len(self.exits)
+
+    def __iter__(self) -> Iterator[Branch]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Branch:
+        branch = self.exits[index]
+        assert isinstance(branch, Branch)
+        return branch
 
     def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
-        """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each."""
-        return [branch(*read) for branch, read in zip(self, features, strict=True)]
+        """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each, the head's last."""
+        called = [*self.exits, *([] if self.head is None else [self.head])]
+        return [branch(*read) for branch, read in zip(called, features, strict=True)]
 
 
 class EarlyExitModel(nn.Module):
@@ -69,13 +90,13 @@ class EarlyExitModel(nn.Module):
     its buffers or its training flags. Until an operating point is set, the output is the original's own.
     """
 
-    def __init__(self, graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], branches: Sequence[Branch]):
+    def __init__(self, graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], branches: BranchBank) -> None:
         super().__init__()
         self._backbone = graph.backbone
         self.original = graph.backbone.model
         self.plan = plan
         self.specs = tuple(specs)
-        self.branches = BranchBank(branches)
+        self.branches = branches
         self.frontier: Frontier | None = None
         self.operating_point: OperatingPoint | None = None
         self._policy: ThresholdPolicy | None = None
@@ -189,7 +210,7 @@ class EarlyExitModel(nn.Module):
                 `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
         arguments = self._backbone.arguments(*inputs, **named)
-        if self.policy is None:
+        if self.policy is None and self.branches.head is None:
             return self._backbone(arguments)
         shaping = sorted(_SHAPES_THE_ANSWER.intersection(arguments))
         if shaping:
@@ -218,21 +239,24 @@ class EarlyExitModel(nn.Module):
             policy = self.policy
             if policy is None:
                 return self._never(arguments, program)
-            self._router = found, Router(program, self._branches(), policy, branch_macs)
+            self._router = found, Router(program, list(self.branches), policy, branch_macs, self.branches.head)
         return self._router[1](list(arguments.values()) if len(arguments) == 1 else _values(arguments), batch)
 
     def _never(self, arguments: Arguments, program: Program) -> ExitOutput:
         logits = self._backbone.logits(self._backbone(arguments))
+        if self.branches.head is not None and program.head is not None:
+            logits = self.branches.head(*program.head([logits])).logits
         last = torch.full((len(logits),), len(self.branches), device=logits.device)
         nan = torch.full((len(logits),), torch.nan, device=logits.device)
-        return ExitOutput(logits, last, nan, torch.tensor(program.trunk_macs, device=logits.device))
+        costs = torch.tensor(program.trunk_macs, device=logits.device)
+        return ExitOutput(logits, last, nan, costs, program.trunk_macs[-1])
 
     def _nobody(self, device: torch.device) -> ExitOutput:
         """For an empty batch, which many models do not take."""
         dtype = next(self.branches.parameters()).dtype
         logits = torch.empty((0, self._backbone.num_classes), dtype=dtype, device=device)
         index, score = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
-        return ExitOutput(logits, index, score, torch.tensor(self.trunk_macs, device=device))
+        return ExitOutput(logits, index, score, torch.tensor(self.trunk_macs, device=device), self.trunk_macs[-1])
 
     def all_exits(self, *inputs: Inputs, **named: Any) -> Tensor:
         """Logits of every exit for every sample, (K, B, C), the original's last; nobody leaves."""
@@ -243,10 +267,14 @@ class EarlyExitModel(nn.Module):
         """The answer of every branch, and the original's logits (B, C), without gradients, in eval mode."""
         features, logits = self.features(*inputs, **named)
         with torch.no_grad(), eval_mode(list(self.branches.modules())):
-            return self.branches(features), logits
+            return self.split(self.branches(features), logits)
+
+    def split(self, answers: list[ExitLogits], original: Tensor) -> tuple[list[ExitLogits], Tensor]:
+        """What the bank answers, as the branches' answers and the last logits: the original's, or a new head's."""
+        return (answers, original) if self.branches.head is None else (answers[:-1], answers[-1].logits)
 
     def features(self, *inputs: Inputs, **named: Any) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """What every branch reads, its features (B, *shape) first, and the original's logits; without gradients."""
+        """What every branch reads, its features (B, *shape) first, and the original's answer; without gradients."""
         program, values, _ = self.prepare(*inputs, **named)
         return program.run(values)
 
@@ -281,12 +309,11 @@ class EarlyExitModel(nn.Module):
         return self._programs[found]
 
     def _compile(self, graph: ModelGraph, sample: Arguments) -> tuple[Program, list[int]]:
-        program = build_program(graph, self.exits)
+        head = self.branches.head
+        head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
+        program = build_program(graph, self.exits, head_macs)
         verify(program, self._backbone, sample)
-        return program, [b.macs(p.shape) for b, p in zip(self._branches(), program.points, strict=True)]
-
-    def _branches(self) -> list[Branch]:
-        return [branch for branch in self.branches if isinstance(branch, Branch)]
+        return program, [b.macs(p.shape) for b, p in zip(self.branches, program.points, strict=True)]
 
     # --- sharing
 
@@ -296,6 +323,7 @@ class EarlyExitModel(nn.Module):
             identity=self._backbone.identity(self._before),
             inputs=self._backbone.sample,
             opaque=self._backbone.opaque,
+            head_classes=self._backbone.num_classes if self._backbone.headless else None,
             points=self.plan.points,
             specs=self.specs,
             rule=self.plan.rule,
@@ -324,6 +352,7 @@ def attach(
     *,
     sample: Sample | None = None,
     opaque: Sequence[str] = (),
+    num_classes: int | None = None,
     seed: int = 0,
 ) -> EarlyExitModel:
     """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
@@ -331,13 +360,13 @@ def attach(
     Args:
         model: the model, or the graph that `inspect` gave (spares capturing it again).
         branch: `auto`, a registered name or a `BranchSpec`; or one for each exit.
-        sample, opaque: see `inspect`.
+        sample, opaque, num_classes: see `inspect`.
         seed: of the branches' first weights; the global random state is left alone.
     Raises:
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
-    graph = model if isinstance(model, ModelGraph) else inspect(model, sample, opaque=opaque)
+    graph = model if isinstance(model, ModelGraph) else inspect(model, sample, opaque=opaque, num_classes=num_classes)
     given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
@@ -353,4 +382,10 @@ def attach(
             resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs)
             for spec, point in zip(given, plan.points, strict=True)
         ]
-    return EarlyExitModel(graph, plan, [spec for spec, _ in built], [made for _, made in built])
+        head = None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)
+    bank = BranchBank([made for _, made in built], head)
+    return EarlyExitModel(graph, plan, [spec for spec, _ in built], bank)
+
+
+# A linear layer on what the model gives: what it was made for.
+_HEAD = {layout: BranchSpec("pool" if layout in ("nchw", "vector") else "token") for layout in get_args(Layout)}

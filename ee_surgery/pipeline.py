@@ -30,6 +30,7 @@ def augment(
     *,
     sample: Sample | None = None,
     opaque: Sequence[str] = (),
+    num_classes: int | None = None,
     train: Data | None = None,
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
@@ -48,12 +49,14 @@ def augment(
         sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
             say what it takes.
         opaque: names of modules to keep whole; see `inspect`.
+        num_classes: for a model without a classification head: how many classes a head shall tell apart, which is
+            put on its features and trained with the branches.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
         seed: of the branches' first weights.
     """
-    graph = inspect(model, sample, opaque=opaque)
+    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes)
     plan = exits if isinstance(exits, ExitPlan) else place(graph, exits, placement)
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
@@ -83,7 +86,7 @@ def from_pretrained(
     if sample is None:
         generator = torch.Generator().manual_seed(0)
         sample = {name: spec.make(generator) for name, spec in config.inputs.items()}
-    backbone = Backbone(model, sample, config.opaque)
+    backbone = Backbone(model, sample, config.opaque, config.head_classes)
     identity = backbone.identity()
     if identity.fingerprint != config.base.fingerprint:
         raise FingerprintError(
@@ -106,6 +109,12 @@ def _make_base(base: Identity) -> nn.Module:
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {advice}")
     try:
-        return make_model(base.library, base.model_id, revision=base.revision, num_classes=base.num_classes)
+        return make_model(
+            base.library,
+            base.model_id,
+            revision=base.revision,
+            num_classes=base.num_classes,
+            architecture=base.architecture,
+        )
     except Exception as error:
         raise AdapterError(f"The base {base.model_id} could not be made by {base.library}: {error} {advice}") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ee_surgery.backbone import Backbone, Sample
-from ee_surgery.errors import ExitPointError
+from ee_surgery.errors import CaptureError, ExitPointError
 from ee_surgery.graph.capture import Capture, capture
 from ee_surgery.graph.cost import count
 from ee_surgery.graph.features import NOTHING, Features, Layout, choose
@@ -61,6 +61,8 @@ class ModelGraph:
     """Of one sample through the whole model."""
     uncounted: Counter[str]
     """Calls that may carry multiply-adds but have no formula, with how often they occur."""
+    head: ExitPoint | None
+    """Where a model without a head of its own ends: what the head that is put there reads."""
     _features: dict[int, Features]
 
     @property
@@ -122,7 +124,13 @@ class ModelGraph:
         yield self.best_case()
 
 
-def inspect(model: nn.Module | Backbone, sample: Sample | None = None, *, opaque: Sequence[str] = ()) -> ModelGraph:
+def inspect(
+    model: nn.Module | Backbone,
+    sample: Sample | None = None,
+    *,
+    opaque: Sequence[str] = (),
+    num_classes: int | None = None,
+) -> ModelGraph:
     """Read a model as a graph and find where samples may leave it. The model is not changed.
 
     Args:
@@ -130,11 +138,12 @@ def inspect(model: nn.Module | Backbone, sample: Sample | None = None, *, opaque
         sample: an example batch (B, ...), a dict of several input tensors, or a tuple of them by position; needed
             where the model does not say what it takes.
         opaque: names of modules to keep whole, see `Backbone`: the way out where torch.export cannot read one.
+        num_classes: for a model that answers with features: how many classes a new head shall tell apart.
     Raises:
         CaptureError: the model cannot be exported with a symbolic batch.
         DataError: no sample given and none can be derived.
     """
-    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque)
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes)
     return read(backbone, backbone.sample)
 
 
@@ -146,7 +155,20 @@ def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
     points, features = _points(program, liveness, macs, backbone)
     legal = [point for point in points if point.legal]
     illegal = [point for point in points if not point.legal]
-    return ModelGraph(backbone, program, liveness, legal, illegal, sum(macs), uncounted, features)
+    head = _head(program, liveness, backbone, sum(macs)) if backbone.headless else None
+    if head is not None:
+        features[head[0].index] = head[1]
+    return ModelGraph(
+        backbone, program, liveness, legal, illegal, sum(macs), uncounted, head[0] if head else None, features
+    )
+
+
+def _head(program: Capture, liveness: Liveness, backbone: Backbone, macs: int) -> tuple[ExitPoint, Features]:
+    features = choose(program, liveness, [program.output], [], backbone)
+    if features is None:
+        raise CaptureError(f"{backbone.model_id} answers with neither a map, tokens nor a vector for a head to read.")
+    end = len(program.nodes) - 1
+    return _point(["head"], end, features, live=1, macs=macs, total=macs), features
 
 
 def _points(
@@ -163,7 +185,6 @@ def _points(
     points: list[ExitPoint] = []
     read: dict[int, Features] = {}
     for index, found in sorted(ends.items()):
-        name, *aliases = sorted(found, key=lambda path: (path.count("."), len(path)))
         crossing = live[index]
         problems = [axis for axis in (liveness.axis[node] for node in crossing) if isinstance(axis, str)]
         if not crossing:
@@ -173,24 +194,38 @@ def _points(
             problems = problems or ["none of the tensors that cross is a map, tokens or a vector of numbers"]
             features = NOTHING
         read[index] = features
-        points.append(
-            ExitPoint(
-                name=name,
-                aliases=tuple(aliases),
-                index=index,
-                node=features.node,
-                shape=features.shape,
-                layout=features.layout,
-                prefix_tokens=features.prefix_tokens,
-                live=len(crossing),
-                macs=spent[index + 1],
-                macs_fraction=spent[index + 1] / total if total else 0.0,
-                legal=not problems,
-                reason=problems[0] if problems else "",
-                block=narrow[index] and any(not _interior(path, backbone.model, names) for path in found),
-            )
-        )
+        reason = problems[0] if problems else ""
+        block = narrow[index] and any(not _interior(path, backbone.model, names) for path in found)
+        points.append(_point(found, index, features, len(crossing), spent[index + 1], total, reason, block))
     return points, read
+
+
+def _point(
+    paths: Sequence[str],
+    index: int,
+    features: Features,
+    live: int,
+    macs: int,
+    total: int,
+    reason: str = "",
+    block: bool = False,
+) -> ExitPoint:
+    name, *aliases = sorted(paths, key=lambda path: (path.count("."), len(path)))
+    return ExitPoint(
+        name=name,
+        aliases=tuple(aliases),
+        index=index,
+        node=features.node,
+        shape=features.shape,
+        layout=features.layout,
+        prefix_tokens=features.prefix_tokens,
+        live=live,
+        macs=macs,
+        macs_fraction=macs / total if total else 0.0,
+        legal=not reason,
+        reason=reason,
+        block=block,
+    )
 
 
 def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:

@@ -117,7 +117,7 @@ def measure(
 
     # the original itself is called: one in train mode would move its BatchNorm statistics
     with torch.no_grad(), eval_mode(list(branched.backbone.modules())):
-        cost = torch.cat([branched.predict(batch).macs for batch in batches]).double().mean().item()
+        cost = torch.cat([branched.predict(batch).macs_fraction for batch in batches]).mean().item()
         routed, plain = [[0.0] * rounds for _ in range(2)]
         latencies: dict[str, list[float]] = {"routed": [], "original": []}
         for batch in batches:
@@ -147,7 +147,7 @@ def measure(
         original_throughput=batch_size / plainly,
         latency_ratio=latency / plainly,
         spread=(quartiles[0], quartiles[2]),
-        macs_fraction=cost / branched.trunk_macs[-1],
+        macs_fraction=cost,
         environment=environment(first.device),
     )
 

@@ -26,11 +26,13 @@ class Program:
     points: tuple[ExitPoint, ...]
     readers: tuple[Reading, ...]
     """What the branch of each exit reads of the live tensors there."""
+    head: Reading | None
+    """What a head reads of the last stage's answer, where the original has none of its own."""
     trunk_macs: tuple[int, ...]
-    """MACs of the original up to each exit, the whole last; K numbers."""
+    """MACs of the original up to each exit, the whole last (with such a head); K numbers."""
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """What every branch reads and the original's logits (B, C), nobody leaving; without gradients."""
+        """What every branch reads, a new head last, and the original's answer, nobody leaving; without gradients."""
         found: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
             live = self.stages[0](*inputs)
@@ -41,18 +43,25 @@ class Program:
                     features = tuple(tensor.clone() for tensor in features)
                 found.append(features)
                 live = stage(*live)
+            if self.head is not None:
+                found.append(self.head(live))
         return found, live[0]
 
 
-def build_program(graph: ModelGraph, names: Sequence[str]) -> Program:
-    """Cut a graph at the named exit points, in program order."""
+def build_program(graph: ModelGraph, names: Sequence[str], head_macs: int = 0) -> Program:
+    """Cut a graph at the named exit points, in program order.
+
+    Args:
+        head_macs: of a head put on a model that has none, one sample.
+    """
     points = tuple(graph[name] for name in names)
     found = [graph.features(point) for point in points]
     masks = list(dict.fromkeys(features.mask for features in found if features.mask is not None))
     stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points], masks)
     live = live_after(graph.capture, graph.liveness)
     readers = tuple(f.reader(crossing(live[p.index], masks)) for f, p in zip(found, points, strict=True))
-    return Program(stages, points, readers, (*(point.macs for point in points), graph.macs))
+    head = None if graph.head is None else graph.features(graph.head).reader([graph.capture.output])
+    return Program(stages, points, readers, head, (*(point.macs for point in points), graph.macs + head_macs))
 
 
 def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:

@@ -27,11 +27,18 @@ class ExitOutput(NamedTuple):
     """Score at the exit taken, shape (B,); NaN at the original's head, which is not asked."""
     costs: Tensor
     """MACs of leaving at each exit, int64, shape (K,)."""
+    original_macs: int
+    """Of one sample of this size through the original."""
 
     @property
     def macs(self) -> Tensor:
         """int64, shape (B,): the stages that ran for each sample and every branch it was shown to."""
         return self.costs[self.exit_index]
+
+    @property
+    def macs_fraction(self) -> Tensor:
+        """float64, shape (B,): `macs` by the original's."""
+        return self.macs.double() / self.original_macs
 
 
 class Router:
@@ -41,13 +48,21 @@ class Router:
         program: K stages.
         branches: K - 1, in eval mode.
         branch_macs: of each branch, one sample.
+        head: on a model that has none of its own.
     """
 
     def __init__(
-        self, program: Program, branches: Sequence[Branch], policy: ThresholdPolicy, branch_macs: Sequence[int]
+        self,
+        program: Program,
+        branches: Sequence[Branch],
+        policy: ThresholdPolicy,
+        branch_macs: Sequence[int],
+        head: Branch | None = None,
     ) -> None:
         self.program = program
         self.policy = policy
+        self.head = head
+        self.original_macs = program.trunk_macs[-1]
         self.last = len(branches)
         device = next(branches[0].parameters()).device
         self.costs = torch.tensor(exit_costs(program.trunk_macs, branch_macs, policy.visits), device=device)
@@ -91,10 +106,17 @@ class Router:
                     state = tuple(tensor.index_select(0, stay) for tensor in state)
             live = stage(*live)
         else:  # somebody came through to the original's own head
-            results = results or self._results(live[0], batch)
-            results[0][slice(None) if rows is None else rows] = live[0].to(results[0].dtype)
+            last = self._last(live)
+            results = results or self._results(last, batch)
+            results[0][slice(None) if rows is None else rows] = last.to(results[0].dtype)
         logits, score, exit_index = results
-        return ExitOutput(logits, exit_index, score, self.costs)
+        return ExitOutput(logits, exit_index, score, self.costs, self.original_macs)
+
+    def _last(self, live: Sequence[Tensor]) -> Tensor:
+        """Logits behind the last stage."""
+        if self.head is None or self.program.head is None:
+            return live[0]
+        return self.head(*self.program.head(live)).logits
 
     def _results(self, like: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, score and exit of a batch of which nobody has left early."""
@@ -111,6 +133,7 @@ class Router:
                 answer = branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
                 if leaves:
-                    return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs)
+                    return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs, self.original_macs)
             live = stage(*live)
-        return ExitOutput(live[0], self._index[self.last].clone(), self._unasked.clone(), self.costs)
+        index, score = self._index[self.last].clone(), self._unasked.clone()
+        return ExitOutput(self._last(live), index, score, self.costs, self.original_macs)

@@ -84,6 +84,8 @@ class AdapterConfig:
     """What it was augmented with, by name."""
     opaque: tuple[str, ...]
     """Modules of the base that are kept whole."""
+    head_classes: int | None
+    """Classes of the head that is stored along, for a base that has none of its own."""
     placement: str
     base_macs: int
     exits: tuple[AdapterExit, ...]
@@ -98,6 +100,7 @@ class AdapterConfig:
         identity: Identity,
         inputs: Arguments,
         opaque: Sequence[str],
+        head_classes: int | None,
         points: Sequence[ExitPoint],
         specs: Sequence[BranchSpec],
         rule: str,
@@ -114,7 +117,18 @@ class AdapterConfig:
         packages = ("ee-surgery", "torch", "timm", "transformers")
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
         given = {name: InputSpec.of(tensor) for name, tensor in tensors(inputs).items()}
-        return cls(identity, given, tuple(opaque), rule, trunk_macs[-1], exits, operating_point, label_names, versions)
+        return cls(
+            identity,
+            given,
+            tuple(opaque),
+            head_classes,
+            rule,
+            trunk_macs[-1],
+            exits,
+            operating_point,
+            label_names,
+            versions,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `config.json`."""
@@ -135,6 +149,7 @@ class AdapterConfig:
                 name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()
             },
             opaque=tuple(data["opaque"]),
+            head_classes=data["head_classes"],
             placement=data["placement"],
             base_macs=data["base_macs"],
             exits=exits,

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, random_split
 
 from ee_surgery.errors import DataError, TrainingError
@@ -217,25 +218,30 @@ class _Run:
         config = self.config
         inputs, labels = unpack(batch)
         features, original = self.branched.features(place(inputs, self.accelerator.device, self.dtype))
+        headless = self.branched.branches.head is not None
+        if headless and (labels is None or config.teach == "original"):
+            raise DataError("The model has no head of its own to learn from: its new head needs labels.")
         if config.teach == "original":
             labels = original.argmax(-1)
-        elif config.objective == "kd":
+        elif config.objective == "kd" and not headless:
             labels = original.argmax(-1)  # not read
         elif labels is None:
             raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
         labels = labels.to(self.accelerator.device)
-        if labels.ndim == 1 and (labels.dtype.is_floating_point or not 0 <= int(labels.max()) < original.shape[1]):
+        classes = self.branched.branches[0].classifier.out_features
+        if labels.ndim == 1 and (labels.dtype.is_floating_point or not 0 <= int(labels.max()) < classes):
             raise DataError(
-                f"Labels must be class numbers below {original.shape[1]} (or probabilities of shape (B, C)); got "
+                f"Labels must be class numbers below {classes} (or probabilities of shape (B, C)); got "
                 f"{labels.dtype} up to {labels.max().item()}."
             )
         with self.accelerator.autocast():
-            exits = self.bank(features)
+            exits, original = self.branched.split(self.bank(features), original)
         exits = [type(exit)(exit.logits.float(), exit.confidence) for exit in exits]
-        answers = Answers(exits, original.float(), labels, self.costs)
+        answers = Answers(exits, original.detach().float(), labels, self.costs)
+        own = F.cross_entropy(original.float(), labels) if headless else 0.0
         if config.objective == "kd" or config.distill == 1:
-            return kd(answers, config)
-        loss = self.objective(answers, config)
+            return own + kd(answers, config)
+        loss = own + self.objective(answers, config)
         return loss if config.distill == 0 else (1 - config.distill) * loss + config.distill * kd(answers, config)
 
     def _rate(self) -> float:

@@ -121,7 +121,7 @@ def evaluate(branched: EarlyExitModel, data: Data, *, batch_size: int = 128) -> 
         labelled &= y is not None
         target = original if y is None else y
         for rows, value in [(right, answer == target), (base, original == target), (same, answer == original),
-                            (where, output.exit_index), (macs, output.macs)]:  # fmt: skip
+                            (where, output.exit_index), (macs, output.macs_fraction)]:  # fmt: skip
             rows.append(value.cpu())
     if not right:
         raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
@@ -132,7 +132,7 @@ def evaluate(branched: EarlyExitModel, data: Data, *, batch_size: int = 128) -> 
         accuracy=_mean(correct),
         original_accuracy=_mean(torch.cat(base)),
         agreement=_mean(torch.cat(same)),
-        macs_fraction=torch.cat(macs).double().mean().item() / branched.trunk_macs[-1],
+        macs_fraction=_mean(torch.cat(macs)),
         exits=names,
         exit_shares=tuple(_mean(rows) for rows in left),
         exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
