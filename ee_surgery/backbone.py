@@ -126,8 +126,15 @@ class Backbone:
         """Where each input tensor holds the batch."""
         self.sample = as_sample(self.sample, self.batch_dims)
         rows = batch_size(self.sample, self.batch_dims)
-        with torch.no_grad():
-            output = self(self.sample)
+        try:
+            with torch.no_grad():
+                output = self(self.sample)
+        except Exception as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors(self.sample).items()}
+            raise DataError(
+                f"{self.model_id} does not take a sample of shape {shapes}: {type(error).__name__}: {str(error)[:300]} "
+                "Pass one that it takes: sample=."
+            ) from error
         self.headless = num_classes is not None
         self._field = None
         if isinstance(output, Mapping):

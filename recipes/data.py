@@ -62,3 +62,9 @@ def weights(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         header = file.metadata()
     mean, std = (torch.tensor([float(v) for v in header[key].split(",")]).view(3, 1, 1) for key in ("mean", "std"))
     return {key: tensor.float() for key, tensor in load_file(path).items()}, mean, std
+
+
+def sst2(split: str) -> list[tuple[str, int]]:
+    """Stanford Sentiment Treebank `train`, `dev` or `test`: sentences, and 0 negative or 1 positive."""
+    lines = (folder() / "text" / f"sst2_{split}.tsv").read_text().splitlines()
+    return [(text, int(label)) for text, label in (line.rsplit("\t", 1) for line in lines)]

@@ -67,6 +67,8 @@ def find_axes(capture: Capture, carried: Set[fx.Node]) -> dict[fx.Node, Axis | s
 
 def _axis(node: fx.Node, batch: Expr, found: dict[fx.Node, Axis | str | None]) -> Axis | str:
     value = node.meta.get("val")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return f"{node.name} is one number read from all samples"
     if not isinstance(value, Tensor):
         return f"{node.name} is not a single tensor"
     sizes = _sizes(value)

@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from ee_surgery.backbone import Backbone, eval_mode
 from ee_surgery.errors import CaptureError
+from ee_surgery.graph.explain import explained
 from ee_surgery.graph.opaque import OpaqueCalls
 from ee_surgery.inputs import Arguments, tensors
 
@@ -81,12 +82,10 @@ def capture(backbone: Backbone, arguments: Arguments | None = None) -> Capture:
     dynamic = {name: None if dims[name] is None else {dims[name]: Dim.DYNAMIC} for name in inputs}
     with eval_mode([*wrapper.modules()]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # export warns about its own deprecated internals
-        opaque = OpaqueCalls.record(backbone, arguments)
-        try:
+        with explained(backbone, arguments):
+            opaque = OpaqueCalls.record(backbone, arguments)
             with opaque.patched(backbone.model), _indexed_masks():
                 program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
-        except Exception as error:
-            raise CaptureError(_explain(backbone, error)) from error
     return _read(program, inputs, dims, opaque)
 
 
@@ -109,29 +108,6 @@ def _indexed_masks() -> Iterator[None]:
         patch.object(masking, "TransformGetItemToIndex", nullcontext),
     ):
         yield
-
-
-def _explain(backbone: Backbone, error: Exception) -> str:
-    inside = [frame.f_locals.get("self") for frame in _frames(error)]
-    names = {id(module): name for name, module in backbone.model.named_modules() if name}
-    where = [names[id(module)] for module in inside if id(module) in names]
-    place = f" in module {where[-1]!r}" if where else ""
-    first = (str(error).strip().splitlines() or [""])[0]
-    hint = (
-        "Its forward fixes the batch size; pass a sample of another size, or replace the Python code that reads it."
-        if "Dim" in first or "specializ" in str(error)
-        else "Replace data-dependent Python control flow there, or wrap the model in a module without it."
-    )
-    return (
-        f"{backbone.model_id} cannot be captured by torch.export{place}: {type(error).__name__}: {first[:300]} {hint}"
-    )
-
-
-def _frames(error: BaseException):
-    trace = error.__traceback__
-    while trace is not None:
-        yield trace.tb_frame
-        trace = trace.tb_next
 
 
 def _read(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from sympy import Expr
 from torch import Tensor, fx
 
 from ee_surgery.graph.axes import Axis, find_axes
@@ -71,6 +73,24 @@ def _is_getitem(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
+def is_size(node: fx.Node, batch: Expr) -> bool:
+    """True for a whole number that is known from the batch size alone."""
+    value = node.meta.get("val")
+    return isinstance(value, int) or (isinstance(value, torch.SymInt) and _symbols(value) <= {batch})
+
+
+def _depends_on_data(node: fx.Node, batch: Expr) -> bool:
+    """False for numbers of the batch size alone; x.max().item() is one of the data."""
+    value = node.meta.get("val")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return not _symbols(value) <= {batch}
+    return isinstance(value, (Tensor, list, tuple))
+
+
+def _symbols(value: Any) -> set[Any]:
+    return set(value.node.expr.free_symbols)
+
+
 def _is_multiple(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
@@ -81,8 +101,8 @@ def _carried(capture: Capture, root: dict[fx.Node, fx.Node]) -> set[fx.Node]:
     while True:
         before = len(carried)
         for node in capture.nodes:
-            if not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
-                continue  # sizes: a function of the batch alone
+            if not _depends_on_data(node, capture.batch):
+                continue
             if root[node] in tainted or any(arg in carried for arg in node.all_input_nodes):
                 carried.add(node)
                 tainted.update(root.get(arg, arg) for arg in writes(node))

@@ -15,7 +15,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ee_surgery.graph.axes import Axis
 from ee_surgery.graph.capture import Capture
-from ee_surgery.graph.liveness import Liveness, closure, live_after, writes
+from ee_surgery.graph.liveness import Liveness, closure, is_size, live_after, writes
 from ee_surgery.graph.opaque import is_opaque
 
 _aten = torch.ops.aten
@@ -176,8 +176,10 @@ def _write(
 
     def text(value: object) -> str:
         if isinstance(value, fx.Node):
-            size = value.meta.get("val")
-            return _formula(size.node.expr, capture.batch) if isinstance(size, torch.SymInt) else name_of(value)
+            if is_size(value, capture.batch):
+                size = value.meta["val"]
+                return repr(size) if isinstance(size, int) else _formula(size.node.expr, capture.batch)
+            return name_of(value)
         if isinstance(value, (list, tuple)):
             items = "".join(text(item) + ", " for item in value)
             return f"[{items}]" if isinstance(value, list) else f"({items})"
@@ -191,7 +193,7 @@ def _write(
 
     lines: list[str] = []
     # Sizes are formulas of the batch, read anew in each stage.
-    calls = [node for node in calls if not isinstance(node.meta.get("val"), (torch.SymInt, int))]
+    calls = [node for node in calls if not is_size(node, capture.batch)]
     last = {arg: i for i, node in enumerate(calls) for arg in node.all_input_nodes}
     local = set(calls).difference(wanted)
     for i, node in enumerate(calls):

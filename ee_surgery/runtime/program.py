@@ -68,30 +68,29 @@ def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
     """Run the stages with samples leaving and changing places at every cut, and compare with the whole model.
 
     Args:
-        arguments: at least two different samples.
+        arguments: four samples.
     Raises:
         ExitPointError: the stages do not give the original's logits, or the model mixes its samples.
     """
     dims = backbone.dims(arguments)
-    given = tensors(arguments)
-    device = next(iter(given.values())).device
-    size = batch_size(arguments, dims)
+    device = next(iter(tensors(arguments).values())).device
     with torch.no_grad():
         whole = backbone.logits(backbone(arguments))
-        rows = torch.arange(size, device=device).flip(0)[: max(1, size - 1)]
-        live = program.stages[0](*tensors(select(arguments, dims, rows)).values())
-        for stage in program.stages[1:]:
-            order = torch.arange(len(rows), device=device).flip(0)
-            if len(rows) > 2:
-                order = order[:-1]
-            rows = rows[order]
-            live = stage(*compact(live, stage.axes, order))
-    if not _close(whole[rows], live[0]):
-        names = [point.name for point in program.points]
-        raise ExitPointError(
-            f"Cut at {names}, {backbone.model_id} does not give its own logits any more "
-            f"(relative error {_error(whole[rows], live[0]):.2g}). " + _suspect(backbone, arguments)
-        )
+        # Each half alone: whatever one half tells the other is missed there.
+        for half in ([3, 1], [0, 2]):
+            rows = torch.tensor(half, device=device)
+            live = program.stages[0](*tensors(select(arguments, dims, rows)).values())
+            for k, stage in enumerate(program.stages[1:]):
+                leaving = half == [3, 1] or k > 0
+                order = torch.arange(len(rows), device=device).flip(0)[: 1 if leaving else 2]
+                rows = rows[order]
+                live = stage(*compact(live, stage.axes, order))
+            if not _close(whole[rows], live[0]):
+                names = [point.name for point in program.points]
+                raise ExitPointError(
+                    f"Cut at {names}, {backbone.model_id} does not give its own logits any more "
+                    f"(relative error {_error(whole[rows], live[0]):.2g}). " + _suspect(backbone, arguments)
+                )
 
 
 def _error(expected: Tensor, seen: Tensor) -> float:
@@ -106,14 +105,15 @@ def _close(expected: Tensor, seen: Tensor) -> bool:
 def _suspect(backbone: Backbone, arguments: Arguments) -> str:
     """Which module makes a sample depend on its neighbours, found by running it with them and without."""
     dims = backbone.dims(arguments)
-    rows = torch.zeros(1, dtype=torch.long, device=next(iter(tensors(arguments).values())).device)
-    together, alone = (_outputs(backbone, a) for a in (arguments, select(arguments, dims, rows)))
+    device = next(iter(tensors(arguments).values())).device
+    together = _outputs(backbone, arguments)
+    size = batch_size(arguments, dims)
+    alone = [_outputs(backbone, select(arguments, dims, torch.tensor([i], device=device))) for i in range(size)]
     for name, many in together.items():
-        one = alone.get(name)
-        if one is None or many.ndim != one.ndim or len(many) == len(one):
+        ones = [outputs[name] for outputs in alone if name in outputs]
+        if len(ones) < size or any(one.shape != many[:1].shape for one in ones):
             continue
-        share = len(one)  # one sample's part of a batch that is folded
-        if len(many) % share == 0 and not _close(many[:share], one):
+        if not all(_close(many[i : i + 1], one) for i, one in enumerate(ones)):
             where = f"module {name!r}" if name else "the model's own forward"
             return (
                 f"Its samples are not independent of each other: {where} answers differently for a sample alone and "
