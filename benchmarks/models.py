@@ -131,7 +131,12 @@ _SHRUNK: dict[str, dict[str, Any]] = {
     "EfficientNet": {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0},
     "TextNet": {"image_size": [224, 224]},
     "ImageGPT": {"n_positions": 64, "n_embd": 64, "n_layer": 6, "n_head": 4},
-    "Perceiver": {"num_latents": 32, "d_latents": 96, "num_self_attends_per_block": 4, "num_cross_attention_heads": 1},
+    "Perceiver": {
+        "num_latents": 128,
+        "d_latents": 512,
+        "num_self_attends_per_block": 6,
+        "num_cross_attention_heads": 1,
+    },
     "IJepa": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 384},
     "TimmWrapper": {"architecture": "resnet18"},
 }

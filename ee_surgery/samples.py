@@ -11,6 +11,7 @@ from ee_surgery.inputs import Arguments
 
 # Whatever their configuration says.
 _BUILT_FOR_224 = ("PerceiverForImageClassificationFourier", "PerceiverForImageClassificationConvProcessing")
+_FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
 _TOKENS = 16  # of a text sample: any length does, others are captured when they come
 
 
@@ -30,12 +31,19 @@ def default_sample(model: nn.Module, library: str) -> Tensor | Arguments | None:
 
 def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    patches = getattr(model, "patch_embed", None)
-    grid = getattr(patches, "img_size", None)  # of this very model; the configuration has the architecture's
+    # Of this very model, where it was built for one size; the configuration has the architecture's.
+    sizes = (getattr(module, "img_size", None) for module in model.modules())
+    grid: Any = next((found for found in sizes if _is_grid(found)), None)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 0)
+    known = size[0] if size else 3
+    channels = first if 0 < first < _FEW and first % known else known  # other pictures than the architecture's
     if grid is None:
-        return None if size is None else tuple(size)
-    channels = size[0] if size else getattr(getattr(patches, "proj", None), "in_channels", 3)
+        return None if size is None else (channels, *size[1:])
     return (channels, *grid)
+
+
+def _is_grid(size: object) -> bool:
+    return isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
 
 
 def _transformers_sample(model: nn.Module, generator: torch.Generator) -> Tensor | Arguments:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -12,6 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 import ee_surgery as ee
+from benchmarks.models import build
+from benchmarks.models import sample as shield_gemma_sample
+from ee_surgery.backbone import Sample
 from recipes.networks import CifarResNet
 
 
@@ -85,6 +89,105 @@ ZOO = [
     Entry("cifar-resnet56", lambda: CifarResNet(56), 32),
 ]
 BY_NAME = {entry.name: entry for entry in ZOO}
+
+
+@dataclass(frozen=True)
+class Special:
+    """A model whose inputs, outputs or layouts are not those of a picture classifier."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    given: Callable[[], Sample] | None = None
+    """Its sample, where it does not say itself what it takes."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `augment`."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def augment(self, exits: int = 2, **more: Any) -> ee.EarlyExitModel:
+        """With fixed random weights and this many exits."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.make().eval()
+        return ee.augment(model, exits, sample=self.given() if self.given else None, **self.options, **more)
+
+
+def _tiny_hf(cls: str, config: str | None = None, given: Callable[[], Sample] | None = None, **options: Any) -> Special:
+    def make() -> nn.Module:
+        name = config or cls.partition("For")[0] + "Config"
+        return getattr(transformers, cls)(getattr(transformers, name)(num_labels=5, **options))
+
+    return Special(f"hf-{cls}", make, given)
+
+
+def _shield_gemma() -> nn.Module:
+    return build("hf:ShieldGemma2ForImageClassification")
+
+
+_TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+TEXTS = [
+    _tiny_hf("BertForSequenceClassification", **_TEXT),
+    _tiny_hf("RobertaForSequenceClassification", pad_token_id=1, max_position_embeddings=80, **_TEXT),
+    _tiny_hf("ElectraForSequenceClassification", embedding_size=32, **_TEXT),
+    _tiny_hf("AlbertForSequenceClassification", embedding_size=16, **_TEXT),
+    _tiny_hf("DistilBertForSequenceClassification", vocab_size=99, dim=32, n_layers=4, n_heads=2, hidden_dim=64),
+    _tiny_hf("ModernBertForSequenceClassification", pad_token_id=0, local_attention=8, **_TEXT),
+    _tiny_hf(
+        "DebertaV2ForSequenceClassification",
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        **_TEXT,
+    ),
+]
+SPECIAL = [
+    *TEXTS,
+    _tiny_hf("ImageGPTForImageClassification", vocab_size=17, n_positions=16, n_embd=32, n_layer=4, n_head=2),
+    _tiny_hf("Siglip2ForImageClassification", vision_config={**_VISION, "num_patches": 16, "patch_size": 4}),
+    _tiny_hf("CLIPForImageClassification", vision_config={**_VISION, "image_size": 32, "patch_size": 8}),
+    _tiny_hf("DeiTForImageClassificationWithTeacher", **_TINY, intermediate_size=64),
+    _tiny_hf(
+        "PerceiverForImageClassificationLearned",
+        num_latents=8,
+        d_latents=32,
+        num_self_attends_per_block=4,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=2,
+        image_size=16,
+    ),
+    _tiny_hf("TimmWrapperForImageClassification", architecture="test_resnet"),
+    _tiny_hf("PPLCNetForImageClassification", scale=0.25, class_expand=32),
+    Special("hf-ShieldGemma2", _shield_gemma, lambda: shield_gemma_sample("hf:ShieldGemma2ForImageClassification")),
+    Special(
+        "tnt",
+        lambda: timm.create_model(
+            "tnt_s_legacy_patch16_224",
+            img_size=64,
+            embed_dim=32,
+            inner_dim=8,
+            depth=4,
+            num_heads_outer=2,
+            num_heads_inner=2,
+        ),
+    ),
+    Special("mobilevit", lambda: timm.create_model("mobilevit_xxs"), lambda: torch.randn(2, 3, 64, 64)),
+    Special("coat", lambda: timm.create_model("coat_lite_tiny", img_size=64), lambda: torch.randn(2, 3, 64, 64)),
+    Special(
+        "headless-timm",
+        lambda: timm.create_model("test_resnet", num_classes=0),
+        lambda: torch.randn(2, 3, 64, 64),
+        {"num_classes": 5},
+    ),
+    Special(
+        "headless-hf",
+        lambda: transformers.ViTModel(transformers.ViTConfig(**_TINY, intermediate_size=64)),  # pyright: ignore[reportArgumentType]
+        None,
+        {"num_classes": 5},
+    ),
+]
 
 
 @cache

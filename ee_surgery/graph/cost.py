@@ -101,6 +101,7 @@ _FREE = frozenset(
     upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     sym_size glu prelu celu_ hardswish_ silu_ gelu_ lift_fresh_copy detach_ sort topk getitem
     _assert_tensor_metadata cosine_similarity all any eye randn rand bernoulli bernoulli_ eq ne
+    hardswish hardsigmoid hardtanh
     """.split()
 )
 
