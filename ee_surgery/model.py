@@ -19,7 +19,7 @@ from ee_surgery.branches.base import Branch, ExitLogits, build
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.graph.features import Layout
 from ee_surgery.graph.points import ModelGraph, inspect, read
-from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key, tensors
+from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
@@ -215,7 +215,7 @@ class EarlyExitModel(nn.Module):
         shaping = sorted(_SHAPES_THE_ANSWER.intersection(arguments))
         if shaping:
             raise DataError(f"An early exit answers with logits alone: leave out {shaping}, or call `.backbone`.")
-        return self._backbone.answer(self.predict(arguments).logits)
+        return self._backbone.answer(self._run(arguments).logits)
 
     def predict(self, *inputs: Inputs, **named: Any) -> ExitOutput:
         """Run with early exit; logits, exit taken, score there and MACs of every sample.
@@ -224,23 +224,25 @@ class EarlyExitModel(nn.Module):
             inputs, named: as for a call; a new batch size costs nothing, a new image size, text length, dtype or
                 device is captured on first use and kept.
         """
+        return self._run(self._backbone.arguments(*inputs, **named))
+
+    def _run(self, arguments: Arguments) -> ExitOutput:
         if torch.is_grad_enabled() or self.branches.training:
             with torch.no_grad(), eval_mode(list(self.branches.modules())):
-                return self.predict(*inputs, **named)
-        arguments = self._backbone.arguments(*inputs, **named)
+                return self._run(arguments)
         dims = self._backbone.dims(arguments)
-        found = key(arguments, dims)
-        main = next(iter(arguments.values()))
-        batch = main.shape[dims[next(iter(arguments))] or 0]
+        values = _values(arguments)
+        batch = values[0].shape[0]
         if batch == 0:
-            return self._nobody(main.device)
+            return self._nobody(values[0].device)
+        found = key(arguments, dims)
         if self._router is None or self._router[0] != found or self._disabled:
             program, branch_macs = self._program(arguments, dims, found)
             policy = self.policy
             if policy is None:
                 return self._never(arguments, program)
             self._router = found, Router(program, list(self.branches), policy, branch_macs, self.branches.head)
-        return self._router[1](list(arguments.values()) if len(arguments) == 1 else _values(arguments), batch)
+        return self._router[1](values, batch)
 
     def _never(self, arguments: Arguments, program: Program) -> ExitOutput:
         logits = self._backbone.logits(self._backbone(arguments))
@@ -342,7 +344,7 @@ class EarlyExitModel(nn.Module):
 
 
 def _values(arguments: Arguments) -> tuple[Tensor, ...]:
-    return tuple(tensors(arguments).values())
+    return tuple([value for value in arguments.values() if isinstance(value, Tensor)])
 
 
 def attach(
