@@ -7,7 +7,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-all check fmt clean
+.PHONY: setup demo test test-slow test-all coverage check fmt clean
 
 setup: $(VENV)/ready
 
@@ -26,6 +26,11 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow
+
+# Hours on two cores; goes on where it stopped.
+coverage: setup
+	$(BIN)/python -m benchmarks.coverage
+	$(BIN)/python -m benchmarks.coverage --architectures
 
 check: setup
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ A model passes when all of these hold:
 - it is captured, and the captured graph gives the model's own logits (*difference*: the largest there is);
 - `augment` finds three exits and a branch for each;
 - the stages, with samples leaving and changing places at every exit, give the logits of the whole model (*staged*: the
-  largest difference, by the largest logit; 0.1 % at most), and so do cuts at ten more legal points drawn at random,
+  largest difference, by the largest logit; 0.1 % at most), and so do cuts at five more legal points drawn at random,
   folded ones among them;
 - without an operating point the logits are equal bit for bit;
 - one training step moves the branches and nothing else (SHA-256 of every tensor of the original);

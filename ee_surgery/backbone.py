@@ -119,7 +119,7 @@ class Backbone:
         self.model_id, self.revision = _model_id(model, self.library)
         self.modules = list(model.modules())
         self.input_names = _input_names(model)
-        self.opaque = (*opaque, *(name for name, m in model.named_modules() if type(m).__name__ in _OPAQUE))
+        self.opaque = _outermost([*opaque, *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE)])
         self.sample = self._sample(sample)
         """Four samples, in their normal form."""
         self.batch_dims = batch_dims(self.sample)
@@ -306,6 +306,11 @@ def _model_id(model: nn.Module, library: Library) -> tuple[str, str | None]:
         config = model.config
         return str(getattr(config, "_name_or_path", "") or name), getattr(config, "_commit_hash", None)  # pyright: ignore[reportArgumentType, reportReturnType]
     return name, None
+
+
+def _outermost(paths: Sequence[str]) -> tuple[str, ...]:
+    """Each path once, without those inside another one."""
+    return tuple(path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths))
 
 
 def _input_names(model: nn.Module) -> list[str]:

@@ -79,7 +79,7 @@ def key(arguments: Arguments, dims: Mapping[str, int | None]) -> tuple[Hashable,
             shape = value.shape[1:] if dim == 0 else tuple(size for i, size in enumerate(value.shape) if i != dim)
             found += (name, shape, value.dtype, value.device)
         else:
-            found += (name, value)
+            found += (name, repr(value))
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         found += (torch.get_autocast_dtype("cuda"), torch.get_autocast_dtype("cpu"))
     return tuple(found)

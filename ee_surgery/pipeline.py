@@ -85,7 +85,7 @@ def from_pretrained(
     model = model if model is not None else _make_base(config.base)
     if sample is None:
         generator = torch.Generator().manual_seed(0)
-        sample = {name: spec.make(generator) for name, spec in config.inputs.items()}
+        sample = {**config.options, **{name: spec.make(generator) for name, spec in config.inputs.items()}}
     backbone = Backbone(model, sample, config.opaque, config.head_classes)
     identity = backbone.identity()
     if identity.fingerprint != config.base.fingerprint:

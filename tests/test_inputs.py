@@ -218,13 +218,19 @@ def test_other_image_sizes_are_captured_once_and_those_the_model_refuses_say_so(
         fixed(torch.randn(2, 3, 48, 48))
 
 
-def test_options_reach_the_model() -> None:
+def test_options_reach_the_model_and_the_adapter(tmp_path: Path) -> None:
     vit = ee.augment(original("hf-ViT"), 2, sample=BY_NAME["hf-ViT"].sample())
     vit.operate(thresholds=2.0)
     x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         expected = vit.backbone(x, interpolate_pos_encoding=True).logits
     _close(vit(x, interpolate_pos_encoding=True).logits, expected)
+    wide = ee.augment(original("hf-ViT"), 2, sample={"pixel_values": x, "interpolate_pos_encoding": True})
+    loaded = ee.from_pretrained(wide.save_pretrained(tmp_path), original("hf-ViT"))
+    assert loaded.trunk_macs == wide.trunk_macs
+    assert torch.equal(
+        loaded.all_exits(x, interpolate_pos_encoding=True), wide.all_exits(x, interpolate_pos_encoding=True)
+    )
 
 
 def test_a_new_head_learns_and_has_nobody_to_learn_from() -> None:
@@ -314,6 +320,42 @@ def test_what_cannot_be_captured_names_the_module_and_the_way_out(inner: nn.Modu
     ahead = branched.predict(x)
     _close(torch.cat([branched.predict(x[i : i + 1]).logits for i in range(6)]), ahead.logits)
     assert "forward" not in vars(inner)  # nothing is left on the original
+
+
+class _Noisy(nn.Module):
+    """Data in Python, BatchNorm and dropout: none of them may notice that the caller trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.norm, self.dropout = _PerSample(), nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float, shift: Tensor | None = None) -> dict[str, Tensor]:
+        out = self.dropout(self.norm(self.inside(x)))
+        return {"wide": torch.cat([out, out], 1), "out": out * scale if shift is None else out * scale + shift}
+
+
+class _Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(8, 8), _Noisy(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.inner(self.stem(x), 0.5)
+        twice = self.inner(once["out"], 2.0, shift=once["wide"][:, :8])
+        return self.head(twice["out"])
+
+
+def test_modules_kept_whole_run_in_eval_mode_as_often_as_they_are_called() -> None:
+    model = _Outer().train()
+    x = torch.randn(5, 8)
+    branched = ee.augment(model, ["stem", "inner"], sample=x[:3], opaque=["inner.inside", "inner"])
+    branched.operate(thresholds=2.0)
+    branched.train()
+    seen = branched.predict(x).logits
+    assert all(module.training for module in model.modules())
+    assert branched.receipt().unchanged
+    with torch.no_grad():
+        _close(seen, model.eval()(x))
 
 
 def test_an_opaque_module_that_is_not_there_is_named() -> None:

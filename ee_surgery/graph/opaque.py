@@ -16,14 +16,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ee_surgery.backbone import Backbone
+from ee_surgery.backbone import Backbone, eval_mode
 from ee_surgery.errors import CaptureError
 from ee_surgery.inputs import Arguments, batch_size, select
 from ee_surgery.registry import suggest
 
 _running: list[OpaqueCalls] = []  # what the operator's shapes come from while a model is captured
-
-
 # Module, tensors in, values out, their structure, MACs.
 _Observed: TypeAlias = tuple[str, list[Tensor], list[Any], pytree.TreeSpec, int]
 
@@ -47,6 +45,8 @@ class OpaqueCalls:
     """The calls of all opaque modules of a model, in the order they happen."""
 
     calls: list[_Call] = field(default_factory=list)
+    _inputs: dict[int, tuple[list[int], list[Any], pytree.TreeSpec]] = field(default_factory=dict)
+    """Of each call: which of its flat arguments are tensors, the others, and the structure of all."""
 
     @classmethod
     def record(cls, backbone: Backbone, arguments: Arguments) -> OpaqueCalls:
@@ -81,6 +81,9 @@ class OpaqueCalls:
             flat, spec = pytree.tree_flatten((args, kwargs))
             places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
             rest = [None if i in places else value for i, value in enumerate(flat)]
+            if any(isinstance(value, torch.SymInt) for value in rest):
+                name = self.calls[index].module
+                raise CaptureError(f"Module {name!r} takes a size as argument: only tensors tell a module kept whole.")
             self._inputs[index] = (places, rest, spec)
             return pytree.tree_unflatten(_operator(index, [flat[i] for i in places]), self.calls[index].spec)
 
@@ -92,8 +95,6 @@ class OpaqueCalls:
         finally:
             _running.pop()
 
-    _inputs: dict[int, tuple[list[int], list[Any], pytree.TreeSpec]] = field(default_factory=dict)
-
     def macs(self, node: fx.Node) -> int:
         """MACs of the module's call, one sample, as torch counted them."""
         return self.calls[_index(node)].macs
@@ -103,13 +104,15 @@ class OpaqueCalls:
         index = _index(node)
         module = model.get_submodule(self.calls[index].module)
         places, rest, spec = self._inputs[index]
+        parts = list(module.modules())
 
         def call(given: list[Tensor]) -> list[Tensor]:
             flat = list(rest)
             for place, tensor in zip(places, given, strict=True):
                 flat[place] = tensor
             args, kwargs = pytree.tree_unflatten(flat, spec)
-            return pytree.tree_leaves(module(*args, **kwargs))
+            with eval_mode(parts):
+                return pytree.tree_leaves(module(*args, **kwargs))
 
         return call
 

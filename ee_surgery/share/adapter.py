@@ -82,6 +82,8 @@ class AdapterConfig:
     base: Identity
     inputs: dict[str, InputSpec]
     """What it was augmented with, by name."""
+    options: dict[str, Any]
+    """What else it was called with: flags, numbers, words."""
     opaque: tuple[str, ...]
     """Modules of the base that are kept whole."""
     head_classes: int | None
@@ -118,16 +120,17 @@ class AdapterConfig:
         versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
         given = {name: InputSpec.of(tensor) for name, tensor in tensors(inputs).items()}
         return cls(
-            identity,
-            given,
-            tuple(opaque),
-            head_classes,
-            rule,
-            trunk_macs[-1],
-            exits,
-            operating_point,
-            label_names,
-            versions,
+            base=identity,
+            inputs=given,
+            options={name: value for name, value in inputs.items() if name not in given},
+            opaque=tuple(opaque),
+            head_classes=head_classes,
+            placement=rule,
+            base_macs=trunk_macs[-1],
+            exits=exits,
+            operating_point=operating_point,
+            label_names=label_names,
+            versions=versions,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +151,7 @@ class AdapterConfig:
             inputs={
                 name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()
             },
+            options=data["options"],
             opaque=tuple(data["opaque"]),
             head_classes=data["head_classes"],
             placement=data["placement"],
