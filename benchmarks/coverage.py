@@ -35,23 +35,36 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="run these again (timm:name, hf:Class)")
     parser.add_argument("--architectures", action="store_true", help="the long matrix: capture alone, no weights")
     parser.add_argument("--report", action="store_true", help="only write the page")
+    parser.add_argument("--smallest", action="store_true", help="print the smallest model of every timm family")
+    parser.add_argument("--smoke", action="store_true", help="two small models; nothing is kept")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=int, default=600, help="limit of one model")
     parser.add_argument("--memory", type=int, default=16, help="limit of one model in GiB of address space")
     options = parser.parse_args()
-    if not options.report:
-        run(options)
-    from benchmarks import coverage_page
+    from benchmarks import coverage_page, models
 
-    coverage_page.write(RESULTS, ROOT / "docs" / "coverage.md")
+    if options.smallest:
+        print(json.dumps(models.smallest(), indent=4))
+    elif options.smoke:
+        options.models = ["timm:resnet10t", "hf:PPLCNetForImageClassification"]
+        with tempfile.TemporaryDirectory() as folder:
+            run(options, Path(folder))
+            coverage_page.write(Path(folder), Path(folder, "coverage.md"))
+            print(Path(folder, "coverage.md").read_text())
+            if any(row["error"] for row in load(Path(folder, "coverage.jsonl"))):
+                sys.exit(1)
+    else:
+        if not options.report:
+            run(options, RESULTS)
+        coverage_page.write(RESULTS, ROOT / "docs" / "coverage.md")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, results: Path) -> None:
     """Check every model that has no result yet; each result is appended as it comes."""
     from benchmarks.models import architectures, families, transformers_classes
 
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / ("architectures.jsonl" if options.architectures else "coverage.jsonl")
+    results.mkdir(exist_ok=True)
+    file = results / ("architectures.jsonl" if options.architectures else "coverage.jsonl")
     todo = architectures() if options.architectures else [*families(), *transformers_classes()]
     known = set() if options.models else {row["model"] for row in load(file)}
     todo = [name for name in todo if name not in known and (not options.models or name in options.models)]

@@ -177,6 +177,10 @@ def main() -> None:
                 full(name, report, Path(folder))
             else:
                 reload(name, report, Path(folder))
+        except ImportError as error:
+            report.add(error=f"cannot be built here: {str(error).strip().splitlines()[0]}")
+            if job != "capture":
+                raise
         except Exception as error:
             report.add(error=f"{job}: {type(error).__name__}: {str(error)[:500]}")
             if job != "capture":

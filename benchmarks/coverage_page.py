@@ -68,9 +68,12 @@ def _machine() -> str:
 
 
 def _section(title: str, rows: list[Row]) -> str:
-    passed = [row for row in rows if not row["error"]]
+    built = [row for row in rows if not row["error"].startswith("cannot be built")]
+    passed = [row for row in built if not row["error"]]
     seconds = [row["inspect_seconds"] for row in rows if "inspect_seconds" in row]
-    text = f"## {title}\n\n{len(passed)} of {len(rows)} pass."
+    text = f"## {title}\n\n{len(passed)} of {len(built)} pass."
+    if len(built) < len(rows):
+        text += f" {len(rows) - len(built)} cannot be built from packages of the index (see the table)."
     if seconds:
         text += f" `inspect` takes {statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} s at most."
     layouts = Counter(layout for row in rows for layout in row.get("layouts", ()))

@@ -11,7 +11,7 @@ from torch import nn
 from ee_surgery.backbone import Sample
 
 # The smallest member of every family of `timm.list_modules()` (by parameters, models for timm's own tests left out) is
-# found by building all of them without memory: minutes. `python -m benchmarks.models` prints it anew.
+# found by building all of them without memory, in minutes: `python -m benchmarks.coverage --smallest`.
 SMALLEST: dict[str, str] = {
     "beit": "beit_base_patch16_224",
     "byoanet": "halonet_h1",
@@ -223,7 +223,8 @@ def sample(name: str) -> Sample | None:
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds}
 
 
-def _smallest() -> dict[str, str]:
+def smallest() -> dict[str, str]:
+    """What `SMALLEST` should hold: every model is built on the meta device and its parameters counted."""
     import timm
 
     found = {}
@@ -236,7 +237,3 @@ def _smallest() -> dict[str, str]:
         if sizes:
             found[family] = min(sizes)[1]
     return found
-
-
-if __name__ == "__main__":
-    print(_smallest())

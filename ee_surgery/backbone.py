@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -255,15 +256,15 @@ class Backbone:
         names = (getattr(self.model, "pretrained_cfg", None) or {}).get("label_names")
         return list(map(str, names)) if names else None
 
-    @property
+    @cached_property
     def prefix_tokens(self) -> int:
         """How many tokens before the patches (class token, registers) a token model carries."""
         if self.library == "timm":
             return int(getattr(self.model, "num_prefix_tokens", 0))
         names = [name.rsplit(".", 1)[-1] for name, _ in self.model.named_parameters()]
         registers = [p for n, p in self.model.named_parameters() if n.rsplit(".", 1)[-1] == "register_tokens"]
-        extra = "distillation_token" in names
-        return ("cls_token" in names) + extra + sum(int(p.shape[-2]) for p in registers)
+        single = sum(name in names for name in ("cls_token", "class_embedding", "distillation_token"))
+        return single + sum(int(p.shape[-2]) for p in registers)
 
     def _sample(self, sample: Sample | None) -> Arguments:
         weights = next((p for p in self.model.parameters() if p.is_floating_point()), None)

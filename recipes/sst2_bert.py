@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8, help="of the network; its branches get half")
     parser.add_argument("--out", type=Path, default=Path("runs/sst2_bert"))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a few sentences, one epoch")
     options = parser.parse_args()
     few = 128 if options.smoke else None
     epochs = 1 if options.smoke else options.epochs
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     console = Console(width=160, record=True)
 
     splits = {name: data.sst2(name)[:few] for name in ("train", "dev", "test")}
@@ -130,7 +131,7 @@ def main() -> None:
         for name, part in rows.items()
     }
     found: dict[str, list[ee.Evaluation]] = {name: [] for name in REQUESTS}
-    alone, exits = [], []
+    alone, exits, receipt = [], [], None
     for seed in range(1 if options.smoke else options.seeds):
         model = trained(rows["train"], len(tokenizer), collate, epochs, seed, options.out)
         typical = collate(rows["train"][:4])
@@ -142,8 +143,7 @@ def main() -> None:
             branched.operate(frontier.at(**request))
             found[name].append(ee.evaluate(branched, loaders["test"]))
         alone.append(ee.record(branched, loaders["test"]).accuracies)
-        exits = branched.exits
-        console.print(f"seed {seed}: original {branched.receipt()}")
+        exits, receipt = branched.exits, branched.receipt()
 
     table = Table(box=box.MARKDOWN)
     for column in ("", "accuracy %", "below original", "mean MACs %", "share at each exit"):
@@ -162,6 +162,7 @@ def main() -> None:
     means = ", ".join(f"{statistics.mean(column):.2%}" for column in zip(*alone, strict=True))
     console.print(f"Each exit alone on the test set, the original last: {means}. Exits at {', '.join(exits)}.")
     console.print(f"Seeds 0 to {len(alone) - 1}, {epochs} epochs of the network, {environment(torch.device('cpu'))}.")
+    console.print(f"Original {receipt}.")
     options.out.mkdir(parents=True, exist_ok=True)
     console.save_text(str(options.out / "report.md"))
 

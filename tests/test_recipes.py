@@ -14,7 +14,7 @@ from recipes import data
 ROOT = Path(__file__).parents[1]
 PROGRAMS = [
     path for folder in ("recipes", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))
-    if "__main__" in path.read_text()
+    if "--smoke" in path.read_text()
 ]  # fmt: skip
 
 

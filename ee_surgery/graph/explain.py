@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
@@ -24,15 +24,8 @@ def explained(backbone: Backbone, arguments: Arguments) -> Iterator[None]:
     names = {id(module): name for name, module in backbone.model.named_modules() if name}
     fixed: list[str] = []  # where a size became a constant, that of the batch last
 
-    original = ShapeEnv._set_replacement
-
-    def watched(self: ShapeEnv, symbol: Any, value: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(value, "is_number", False):
-            fixed.append(_innermost(_outward(sys._getframe(1)), names))
-        original(self, symbol, value, *args, **kwargs)
-
     try:
-        with patch.object(ShapeEnv, "_set_replacement", watched):
+        with _watched(lambda: fixed.append(_innermost(_outward(sys._getframe(2)), names))):
             yield
     except CaptureError:
         raise
@@ -40,6 +33,20 @@ def explained(backbone: Backbone, arguments: Arguments) -> Iterator[None]:
         where = _innermost(_inward(error), names)
         message = _refused(backbone, arguments) or _cannot(backbone, error, where, fixed)
         raise CaptureError(message) from error
+
+
+def _watched(note: Callable[[], None]) -> AbstractContextManager[object]:
+    """While this lasts, `note` is called whenever a symbolic size turns out to be one number."""
+    original = getattr(ShapeEnv, "_set_replacement", None)  # torch's own business: only the message depends on it
+    if original is None:
+        return nullcontext()
+
+    def replacing(self: ShapeEnv, symbol: Any, value: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(value, "is_number", False):
+            note()
+        original(self, symbol, value, *args, **kwargs)
+
+    return patch.object(ShapeEnv, "_set_replacement", replacing)
 
 
 def _refused(backbone: Backbone, arguments: Arguments) -> str:
