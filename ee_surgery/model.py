@@ -24,8 +24,9 @@ from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
-from ee_surgery.runtime.program import Program, build_program, verify
+from ee_surgery.runtime.program import Program, build_program
 from ee_surgery.runtime.routed import ExitOutput, Router
+from ee_surgery.runtime.verify import verify
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights

@@ -9,6 +9,7 @@ from ee_surgery.graph.points import ExitPoint
 
 BUDGET = 0.025
 """Largest share of the original's MACs that an `auto` branch may cost."""
+_WEIGHTS = 10**8  # of one convolution: wider ones are not even built to be counted
 
 
 def resolve(spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int) -> tuple[BranchSpec, Branch]:
@@ -33,6 +34,8 @@ def resolve(spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int) -> 
         for width in (4 * c, 3 * c, 2 * c, c):
             if width < 32:
                 break
+            if 9 * min(width, 2 * c) * width > _WEIGHTS:
+                continue
             chosen = replace(spec, name="strided", options={**spec.options, "width": width})
             branch = build(chosen, point, num_classes)
             if branch.macs(point.shape) <= BUDGET * macs:
