@@ -128,7 +128,7 @@ def architectures() -> list[str]:
 
 # What to change in a default configuration: too heavy for two cores, or nothing to read it from without the network.
 _SHRUNK: dict[str, dict[str, Any]] = {
-    "EfficientNet": {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0},
+    "EfficientNet": {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
     "TextNet": {"image_size": [224, 224]},
     "ImageGPT": {"n_positions": 64, "n_embd": 64, "n_layer": 6, "n_head": 4},
     "Perceiver": {

@@ -22,6 +22,24 @@ def test_macs_equal_half_of_torchs_flop_counter(entry: Entry) -> None:
     assert not found.uncounted
 
 
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rows(x)[0].mean(1))
+
+
+def test_recurrent_layers_are_counted() -> None:
+    x = torch.randn(4, 7, 6)
+    found = ee.inspect(_Recurrent(), x)
+    # four gates, two directions: inputs of 6 and then 2 x 5 numbers, states of 5; torch's counter leaves them out
+    assert found.macs == 7 * 2 * 4 * 5 * ((6 + 5) + (10 + 5)) + 10 * 3
+    assert not found.uncounted
+    ee.augment(_Recurrent(), ["rows"], sample=x)
+
+
 @pytest.mark.parametrize("entry", ZOO, ids=str)
 def test_points_are_legal_ordered_and_cost_more_and_more(entry: Entry) -> None:
     found = graph(entry.name)

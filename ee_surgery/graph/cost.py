@@ -51,6 +51,11 @@ def _attention(node: fx.Node, inputs: list[_Shape], out: _Shape) -> int:
     return math.prod(query) * key[-2] + math.prod(out) * key[-2]
 
 
+def _recurrent(node: fx.Node, inputs: list[_Shape], out: _Shape) -> int:
+    # each step of each sequence multiplies by all matrices of all layers and directions
+    return math.prod(inputs[0][:-1]) * sum(math.prod(shape) for shape in inputs[1:] if len(shape) == 2)
+
+
 def _einsum(node: fx.Node, inputs: list[_Shape], out: _Shape) -> int:
     equation = str(node.args[0]).replace(" ", "")
     if "..." in equation or "->" not in equation:
@@ -85,6 +90,7 @@ _FORMULAS: dict[str, _Formula] = {
     "addbmm": _addmm,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
 }
 
 # Calls without a pointwise tag that move, normalise, pool or reduce: no multiply-adds worth counting.
@@ -101,7 +107,7 @@ _FREE = frozenset(
     upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     sym_size glu prelu celu_ hardswish_ silu_ gelu_ lift_fresh_copy detach_ sort topk getitem
     _assert_tensor_metadata cosine_similarity all any eye randn rand bernoulli bernoulli_ eq ne
-    hardswish hardsigmoid hardtanh
+    hardswish hardsigmoid hardtanh col2im upsample_linear1d
     """.split()
 )
 
@@ -127,7 +133,7 @@ def node_macs(node: fx.Node, batch: Expr) -> int | None:
     formula = _FORMULAS.get(name)
     if formula is not None:
         shapes = [_concrete(arg.meta.get("val"), batch) for arg in _operands(node)]
-        out = _concrete(node.meta.get("val"), batch)
+        out = () if formula is _recurrent else _concrete(node.meta.get("val"), batch)
         if out is None or any(shape is None for shape in shapes):
             return None
         try:

@@ -125,8 +125,10 @@ def _mask(program: Capture, tokens: int) -> fx.Node | None:
 
 def _prefix(tokens: int, prefix: int) -> int:
     """Before the class token is put in front, there are only patches: a square number, usually."""
+    if prefix >= tokens:
+        return 0
     bare = math.isqrt(tokens) ** 2 == tokens and math.isqrt(tokens - prefix) ** 2 != tokens - prefix
-    return 0 if bare or prefix >= tokens else prefix
+    return 0 if bare else prefix
 
 
 _FIRST = {"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}
