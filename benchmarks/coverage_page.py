@@ -35,7 +35,7 @@ A model passes when all of these hold:
 - a fresh process loads the saved branches: the same logits, the same exits.
 
 *Legal* and *illegal* count module ends where samples can and cannot leave, *live* is the largest number of tensors that
-cross at a block's end.
+cross at a block's end. Two or three processes shared two cores: seconds are upper bounds.
 
 """
 COLUMNS = (
