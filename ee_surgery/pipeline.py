@@ -108,6 +108,8 @@ def _make_base(base: Identity) -> nn.Module:
     advice = "Make it yourself and pass it: from_pretrained(folder, model=...)."
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {advice}")
+    if base.library == "transformers" and base.model_id == base.architecture:
+        raise AdapterError(f"The base {base.model_id} was built from a configuration, not loaded by a name. {advice}")
     try:
         return make_model(
             base.library,

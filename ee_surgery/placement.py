@@ -42,6 +42,9 @@ def gold_ratio(n: int) -> list[float]:
     return [phi ** (i - n) for i in range(n)]
 
 
+_NEARLY = 1e-3  # share of the MACs
+
+
 @dataclass(frozen=True)
 class ExitPlan:
     """The chosen exit points of one model, in program order."""
@@ -61,9 +64,10 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
     """Choose exit points.
 
     A rule walks the blocks in program order and takes, for each of its targets, the first one whose share of the
-    MACs reaches the target, the next search starting behind it. Only convolutions, linear layers and matrix
-    products count, so several positions may have the same share: the outermost module that ends there is taken, and
-    the last of several (behind the activation).
+    MACs reaches the target to a thousandth (three of four equal layers end a little before 3/4: the head costs
+    something, too), the next search starting behind it. Only convolutions, linear layers and matrix products count,
+    so several positions may have the same share: the outermost module that ends there is taken, and the last of
+    several (behind the activation).
 
     Args:
         exits: how many, or the names of the points (`layer2.1`, `blocks.5`).
@@ -90,7 +94,7 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
     rest = sorted(candidates.values(), key=lambda point: point.index)
     chosen: list[ExitPoint] = []
     for target in PLACEMENTS[rule](exits):
-        found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - 1e-9), None)
+        found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - _NEARLY), None)
         if found is None:
             raise ExitPointError(
                 f"{model_id} has no room for {exits} exits by the rule {rule!r}: {len(candidates)} blocks end before "

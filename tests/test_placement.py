@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 
 import ee_surgery as ee
 from tests.zoo import ZOO, Entry, branched, graph
@@ -74,3 +76,12 @@ def test_bad_requests_say_what_to_do(exits: int | list[str], rule: str, message:
 def test_unknown_rules_suggest_near_ones() -> None:
     with pytest.raises(ee.UnknownNameError, match="Did you mean 'linear'"):
         ee.place(graph("cifar-resnet56"), 2, "lineer")
+
+
+def test_a_small_head_does_not_move_the_exits_of_a_transformer() -> None:
+    config = transformers.DistilBertConfig(vocab_size=99, dim=96, n_layers=4, n_heads=4, hidden_dim=192)
+    model = transformers.DistilBertForSequenceClassification(config)
+    graph = ee.inspect(model, {"input_ids": torch.ones(2, 48, dtype=torch.long)})
+    plan = ee.place(graph, 3)
+    assert plan.names == [f"distilbert.transformer.layer.{i}" for i in range(3)]
+    assert plan.points[0].macs_fraction < 1 / 4
