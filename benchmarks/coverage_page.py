@@ -28,8 +28,8 @@ A model passes when all of these hold:
 - it is captured, and the captured graph gives the model's own logits (*difference*: the largest there is);
 - `augment` finds three exits and a branch for each;
 - the stages, with samples leaving and changing places at every exit, give the logits of the whole model (*staged*: the
-  largest difference, by the largest logit; 0.1 % at most), and so do cuts at five more legal points drawn at random,
-  folded ones among them;
+  largest difference, by the largest logit; 0.1 % at most), and so do cuts at three more legal points drawn at random
+  and at two whose batch is folded, where there are any;
 - without an operating point the logits are equal bit for bit;
 - one training step moves the branches and nothing else (SHA-256 of every tensor of the original);
 - a fresh process loads the saved branches: the same logits, the same exits.
