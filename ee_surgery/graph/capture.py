@@ -65,16 +65,14 @@ class Capture:
     """Module paths around each call, outermost first; a module called again gets the suffix @1, @2."""
 
 
-def capture(backbone: Backbone, arguments: Arguments | None = None) -> Capture:
+def capture(backbone: Backbone, arguments: Arguments) -> Capture:
     """Read `backbone` as a graph whose batch is a symbol; the model's training flags are given back.
 
     Args:
-        arguments: inputs of the size, dtype and device to capture for, with at least two samples; the backbone's
-            own sample when left out.
+        arguments: inputs of the size, dtype and device to capture for, with at least two samples.
     Raises:
         CaptureError: the model cannot be exported, or only for one batch size.
     """
-    arguments = backbone.sample if arguments is None else arguments
     dims = backbone.dims(arguments)
     inputs = tensors(arguments)
     options = {name: value for name, value in arguments.items() if name not in inputs}
