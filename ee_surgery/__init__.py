@@ -20,12 +20,17 @@ from ee_surgery.pipeline import augment, from_pretrained
 from ee_surgery.placement import PLACEMENTS, ExitPlan, place
 from ee_surgery.policies.budget import geometric_budget
 from ee_surgery.policies.cascade import accuracy_drop_rule
+from ee_surgery.policies.catalogue import POLICIES
+from ee_surgery.policies.classwise import class_thresholds
+from ee_surgery.policies.eenet import eenet_scheduler
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
-from ee_surgery.policies.scores import SCORES
+from ee_surgery.policies.scores import FITTED_SCORES, SCORES, FittedScore
 from ee_surgery.policies.search import realised_drop
+from ee_surgery.policies.temperature import scale_temperatures
+from ee_surgery.presets import PRESETS, Preset
 from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import batches
@@ -37,8 +42,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BRANCHES",
+    "FITTED_SCORES",
     "OBJECTIVES",
     "PLACEMENTS",
+    "POLICIES",
+    "PRESETS",
     "SCORES",
     "AdapterError",
     "Branch",
@@ -56,10 +64,12 @@ __all__ = [
     "ExitPointError",
     "ExitRecords",
     "FingerprintError",
+    "FittedScore",
     "Frontier",
     "ModelGraph",
     "OperatingPoint",
     "OperatingPointError",
+    "Preset",
     "Receipt",
     "SurgeryError",
     "ThresholdPolicy",
@@ -72,6 +82,8 @@ __all__ = [
     "augment",
     "batches",
     "calibrate",
+    "class_thresholds",
+    "eenet_scheduler",
     "evaluate",
     "from_pretrained",
     "geometric_budget",
@@ -79,5 +91,6 @@ __all__ = [
     "place",
     "realised_drop",
     "record",
+    "scale_temperatures",
     "train",
 ]

@@ -70,10 +70,12 @@ def make_model(
     checkpoint: str = "",
     architecture: str = "",
     num_classes: int | None = None,
+    pretrained: bool = True,
 ) -> nn.Module:
     """Build a timm or transformers model with pretrained weights, in eval mode.
 
     Args:
+        pretrained: False spares a timm model weights that will be replaced.
         architecture: transformers class to build; the image classifier that the checkpoint names by default.
         checkpoint: weights file for a timm model, in place of its pretrained ones.
         num_classes: of a timm model, where not the architecture's own.
@@ -82,7 +84,7 @@ def make_model(
         import timm
 
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-        pretrained = not checkpoint
+        pretrained = pretrained and not checkpoint
         return timm.create_model(model_id, pretrained=pretrained, checkpoint_path=checkpoint or None, **options).eval()
     import transformers
 

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ee_surgery.backbone import Output, Sample, eval_mode
 from ee_surgery.branches import BranchSpec, resolve
-from ee_surgery.branches.base import Branch, ExitLogits, build
+from ee_surgery.branches.base import Branch, ExitLogits, ask, build
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.graph.features import Layout
 from ee_surgery.graph.points import ModelGraph, inspect, read
@@ -66,6 +67,8 @@ class BranchBank(nn.Module):
         super().__init__()
         self.exits = nn.ModuleList(branches)
         self.head = head
+        self.chained = any(branch.chained for branch in branches)
+        """Whether a branch reads the answers of those before it."""
 
     def __len__(self) -> int:
         return len(self.exits)
@@ -80,8 +83,12 @@ class BranchBank(nn.Module):
 
     def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
         """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each, the head's last."""
-        called = [*self.exits, *([] if self.head is None else [self.head])]
-        return [branch(*read) for branch, read in zip(called, features, strict=True)]
+        answers: list[ExitLogits] = []
+        previous: Tensor | None = None
+        for branch, given in zip(self, features, strict=False):
+            answers.append(ask(branch, given, previous) if self.chained else branch(*given))
+            previous = answers[-1].handed
+        return answers if self.head is None else [*answers, self.head(*features[-1])]
 
 
 class EarlyExitModel(nn.Module):
@@ -98,6 +105,8 @@ class EarlyExitModel(nn.Module):
         self.plan = plan
         self.specs = tuple(specs)
         self.branches = branches
+        self.own_base = False
+        """Whether the original is a copy that was trained, and so is saved along."""
         self.frontier: Frontier | None = None
         self.operating_point: OperatingPoint | None = None
         self._policy: ThresholdPolicy | None = None
@@ -137,6 +146,33 @@ class EarlyExitModel(nn.Module):
     def receipt(self) -> Receipt:
         """Hash every parameter and buffer of the original again and compare with when it was augmented."""
         return Receipt(self._before, self._backbone.digests())
+
+    @property
+    def sample(self) -> Arguments:
+        """Inputs of the size it was augmented with: four samples, by name."""
+        return self._backbone.sample
+
+    def normal(self, *inputs: Inputs, **named: Any) -> Arguments:
+        """Inputs in their normal form: by the original's names, the main one first."""
+        return self._backbone.arguments(*inputs, **named)
+
+    def copy(self) -> EarlyExitModel:
+        """An independent model: a copy of the original with copies of the branches."""
+        mine = self._backbone
+        classes = mine.num_classes if mine.headless else None
+        graph = inspect(deepcopy(self.original), mine.sample, opaque=mine.opaque, num_classes=classes)
+        plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
+        other = attach(graph, plan, self.specs)
+        other.branches.load_state_dict(self.branches.state_dict())
+        return other
+
+    def rebase(self) -> None:
+        """Declare the weights that the original has now a base of its own: receipts start here, and saves hold them.
+
+        For a copy whose original was trained, `train(..., joint=True)`; never for an original that is shared.
+        """
+        self._before, self.own_base, self.frontier = self._backbone.digests(), True, None
+        self.operate(None)
 
     # --- when to leave
 
@@ -272,6 +308,10 @@ class EarlyExitModel(nn.Module):
         with torch.no_grad(), eval_mode(list(self.branches.modules())):
             return self.split(self.branches(features), logits)
 
+    def logits_of(self, arguments: Arguments) -> Tensor:
+        """Logits of the original's own forward in whatever mode it is, with gradients: for training it."""
+        return self._backbone.logits(self._backbone.call(arguments))
+
     def split(self, answers: list[ExitLogits], original: Tensor) -> tuple[list[ExitLogits], Tensor]:
         """What the bank answers, as the branches' answers and the last logits: the original's, or a new head's."""
         return (answers, original) if self.branches.head is None else (answers[:-1], answers[-1].logits)
@@ -334,14 +374,17 @@ class EarlyExitModel(nn.Module):
             branch_macs=self.branch_macs,
             operating_point=self.operating_point,
             label_names=self._backbone.label_names,
+            own_base=self.own_base,
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the adapter folder: branches, plan and operating points; never the original's weights.
 
-        Every file is written whole or not at all. A folder that is there already is updated.
+        Only a base of its own, which `train(..., joint=True)` made, is stored along. Every file is written whole or
+        not at all. A folder that is there already is updated.
         """
-        return save_adapter(Path(folder), self.adapter_config(), self.branches.state_dict(), self.frontier)
+        base = self.original if self.own_base else None
+        return save_adapter(Path(folder), self.adapter_config(), self.branches.state_dict(), self.frontier, base)
 
 
 def _values(arguments: Arguments) -> tuple[Tensor, ...]:
@@ -382,8 +425,8 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = [
-            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs)
-            for spec, point in zip(given, plan.points, strict=True)
+            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth)
+            for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
         ]
         head = None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)
     bank = BranchBank([made for _, made in built], head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from ee_surgery.errors import AdapterError, FingerprintError
 from ee_surgery.graph.points import inspect, read
 from ee_surgery.model import EarlyExitModel, attach
 from ee_surgery.placement import ExitPlan, place
-from ee_surgery.share.adapter import check_tensors, load_adapter
+from ee_surgery.presets import PRESETS
+from ee_surgery.share.adapter import check_tensors, load_adapter, load_base
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data
 from ee_surgery.training.loop import train as train_branches
@@ -24,10 +26,12 @@ from ee_surgery.training.record import calibrate as calibrate_exits
 
 def augment(
     model: nn.Module,
-    exits: int | Sequence[str] | ExitPlan = 3,
-    placement: str = "linear",
-    branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
+    exits: int | str | Sequence[str] | ExitPlan | None = None,
+    placement: str | None = None,
+    branch: str | BranchSpec | Sequence[str | BranchSpec] | None = None,
     *,
+    preset: str | None = None,
+    joint: bool = False,
     sample: Sample | None = None,
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
@@ -43,9 +47,12 @@ def augment(
 
     Args:
         model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
-        exits: how many, names of exit points (`inspect` lists them), or a plan.
-        placement: rule for a number of exits: `linear`, `fine`, `pareto`, `gold_ratio`.
-        branch: `auto`, a registered name, a `BranchSpec`, or one for each exit.
+        exits: how many, `all`, names of exit points (`inspect` lists them), or a plan; 3 when left out.
+        placement: rule for a number of exits: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
+        branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit.
+        preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and policy, in place of the
+            defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
+        joint: train the original along, on a copy; see `train`.
         sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
             say what it takes.
         opaque: names of modules to keep whole; see `inspect`.
@@ -56,13 +63,24 @@ def augment(
         config: of the training.
         seed: of the branches' first weights.
     """
+    method = None if preset is None else PRESETS[preset]
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes)
-    plan = exits if isinstance(exits, ExitPlan) else place(graph, exits, placement)
+    if isinstance(exits, ExitPlan):
+        plan = exits
+    elif method is not None and exits is None and placement is None:
+        plan = method.plan(graph)
+    else:
+        rule = placement or ("linear" if method is None else method.placement)
+        plan = place(graph, 3 if exits is None else exits, rule)
+    if branch is None:
+        branch = "auto" if method is None else method.branches(plan.points)
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
-        train_branches(branched, train, config)
+        if config is None and method is not None:
+            config = method.training(len(plan.points), joint=joint)
+        branched = train_branches(branched, train, config, joint=joint).model
     if calibrate is not None:
-        calibrate_exits(branched, calibrate)
+        calibrate_exits(branched, calibrate, policy="search" if method is None else method.policy)
     return branched
 
 
@@ -74,7 +92,7 @@ def from_pretrained(
     Args:
         folder: written by `save_pretrained`.
         model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
-            left out.
+            left out. Where the folder holds a base of its own, a copy of `model` takes those weights.
         sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
     Raises:
         AdapterError: a file is missing or damaged, or the base cannot be made from its id.
@@ -82,7 +100,10 @@ def from_pretrained(
     """
     folder = Path(folder)
     config, tensors, frontier = load_adapter(folder)
-    model = model if model is not None else _make_base(config.base)
+    given, model = model, model if model is not None else _make_base(config.base, pretrained=not config.own_base)
+    if config.own_base:
+        model = model if given is None else deepcopy(model)
+        load_base(folder, model)
     if sample is None:
         generator = torch.Generator().manual_seed(0)
         sample = {**config.options, **{name: spec.make(generator) for name, spec in config.inputs.items()}}
@@ -99,12 +120,13 @@ def from_pretrained(
     branched = attach(graph, plan, [exit.branch for exit in config.exits])
     check_tensors(tensors, branched.branches.state_dict(), folder)
     branched.branches.load_state_dict(tensors)
+    branched.own_base = config.own_base
     branched.frontier = frontier
     branched.operate(config.operating_point)
     return branched
 
 
-def _make_base(base: Identity) -> nn.Module:
+def _make_base(base: Identity, pretrained: bool) -> nn.Module:
     advice = "Make it yourself and pass it: from_pretrained(folder, model=...)."
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {advice}")
@@ -117,6 +139,7 @@ def _make_base(base: Identity) -> nn.Module:
             revision=base.revision,
             num_classes=base.num_classes,
             architecture=base.architecture,
+            pretrained=pretrained,
         )
     except Exception as error:
         raise AdapterError(f"The base {base.model_id} could not be made by {base.library}: {error} {advice}") from error

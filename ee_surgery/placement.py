@@ -60,7 +60,9 @@ class ExitPlan:
         return [point.name for point in self.points]
 
 
-def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear") -> ExitPlan:
+def place(
+    graph: ModelGraph, exits: int | str | Sequence[str] = 3, rule: str = "linear", *, clip: bool = False
+) -> ExitPlan:
     """Choose exit points.
 
     A rule walks the blocks in program order and takes, for each of its targets, the first one whose share of the
@@ -70,15 +72,26 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
     several (behind the activation).
 
     Args:
-        exits: how many, or the names of the points (`layer2.1`, `blocks.5`).
-        rule: `linear`, `fine`, `pareto`, `gold_ratio` or a registered one; not used for names.
+        exits: how many, `all` for every block but the last, or the names of the points (`layer2.1`, `blocks.5`).
+        rule: `linear`, `fine`, `pareto`, `gold_ratio` or a registered one; not used for names and `all`.
+        clip: take fewer exits where the model has no room for as many, instead of raising.
     Raises:
         ExitPointError: an unknown or illegal name, one named twice, or fewer blocks than asked for.
         UnknownNameError: no such rule.
     Source: EENets (Demir & Akbas, arXiv:2409.05336) and PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
     """
     model_id = graph.backbone.model_id
+    blocks = sorted(graph.blocks, key=lambda p: (-p.name.count("."), p.index))
+    # One candidate a share of the cost: the outermost block that ends there, the last of several.
+    candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
+    rest = sorted(candidates.values(), key=lambda point: point.index)
+    if exits == "all":
+        points = tuple(point for point in rest if point.macs_fraction < 1 - _NEARLY)
+        if not points:
+            raise ExitPointError(f"{model_id} has no block that ends before the whole cost: name points yourself.")
+        return ExitPlan(model_id, "all", points)
     if not isinstance(exits, int):
+        exits = [exits] if isinstance(exits, str) else exits
         points = sorted((graph[name] for name in exits), key=lambda point: point.index)
         for before, after in itertools.pairwise(points):
             if before.index == after.index:
@@ -88,13 +101,11 @@ def place(graph: ModelGraph, exits: int | Sequence[str] = 3, rule: str = "linear
         return ExitPlan(model_id, "explicit", tuple(points))
     if exits < 1:
         raise ExitPointError(f"exits must be at least 1, got {exits}.")
-    # One candidate a share of the cost: the outermost block that ends there, the last of several.
-    blocks = sorted(graph.blocks, key=lambda p: (-p.name.count("."), p.index))
-    candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
-    rest = sorted(candidates.values(), key=lambda point: point.index)
     chosen: list[ExitPoint] = []
     for target in PLACEMENTS[rule](exits):
         found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - _NEARLY), None)
+        if found is None and clip and chosen:
+            break
         if found is None:
             raise ExitPointError(
                 f"{model_id} has no room for {exits} exits by the rule {rule!r}: {len(candidates)} blocks end before "

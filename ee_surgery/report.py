@@ -54,7 +54,7 @@ def frontier_table(frontier: Frontier) -> Table:
         shares = " ".join(f"{share:4.0%}" for share in p.exit_shares)
         drop = f"{100 * (frontier.base_accuracy - p.expected_accuracy):.2f}"
         table.add_row(
-            f"{p.accuracy:.2%}", f"{p.expected_accuracy:.2%}", drop, f"{p.macs_fraction:.1%}", p.score, shares
+            f"{p.accuracy:.2%}", f"{p.expected_accuracy:.2%}", drop, f"{p.macs_fraction:.1%}", str(p.score), shares
         )
     return table
 

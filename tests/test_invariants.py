@@ -93,7 +93,7 @@ def _check(name: str, score: str, batch: int, seed: int, quantile: float) -> Non
     expected = records.logits.gather(0, replay.exit_index.view(1, -1, 1).expand(1, -1, records.logits.shape[2]))[0]
     torch.testing.assert_close(output.logits, expected, rtol=1e-3, atol=1e-4)
     assert output.macs.double().tolist() == replay.macs.tolist()
-    visits = policy.visits
+    visits = policy.visits(model.branches.chained)
     costs = exit_costs(model.trunk_macs, model.branch_macs, visits)
     assert output.macs.tolist() == [costs[k] for k in output.exit_index.tolist()]
 

@@ -12,7 +12,9 @@ BUDGET = 0.025
 _WEIGHTS = 10**8  # of one convolution: wider ones are not even built to be counted
 
 
-def resolve(spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int) -> tuple[BranchSpec, Branch]:
+def resolve(
+    spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int, depth: int = 0
+) -> tuple[BranchSpec, Branch]:
     """Build the branch for an exit, choosing one for `auto`.
 
     Maps get strided convolutions, as wide as `BUDGET` allows, or pooling alone where even narrow ones cost more;
@@ -20,11 +22,12 @@ def resolve(spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int) -> 
 
     Args:
         macs: of the whole original, one sample.
+        depth: how many branches come before it.
     Returns:
         The spec with a registered name and every choice in its options, and the branch.
     """
     if spec.name != "auto":
-        return spec, build(spec, point, num_classes)
+        return spec, build(spec, point, num_classes, depth)
     if point.layout in ("tokens", "sequence", "nhwc"):
         chosen = replace(spec, name="token")
         return chosen, build(chosen, point, num_classes)

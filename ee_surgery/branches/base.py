@@ -6,9 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ee_surgery.errors import BranchError, ConfigError
 from ee_surgery.graph.cost import module_macs
@@ -25,6 +27,8 @@ class ExitLogits(NamedTuple):
     """Shape (B, C)."""
     confidence: Tensor | None = None
     """Logit of the confidence unit, shape (B,); None for branches without one."""
+    handed: Tensor | None = None
+    """log p of this branch and of those before it, for the next one to read, (B, so far, C); None where none does."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,15 @@ class BranchSpec:
 class Branch(nn.Module, ABC):
     """Base of all branches. A subclass builds a body that turns features into a vector of `width` numbers a sample.
 
+    One that is `chained` is also called with `previous=`, the `handed` of the branch before it, and hands on its own.
+
     Args:
         point: the exit it is for: shape and layout of the features.
         num_classes: C.
         confidence: add a confidence unit on the same vector.
     """
+
+    chained: ClassVar[bool] = False
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool, width: int) -> None:
         super().__init__()
@@ -74,7 +82,10 @@ class Branch(nn.Module, ABC):
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> ExitLogits:
         """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
-        vector = self.vector(features) if mask is None else self.vector(features, mask)
+        return self.answer(self.vector(features) if mask is None else self.vector(features, mask))
+
+    def answer(self, vector: Tensor) -> ExitLogits:
+        """What the linear layers make of a vector (B, width)."""
         confidence = self.confidence(vector).squeeze(-1) if self.confidence is not None else None
         return ExitLogits(self.classifier(vector), confidence)
 
@@ -83,21 +94,38 @@ class Branch(nn.Module, ABC):
         return module_macs(self, shape)
 
 
+def hand_on(logits: Tensor, previous: Tensor | None) -> Tensor:
+    """What the next branch of a chain reads: log p of these logits (B, C) behind those before, (B, so far, C)."""
+    own = F.log_softmax(logits, -1)[:, None]
+    return own if previous is None else torch.cat([previous, own], 1)
+
+
+def ask(branch: Branch, read: tuple[Tensor, ...], previous: Tensor | None) -> ExitLogits:
+    """The answer of one branch of a chain; one that is not `chained` itself hands its answer on all the same."""
+    if branch.chained:
+        return branch(*read, previous=previous)
+    answer = branch(*read)
+    return answer._replace(handed=hand_on(answer.logits, previous))
+
+
 BRANCHES: Registry[type[Branch]] = Registry("branch")
 """Name -> class taking (point, num_classes, confidence=..., **options). Register your own."""
 
 
-def build(spec: BranchSpec, point: ExitPoint, num_classes: int) -> Branch:
+def build(spec: BranchSpec, point: ExitPoint, num_classes: int, depth: int = 0) -> Branch:
     """Build the branch of `spec` for one exit.
 
+    Args:
+        depth: how many branches come before it; a chained branch is made for that many.
     Raises:
         UnknownNameError: no branch of that name.
         BranchError: it does not fit the features there.
         ConfigError: an option it does not know.
     """
     cls = BRANCHES[spec.name]
+    place = {"before": depth} if cls.chained else {}
     try:
-        return cls(point, num_classes, spec.confidence, **spec.options)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
     except TypeError as error:
         raise ConfigError(f"Branch {spec.name!r} does not take {dict(spec.options)}: {error}") from error
 
@@ -143,6 +171,12 @@ def to_nchw(features: Tensor, layout: str, prefix_tokens: int) -> Tensor:
     patches = features[:, prefix_tokens:].transpose(1, 2)  # (B, C, H * W)
     side = math.isqrt(patches.shape[2])
     return patches.unflatten(2, (side, side))
+
+
+def mixed_pool(features: Tensor, cells: int, share: Tensor) -> Tensor:
+    """`share` of the largest value and the rest of the mean in each of cells x cells places, flat: (B, C * cells^2)."""
+    largest, mean = F.adaptive_max_pool2d(features, cells), F.adaptive_avg_pool2d(features, cells)
+    return (share * largest + (1 - share) * mean).flatten(1)
 
 
 _PLACES = {"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,), "sequence": (1,)}

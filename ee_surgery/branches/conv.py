@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ee_surgery.branches.base import BRANCHES, Branch, channels, require_grid, to_nchw
 from ee_surgery.graph.points import ExitPoint
@@ -22,20 +23,98 @@ class _MapBranch(Branch):
         return self.body(to_nchw(features, self.layout, self.prefix_tokens)).mean((2, 3))
 
 
-@BRANCHES.register("conv2")
+@BRANCHES.register("conv")
 class ConvBranch(_MapBranch):
     """(3x3 conv -> BatchNorm -> ReLU) x depth at full resolution and width -> global average -> linear.
 
     Args:
-        depth: number of convolutions; 2 in every configuration that PTEENet ships.
-    Source: `conv`, `conv2`, `conv3` of PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
+        depth: number of convolutions; the names `conv2` and `conv3` stand for two and three. Every configuration that
+            PTEENet ships has two.
+    Source: PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
     """
 
-    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, depth: int = 2) -> None:
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, depth: int = 1) -> None:
         c = channels(point)
         super().__init__(point, num_classes, confidence, c)
-        require_grid("conv2", point)
+        require_grid("conv", point)
         self.body = nn.Sequential(*(_unit(c, c, 1) for _ in range(depth)))
+
+
+@BRANCHES.register("conv2")
+class Conv2Branch(ConvBranch):
+    """`conv` with two convolutions."""
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, depth: int = 2) -> None:
+        super().__init__(point, num_classes, confidence, depth)
+
+
+@BRANCHES.register("conv3")
+class Conv3Branch(ConvBranch):
+    """`conv` with three convolutions."""
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, depth: int = 3) -> None:
+        super().__init__(point, num_classes, confidence, depth)
+
+
+@BRANCHES.register("eenet")
+class EENetBranch(_MapBranch):
+    """Three 3x3 convolutions with BatchNorm and ReLU, the first narrowing the features -> global average -> linear.
+
+    Args:
+        narrow: by how much; 0 for the published rule, which is the expansion of the backbone's blocks: 4 behind
+            bottleneck blocks and dense layers, else 1. The graph does not tell blocks apart: 4 from 256 channels up.
+    Source: EENet (Ilhan et al., arXiv:2301.07099).
+    """
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, narrow: int = 0) -> None:
+        c = channels(point)
+        width = max(1, c // (narrow or (4 if c >= 256 else 1)))
+        super().__init__(point, num_classes, confidence, width)
+        require_grid("eenet", point)
+        self.body = nn.Sequential(_unit(c, width, 1), _unit(width, width, 1), _unit(width, width, 1))
+
+
+@BRANCHES.register("msd")
+class MsdBranch(_MapBranch):
+    """Two 3x3 convolutions of stride 2 with BatchNorm and ReLU -> average -> linear.
+
+    Args:
+        width: channels of both; 128 on CIFAR.
+    Source: MSDNet (Huang et al., arXiv:1703.09844), which averages over 2 x 2 cells of its 4 x 4: on the maps of other
+        networks that would leave large vectors, so the average is global.
+    """
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 128) -> None:
+        super().__init__(point, num_classes, confidence, width)
+        require_grid("msd", point)
+        self.body = nn.Sequential(_unit(channels(point), width, 2), _unit(width, width, 2))
+
+
+@BRANCHES.register("branchy")
+class BranchyBranch(Branch):
+    """3x3 convolutions with BatchNorm and ReLU, more of them the earlier the exit -> 4 x 4 cells -> linear.
+
+    Args:
+        width: channels of the convolutions.
+        depth: how many; 0 for three in the first third of the network, two in the second and one in the last.
+    Source: BranchyNet (Teerapittayanon et al., arXiv:1709.01686), whose branches differ from network to network: the
+        advice that earlier exits deserve more layers and the width of 32 are its own, BatchNorm stands for local
+        response normalisation.
+    """
+
+    def __init__(
+        self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 32, depth: int = 0
+    ) -> None:
+        cells = min(4, *require_grid("branchy", point))
+        super().__init__(point, num_classes, confidence, width * cells**2)
+        self.cells = cells
+        depth = depth or 3 - min(2, int(3 * point.macs_fraction))
+        self.body = nn.Sequential(*(_unit(channels(point) if i == 0 else width, width, 1) for i in range(depth)))
+
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, *shape) -> (B, width * cells^2)."""
+        maps = self.body(to_nchw(features, self.layout, self.prefix_tokens))
+        return F.adaptive_avg_pool2d(maps, self.cells).flatten(1)
 
 
 @BRANCHES.register("strided")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.branches.base import BRANCHES, Branch, channels, grid, pooled, to_nchw
+from ee_surgery.branches.base import BRANCHES, Branch, channels, grid, mixed_pool, pooled, require_grid, to_nchw
+from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint
 
 
@@ -22,6 +25,70 @@ class PoolBranch(Branch):
         return pooled(features, self.layout, mask)
 
 
+@BRANCHES.register("bnpool")
+class BnPoolBranch(Branch):
+    """BatchNorm -> ReLU -> global average -> linear.
+
+    Args:
+        relu: PTEENet has it, EENets does not.
+    Source: EENets (arXiv:2409.05336) and PTEENet (arXiv:2501.02508). In both codes the BatchNorm sat in a list that
+        torch does not look into, so it was neither trained nor saved; here it is a module like any other.
+    """
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, relu: bool = True) -> None:
+        super().__init__(point, num_classes, confidence, channels(point))
+        self.norm = nn.BatchNorm1d(channels(point))
+        self.relu = relu
+
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, *shape) -> (B, C)."""
+        if self.layout == "vector":
+            places = features
+        else:
+            places = features.flatten(2) if self.layout == "nchw" else features.flatten(1, -2).mT
+        normed = self.norm(places)  # (B, C) or (B, C, places)
+        normed = F.relu(normed) if self.relu else normed
+        return normed if self.layout == "vector" else pooled(normed.mT, "sequence", mask)
+
+
+@BRANCHES.register("plain")
+class PlainBranch(Branch):
+    """Flatten -> linear, on features of any shape that does not change with the input's length.
+
+    Source: EENets (arXiv:2409.05336), where it assumed the resolution of the input and so failed behind any stride.
+    """
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
+        if point.layout == "sequence":
+            raise BranchError(
+                f"Branch 'plain' needs features of one size, but exit {point.name!r} has a sequence of any length. Use "
+                "'pool' or 'token' there."
+            )
+        super().__init__(point, num_classes, confidence, math.prod(point.shape))
+
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, *shape) -> (B, all of it)."""
+        return features.flatten(1)
+
+
+@BRANCHES.register("sdn")
+class SdnBranch(Branch):
+    """A learned mix of largest and mean values in 4 x 4 cells -> linear.
+
+    Source: Shallow-Deep Networks (Kaya et al., ICML 2019, arXiv:1810.07052).
+    """
+
+    def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
+        cells = min(4, *require_grid("sdn", point))
+        super().__init__(point, num_classes, confidence, channels(point) * cells**2)
+        self.cells = cells
+        self.share = nn.Parameter(torch.rand(()))
+
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, *shape) -> (B, C * cells^2)."""
+        return mixed_pool(to_nchw(features, self.layout, self.prefix_tokens), self.cells, self.share)
+
+
 @BRANCHES.register("mlp")
 class MlpBranch(Branch):
     """Average-pool to a few cells -> flatten -> linear -> ReLU -> linear.
@@ -30,6 +97,7 @@ class MlpBranch(Branch):
         cells: side of the pooled grid; chosen so that the flat vector has about 256 numbers, at most 4.
         hidden: width of the hidden layer.
         norm: BatchNorm behind the hidden layer (the paper's ImageNet heads have it, its CIFAR heads do not).
+        preact: BatchNorm and ReLU before the pooling, for networks whose blocks begin with them.
     Source: "enhanced" heads of the softmax cascade (Berestizshevsky & Even, arXiv:1805.10982).
     """
 
@@ -41,6 +109,7 @@ class MlpBranch(Branch):
         cells: int = 0,
         hidden: int = 64,
         norm: bool = False,
+        preact: bool = False,
     ) -> None:
         super().__init__(point, num_classes, confidence, hidden)
         size, c = grid(point), channels(point)
@@ -51,11 +120,15 @@ class MlpBranch(Branch):
         self.cells = cells if size is not None else 0
         self.hidden = nn.Linear(c * cells * cells, hidden)
         self.norm = nn.BatchNorm1d(hidden) if norm else nn.Identity()
+        if preact and size is None:
+            raise BranchError(f"preact=True needs a feature map, but exit {point.name!r} has {point.layout}.")
+        self.first = nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()) if preact else nn.Identity()
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, hidden)."""
         if self.cells:
-            cells = F.adaptive_avg_pool2d(to_nchw(features, self.layout, self.prefix_tokens), self.cells).flatten(1)
+            maps = self.first(to_nchw(features, self.layout, self.prefix_tokens))
+            cells = F.adaptive_avg_pool2d(maps, self.cells).flatten(1)
         else:
             cells = pooled(features, self.layout, mask)
         return F.relu(self.norm(self.hidden(cells)))

@@ -9,6 +9,7 @@ from ee_surgery.errors import OperatingPointError
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.scores import FittedScore
 
 
 def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
@@ -26,13 +27,21 @@ def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
         if quota <= 0 or len(ranked) == 0:
             thresholds.append(NEVER)
             continue
-        tau = ranked[min(quota, len(ranked)) - 1].item()
+        tau = between(ranked, min(quota, len(ranked)))
         thresholds.append(tau)
         here &= row < tau
     return tuple(thresholds)
 
 
-def geometric_budget(records: ExitRecords, budget: float, score: str = "max_prob") -> OperatingPoint:
+def between(ranked: Tensor, rank: int) -> float:
+    """A float32 threshold that the first `rank` of falling scores reach, halfway to the next: robust to rounding."""
+    last = ranked[rank - 1].item()
+    after = ranked[rank].item() if rank < len(ranked) and torch.isfinite(ranked[rank]) else last
+    middle = torch.tensor((last + after) / 2, dtype=torch.float32).item()
+    return middle if after < middle <= last else last
+
+
+def geometric_budget(records: ExitRecords, budget: float, score: str | FittedScore = "max_prob") -> OperatingPoint:
     """Exit k gets a share proportional to g ** k; the largest g whose realised mean cost meets the budget.
 
     Args:
@@ -57,7 +66,7 @@ def geometric_budget(records: ExitRecords, budget: float, score: str = "max_prob
             f"No exits meet a budget of {budget:g}: the cheapest possible mean is {best.macs_fraction:.3f} "
             "of the original's MACs. Put an exit earlier or ask for more."
         )
-    for _ in range(40):
+    while dear - cheap > 1e-3:
         middle = (cheap + dear) / 2
         point = at(middle)
         if point.macs_fraction <= budget:

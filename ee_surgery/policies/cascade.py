@@ -47,14 +47,23 @@ def accuracy_drop_rule(
         raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
     if not 0 <= min_tail <= 1:
         raise ConfigError(f"min_tail must be in [0, 1], got {min_tail}.")
-    thresholds = []
-    for row, correct in zip(records.scores(score), records.correct[:-1], strict=True):
-        candidates, accuracy, count = tail_accuracy(row, correct)
-        enough = count >= max(1, min_tail * len(records))
-        candidates, accuracy = candidates[enough], accuracy[enough]
-        if len(candidates) == 0:
-            thresholds.append(NEVER)
-            continue
-        good = accuracy >= accuracy.max() - drop - 1e-12
-        thresholds.append(candidates[good].min().item())
-    return realise(records, ThresholdPolicy(tuple(thresholds), score), f"accuracy_drop_rule({drop:g})")
+    rows = zip(records.scores(score), records.correct[:-1], strict=True)
+    thresholds = tuple(lowest_good(row, correct, drop, min_tail * len(records)) for row, correct in rows)
+    return realise(records, ThresholdPolicy(thresholds, score), f"accuracy_drop_rule({drop:g})")
+
+
+def lowest_good(score: Tensor, correct: Tensor, drop: float, min_tail: float, standard: float | None = None) -> float:
+    """The lowest threshold whose tail is within `drop` of the standard; `inf` where there is none.
+
+    Args:
+        score, correct: (N,), of one exit.
+        min_tail: fewest samples that count as a tail.
+        standard: an accuracy; that of the best tail when left out.
+    """
+    candidates, accuracy, count = tail_accuracy(score, correct)
+    enough = count >= max(1, min_tail)
+    candidates, accuracy = candidates[enough], accuracy[enough]
+    if len(candidates) == 0:
+        return NEVER
+    good = accuracy >= (accuracy.max().item() if standard is None else standard) - drop - 1e-12
+    return candidates[good].min().item() if good.any() else NEVER

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ee_surgery.errors import DataError, OperatingPointError
-from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.catalogue import POLICIES
+from ee_surgery.policies.operating import OperatingPoint, realise
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.search import search
 
@@ -45,7 +45,22 @@ class Frontier(Sequence[OperatingPoint]):
             records: answers to held-out data: neither what trained the branches nor what will be reported.
             scores: which scores may be used; each operating point uses one of them.
         """
-        points = [point for score in scores for point in search(records, score)]
+        return cls.of(records, [point for score in scores for point in search(records, score)])
+
+    @classmethod
+    def trace(cls, records: ExitRecords, policy: str = "search") -> Frontier:
+        """All trade-offs of one way to choose when to leave, by its name in `POLICIES`.
+
+        Args:
+            records: held-out answers, as for `search`.
+        """
+        return cls.of(records, POLICIES[policy](records))
+
+    @classmethod
+    def of(cls, records: ExitRecords, points: Iterable[OperatingPoint]) -> Frontier:
+        """The best of some operating points that were realised on these records; never exiting is one of them."""
+        never = ThresholdPolicy((NEVER,) * len(records.exits))
+        points = [*points, replace(realise(records, never, "never"), expected_accuracy=records.base_accuracy)]
         own = [*records.branch_macs, 0]
         return cls(
             points=_pareto(points),
@@ -119,7 +134,7 @@ class Frontier(Sequence[OperatingPoint]):
         return plot_frontier(self, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data, and the tensors of fitted scores."""
         return {
             "format_version": FORMAT_VERSION,
             "points": [point.to_dict() for point in self.points],
@@ -153,19 +168,17 @@ class Frontier(Sequence[OperatingPoint]):
         except (KeyError, TypeError) as error:
             raise DataError(f"A damaged frontier: {error!r}.") from error
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write as JSON; whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(partial, path)
-        return path
-
 
 def _pareto(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
-    """Points sorted by cost, each expected to be more accurate than all cheaper ones."""
+    """Points sorted by cost, each expected to be more accurate than all cheaper ones.
+
+    Where nothing was estimated, the accuracy on the calibration data is what is expected.
+    """
     kept: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.expected_accuracy)):
+    known = [
+        p if p.expected_accuracy == p.expected_accuracy else replace(p, expected_accuracy=p.accuracy) for p in points
+    ]
+    for point in sorted(known, key=lambda p: (p.macs_fraction, -p.expected_accuracy)):
         if not kept or point.expected_accuracy > kept[-1].expected_accuracy:
             kept.append(point)
     return tuple(kept)

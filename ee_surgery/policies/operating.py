@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.scores import FittedScore
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class OperatingPoint:
 
     thresholds: tuple[float, ...]
     """One a branch; `inf` closes an exit."""
-    score: str
+    score: str | FittedScore
+    """A registered name, or a score that was fitted on the calibration data."""
     accuracy: float
     """Realised on the calibration data, in [0, 1]; agreement with the original when there were no labels."""
     accuracy_drop: float
@@ -33,11 +35,13 @@ class OperatingPoint:
     """The calibrator that chose the thresholds."""
     expected_accuracy: float = math.nan
     """On new data: `accuracy` less the luck that cross-validation found in choosing; NaN where not estimated."""
+    fallback: Fallback = "last"
+    """Whose answer a sample gets that never left early."""
 
     @property
     def policy(self) -> ThresholdPolicy:
         """The policy to run."""
-        return ThresholdPolicy(self.thresholds, self.score)
+        return ThresholdPolicy(self.thresholds, self.score, self.fallback)
 
     @classmethod
     def by_hand(cls, thresholds: tuple[float, ...], score: str) -> OperatingPoint:
@@ -45,17 +49,22 @@ class OperatingPoint:
         return cls(thresholds, score, math.nan, math.nan, math.nan, (), samples=0, rule="by hand")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; JSON has no number for `inf` and NaN: a string and null."""
-        data = asdict(self)
+        """Plain data, and the tensors of a fitted score; JSON has no number for `inf` and NaN: a string and null."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
         data["thresholds"] = [t if math.isfinite(t) else str(t) for t in self.thresholds]
-        return {key: None if value != value else value for key, value in data.items()}
+        if isinstance(self.score, FittedScore):
+            data["score"] = self.score.to_dict()
+        return {key: None if isinstance(value, float) and value != value else value for key, value in data.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OperatingPoint:
         """What `to_dict` gave."""
-        known = {key: math.nan if value is None else value for key, value in data.items()}
-        shares, thresholds = tuple(data["exit_shares"]), tuple(float(t) for t in data["thresholds"])
-        return cls(**{**known, "exit_shares": shares, "thresholds": thresholds})
+        known: dict[str, Any] = {key: math.nan if value is None else value for key, value in data.items()}
+        known["exit_shares"] = tuple(data["exit_shares"])
+        known["thresholds"] = tuple(float(t) for t in data["thresholds"])
+        if not isinstance(data["score"], str):
+            known["score"] = FittedScore.from_dict(data["score"])
+        return cls(**known)
 
 
 def realise(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:
@@ -66,6 +75,7 @@ def realise(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> Operati
     return OperatingPoint(
         thresholds=policy.thresholds,
         score=policy.score,
+        fallback=policy.fallback,
         accuracy=accuracy,
         accuracy_drop=records.base_accuracy - accuracy,
         macs_fraction=replay.macs.mean().item() / records.base_macs,

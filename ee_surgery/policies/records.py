@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ee_surgery.errors import DataError
-from ee_surgery.policies.policy import ThresholdPolicy
-from ee_surgery.policies.scores import SCORES, State
+from ee_surgery.policies.policy import ThresholdPolicy, certainty
+from ee_surgery.policies.scores import FittedScore, ScoreOf, State
 
 FORMAT_VERSION = 1
 
@@ -39,6 +39,8 @@ class Replay(NamedTuple):
 
     exit_index: Tensor
     """int64, shape (N,)."""
+    answer_index: Tensor
+    """Whose answer each sample gets: `exit_index`, unless the policy falls back on the most confident."""
     correct: Tensor
     """bool, shape (N,)."""
     macs: Tensor
@@ -64,6 +66,8 @@ class ExitRecords:
     """int64, shape (N,)."""
     confidence: Tensor | None = None
     """Confidence logits of the branches, float32, shape (K - 1, N)."""
+    chained: bool = False
+    """Whether each branch reads the answers of those before it, which then all have to run."""
 
     def __post_init__(self) -> None:
         k, n, _ = self.logits.shape
@@ -105,28 +109,44 @@ class ExitRecords:
         """Of the original."""
         return self.accuracies[-1]
 
-    def scores(self, name: str) -> Tensor:
+    def scores(self, which: str | FittedScore) -> Tensor:
         """The score of every branch for every sample, shape (K - 1, N); -inf where logits are not finite."""
-        score, state = SCORES[name], ()
+        if which not in self._scores:
+            self._scores[which] = self._score(ScoreOf(which))
+        return self._scores[which]
+
+    @cached_property
+    def _scores(self) -> dict[str | FittedScore, Tensor]:
+        return {}
+
+    def _score(self, score: ScoreOf) -> Tensor:
+        state: State = ()
         rows: list[Tensor] = []
         for k in range(len(self.exits)):
             confidence = None if self.confidence is None else self.confidence[k]
-            value, state = score(self.logits[k], confidence, state)
+            value, state = score(self.logits[k], confidence, state, k)
             rows.append(value.masked_fill(~torch.isfinite(self.logits[k].sum(-1)), -torch.inf))
         return torch.stack(rows)
 
     def replay(self, policy: ThresholdPolicy) -> Replay:
         """Decide on the recorded answers as a routed run would: same exits, nothing recomputed."""
-        n, last = len(self), len(self.exits)
-        exit_index = torch.full((n,), last)
-        state: State = ()
-        for k in range(last):
-            confidence = None if self.confidence is None else self.confidence[k]
-            _, leaves, state = policy.decide(k, self.logits[k], confidence, state)
-            exit_index[leaves & (exit_index == last)] = k
-        correct = self.correct.gather(0, exit_index[None])[0]
-        costs = exit_costs(self.trunk_macs, self.branch_macs, policy.visits)
-        return Replay(exit_index, correct, torch.tensor(costs, dtype=torch.float64)[exit_index])
+        scores, last = self.scores(policy.score), len(self.exits)
+        leaves = (scores >= torch.tensor(policy.thresholds, dtype=torch.float32)[:, None]) & (scores > -torch.inf)
+        # of several that would let a sample go, the first; a row of ones at the end takes what is left
+        exit_index = torch.cat([leaves, leaves.new_ones(1, len(self))]).int().argmax(0)
+        answer_index = exit_index
+        visits = policy.visits(self.chained)
+        if policy.fallback == "most_confident":
+            seen = torch.tensor([*visits, True])[:, None]
+            sure = self._certainty.masked_fill(~seen, -torch.inf)
+            answer_index = torch.where(exit_index == last, sure.argmax(0), exit_index)
+        correct = self.correct.gather(0, answer_index[None])[0]
+        costs = exit_costs(self.trunk_macs, self.branch_macs, visits)
+        return Replay(exit_index, answer_index, correct, torch.tensor(costs, dtype=torch.float64)[exit_index])
+
+    @cached_property
+    def _certainty(self) -> Tensor:
+        return torch.stack([certainty(row) for row in self.logits])
 
     def take(self, rows: Tensor) -> ExitRecords:
         """The records of some samples: indices, shape (M,)."""
@@ -137,6 +157,7 @@ class ExitRecords:
             self.branch_macs,
             None if self.labels is None else self.labels[rows],
             None if self.confidence is None else self.confidence[:, rows],
+            self.chained,
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -147,7 +168,12 @@ class ExitRecords:
             tensors["labels"] = self.labels.contiguous()
         if self.confidence is not None:
             tensors["confidence"] = self.confidence.contiguous()
-        plain = {"exits": self.exits, "trunk_macs": self.trunk_macs, "branch_macs": self.branch_macs}
+        plain = {
+            "exits": self.exits,
+            "trunk_macs": self.trunk_macs,
+            "branch_macs": self.branch_macs,
+            "chained": self.chained,
+        }
         meta = {"format_version": str(FORMAT_VERSION), **{key: json.dumps(value) for key, value in plain.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -177,4 +203,5 @@ class ExitRecords:
             tuple(json.loads(meta["branch_macs"])),
             tensors.get("labels"),
             tensors.get("confidence"),
+            json.loads(meta.get("chained", "false")),
         )

@@ -2,12 +2,16 @@
 
 A score takes one exit's logits (B, C), its confidence logit (B,) or None, and the state it carried from the exit
 before (a tuple of tensors with the batch first, empty at the first exit). It gives the score (B,) and the new state.
+A named score has nothing to fit; a `FittedScore` holds what a calibrator fitted on records.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +33,83 @@ class Score(Protocol):
 SCORES: Registry[Score] = Registry("score")
 
 STATEFUL: set[str] = {"patience"}
-"""Scores that need every exit's answer, closed exits included."""
+"""Named scores that need every exit's answer, closed exits included."""
+
+
+class FittedScore(ABC):
+    """A score with parameters: a frozen dataclass of plain values and tensors, so that it can be saved.
+
+    One object serves all exits of one model; subclasses register in `FITTED_SCORES`.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def stateful(self) -> bool:
+        """Whether it needs the answers of the exits before, closed ones included."""
+        return True
+
+    @abstractmethod
+    def __call__(
+        self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
+    ) -> tuple[Tensor, State]:
+        """Score one exit, counted from 0."""
+
+    def to(self, device: torch.device) -> FittedScore:
+        """The same score, its tensors on a device."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # pyright: ignore[reportArgumentType]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its kind and fields; tensors as they are."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> FittedScore:
+        """What `to_dict` gave; lists, which JSON makes of tuples, are tuples again."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"}
+        return FITTED_SCORES[data["kind"]](**values)
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+F = TypeVar("F", bound=type[FittedScore])
+FITTED_SCORES: Registry[type[FittedScore]] = Registry("fitted score")
+"""Kind -> class."""
+
+
+def fitted(kind: str) -> Callable[[F], F]:
+    """Decorator that files a dataclass under `kind` in `FITTED_SCORES`."""
+
+    def add(cls: F) -> F:
+        cls.kind = kind
+        FITTED_SCORES.register(kind)(cls)
+        return cls
+
+    return add
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor | FittedScore) else value
+
+
+class ScoreOf:
+    """A score of either sort, by name or fitted, behind one call."""
+
+    def __init__(self, score: str | FittedScore) -> None:
+        self.named = SCORES[score] if isinstance(score, str) else None
+        self.score = score
+        self.stateful = score in STATEFUL if isinstance(score, str) else score.stateful
+
+    def __call__(
+        self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
+    ) -> tuple[Tensor, State]:
+        """Score one exit, counted from 0."""
+        if self.named is not None:
+            return self.named(logits, confidence, state)
+        return self.score(logits, confidence, state, exit_index)  # pyright: ignore[reportCallIssue]
 
 
 @SCORES.register("max_prob")

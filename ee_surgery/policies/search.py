@@ -1,11 +1,11 @@
-"""Search thresholds directly for what they realise: the most accuracy at every price of a MAC."""
+"""Search thresholds for the most accuracy at every price of a MAC, no finer than the records bear."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,23 +13,33 @@ from numpy.typing import NDArray
 
 from ee_surgery.errors import ConfigError
 from ee_surgery.policies.operating import OperatingPoint, realise
+from ee_surgery.policies.outlook import ChanceOfBeingRight, logistic
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.scores import FittedScore, ScoreOf
 
 _Floats = NDArray[np.float64]
 Ranks: TypeAlias = tuple[int, ...]
 
 
-class _Search:
+class ThresholdSearch:
     """Coordinate ascent on `accuracy - price * cost` over one score's thresholds.
 
     A threshold is held as a rank: how many samples, from the highest score down, reach it; 0 closes the exit.
     Given all other thresholds, the best rank at one exit is found exactly, by one cumulative sum over the samples
     in the order of their scores.
+
+    Args:
+        outcomes: what an answer of each exit is worth for each sample, (K, N), in place of whether it is right: its
+            estimated probability of being right has the same mean and less noise.
     """
 
-    def __init__(self, records: ExitRecords, score: str) -> None:
-        self.correct = records.correct.double().numpy()
+    def __init__(
+        self, records: ExitRecords, score: str | FittedScore = "max_prob", outcomes: _Floats | None = None
+    ) -> None:
+        # Where a later exit reads the answers of earlier ones, those run and cost even when closed.
+        self.always = records.chained or ScoreOf(score).stateful
+        self.outcomes = records.correct.double().numpy() if outcomes is None else outcomes
         self.trunk = np.array(records.trunk_macs) / records.base_macs
         self.branch = np.array([*records.branch_macs, 0]) / records.base_macs
         self.scores = records.scores(score).double().numpy()
@@ -40,6 +50,7 @@ class _Search:
         self.ends = np.ones_like(self.ranked, dtype=bool)
         self.ends[:, :-1] = self.ranked[:, 1:] < self.ranked[:, :-1]
         self.ends &= np.isfinite(self.ranked)
+        self.correct = records.correct.double().numpy()
         self.position = np.empty_like(self.order)
         np.put_along_axis(self.position, self.order, np.broadcast_to(np.arange(self.n), self.order.shape), 1)
 
@@ -56,19 +67,20 @@ class _Search:
             values.append(middle if after < middle <= last else float(last))
         return tuple(values)
 
-    def evaluate(self, ranks: Ranks) -> tuple[float, float]:
-        """Realised mean cost, as a fraction of the original's, and accuracy."""
+    def evaluate(self, ranks: Ranks, outcomes: _Floats | None = None) -> tuple[float, float]:
+        """Mean cost, as a fraction of the original's, and mean outcome."""
+        outcomes = self.outcomes if outcomes is None else outcomes
         here = np.ones(self.n, dtype=bool)
         right = cost = 0.0
         for k, rank in enumerate(ranks):
-            if rank == 0:
+            if rank == 0 and not (self.always and any(ranks[k:])):
                 continue
             cost += self.branch[k] * here.sum()
             leaves = here & (self.position[k] < rank)
-            right += self.correct[k][leaves].sum()
+            right += outcomes[k][leaves].sum()
             cost += self.trunk[k] * leaves.sum()
             here &= ~leaves
-        return (cost + self.trunk[-1] * here.sum()) / self.n, (right + self.correct[-1][here].sum()) / self.n
+        return (cost + self.trunk[-1] * here.sum()) / self.n, (right + outcomes[-1][here].sum()) / self.n
 
     def improve(self, ranks: Ranks, price: float) -> Ranks:
         """Move one threshold after the other to its best place until none moves."""
@@ -95,13 +107,14 @@ class _Search:
         """Ranks of thresholds that were chosen on other samples."""
         return tuple(int((row >= tau).sum()) for row, tau in zip(self.scores, thresholds, strict=True))
 
-    def sweep(self, prices: int) -> dict[Ranks, tuple[float, float]]:
-        """The best ranks at many prices and the starts they were found from, with mean cost and accuracy."""
+    def sweep(self, prices: _Floats) -> dict[Ranks, tuple[float, float]]:
+        """The best ranks at many prices and the starts they were found from, with mean cost and outcome."""
         closed = (0,) * self.exits
         depth = np.arange(self.exits + 1)
         ratios = [np.exp(log_g * depth) for log_g in np.linspace(-4, 4, 33)]
-        found = {ranks: self.evaluate(ranks) for ranks in [closed, *(self.quotas(r / r.sum()) for r in ratios)]}
-        for price in (*_prices(prices), *_prices(prices)[::-1]):
+        starts = [closed, *(self.quotas(r / r.sum()) for r in ratios), *self.induction(prices)]
+        found = {ranks: self.evaluate(ranks) for ranks in starts}
+        for price in (*prices, *prices[::-1]):
             for start in (_best_at(found, price), closed):
                 ranks = self.improve(start, float(price))
                 found[ranks] = self.evaluate(ranks)
@@ -117,48 +130,185 @@ class _Search:
         for j in range(k):
             here &= self.position[j] >= ranks[j]
         stay = self._onward(k + 1, ranks, price)
-        leave = self.correct[k] - price * self.trunk[k]
+        leave = self.outcomes[k] - price * self.trunk[k]
         gain = np.where(here, leave - stay, 0.0)[self.order[k]].cumsum()
         gain = np.where(self.ends[k], gain, -np.inf)
         best = int(gain.argmax())
         # whoever comes here pays for the branch, whether it leaves or not
-        return best + 1 if gain[best] > price * self.branch[k] * here.sum() else 0
+        toll = 0.0 if self.always and any(ranks[k + 1 :]) else price * self.branch[k] * here.sum()
+        return best + 1 if gain[best] > toll else 0
 
     def _onward(self, start: int, ranks: list[int], price: float) -> _Floats:
         """What each sample is worth if it goes on to exit `start`, costs before that left out."""
-        value = self.correct[-1] - price * self.trunk[-1]
+        value = self.outcomes[-1] - price * self.trunk[-1]
         for j in reversed(range(start, self.exits)):
             if ranks[j]:
-                leave = self.correct[j] - price * self.trunk[j]
-                value = np.where(self.position[j] < ranks[j], leave, value) - price * self.branch[j]
+                leave = self.outcomes[j] - price * self.trunk[j]
+                value = np.where(self.position[j] < ranks[j], leave, value)
+            if ranks[j] or (self.always and any(ranks[j:])):
+                value = value - price * self.branch[j]
         return value
 
+    # --- three ways to choose ranks for a price, from the fewest things fitted to the most
 
-def search(records: ExitRecords, score: str, prices: int = 64) -> list[OperatingPoint]:
+    def shared(self, prices: _Floats) -> list[Ranks]:
+        """One threshold for all exits: the best of a hundred at every price."""
+        finite = self.scores[np.isfinite(self.scores)]
+        grid = np.unique(np.quantile(finite, np.linspace(0, 1, 100))) if len(finite) else np.zeros(1)
+        ranks = [(0,) * self.exits, *(self.ranks((tau,) * self.exits) for tau in grid)]
+        cost, value = np.array([self.evaluate(r) for r in ranks]).T
+        return [ranks[int((value - price * cost).argmax())] for price in prices]
+
+    def induction(self, prices: _Floats) -> list[Ranks]:
+        """Optimal stopping: leave where the chance of being right is worth more than going on.
+
+        Backward over the exits: the value of going on is regressed on the chance of being right here (a parabola), and
+        the threshold stands where the two cross. Source: the regression method of Longstaff & Schwartz (Review of
+        Financial Studies, 2001) for optimal stopping.
+        """
+        chances = [_chance(row, right) for row, right in zip(self.scores, self.correct, strict=False)]
+        bases = [np.stack([np.ones(self.n), p, p**2], 1) for p in chances]
+        penalty = np.diag([1e-6, 10.0, 10.0])
+        solvers = [np.linalg.solve(basis.T @ basis + penalty, basis.T) for basis in bases]
+        found = []
+        for price in prices:
+            ranks = [0] * self.exits
+            value = self.outcomes[-1] - price * self.trunk[-1]
+            for k in reversed(range(self.exits)):
+                onward = bases[k] @ (solvers[k] @ value)
+                stays = (chances[k] - price * self.trunk[k] < onward)[self.order[k]]
+                rank = self.snap(k, int(stays.argmax()) if stays.any() else self.n)
+                left = np.where(self.position[k] < rank, self.outcomes[k] - price * self.trunk[k], value)
+                toll = price * self.branch[k]
+                asked_anyway = self.always and any(ranks[k + 1 :])
+                if rank and left.mean() - (0 if asked_anyway else toll) > value.mean():
+                    ranks[k], value = rank, left - toll
+                elif asked_anyway:
+                    value = value - toll
+            found.append(tuple(ranks))
+        return found
+
+    def ascent(self, prices: _Floats) -> list[Ranks]:
+        """A threshold an exit, moved until none moves: from several starts, the optimal stopping's among them."""
+        found = self.sweep(prices)
+        return [_best_at(found, price) for price in prices]
+
+
+def _chance(scores: _Floats, right: _Floats) -> _Floats:
+    """How likely a score means a right answer, (N,): logistic in its log-odds, never falling."""
+    finite = np.where(np.isfinite(scores), scores, np.nanmin(np.where(np.isfinite(scores), scores, np.nan), initial=0))
+    if finite.min() >= 0 and finite.max() <= 1:
+        finite = np.log(finite.clip(1e-7, 1 - 1e-7) / (1 - finite.clip(1e-7, 1 - 1e-7)))
+    slope, constant = logistic(finite[:, None], right)
+    if slope < 0:
+        return np.full_like(finite, right.mean())
+    return 1 / (1 + np.exp(-(slope * finite + constant).clip(-30, 30)))
+
+
+How = Literal["shared", "induction", "ascent"]
+HOWS: tuple[How, ...] = ("shared", "induction", "ascent")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to get thresholds from records: a score, by name or to be fitted, and how its thresholds are chosen."""
+
+    score: str | FittedScore | Callable[[ExitRecords], FittedScore]
+    how: How
+
+    def fit(self, records: ExitRecords) -> tuple[ThresholdSearch, str | FittedScore]:
+        """A search over the records, estimated chances of being right standing for outcomes."""
+        score = self.score(records) if callable(self.score) and not isinstance(self.score, FittedScore) else self.score
+        rich = score if isinstance(score, ChanceOfBeingRight) and score.history else ChanceOfBeingRight.fit(records)
+        return ThresholdSearch(records, score, rich.probabilities(records)), score
+
+    def ranks(self, state: ThresholdSearch, prices: _Floats) -> list[Ranks]:
+        """The best ranks at each price."""
+        return getattr(state, self.how)(prices)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a candidate gives on samples that did not choose its thresholds, price by price: means over the folds."""
+
+    cost: _Floats
+    seen: _Floats
+    """Accuracy on the samples that chose."""
+    new: _Floats
+    """Accuracy on the others."""
+
+    def area(self, low: float) -> float:
+        """Mean new accuracy over costs from `low` to 1."""
+        order = np.argsort(self.cost, kind="stable")
+        return float(np.interp(np.linspace(low, 1, 100), self.cost[order], self.new[order]).mean())
+
+    def luck(self, cost: float) -> float:
+        """How much of the accuracy at this cost will not be there on new data."""
+        order = np.argsort(self.cost, kind="stable")
+        return float(np.interp(cost, self.cost[order], np.maximum(self.seen - self.new, 0)[order]))
+
+
+def cross_validate(records: ExitRecords, candidate: Candidate, prices: _Floats, folds: int = 5) -> Curve:
+    """Thresholds from all folds but one, tried on that one."""
+    rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
+    totals = np.zeros((len(prices), 3))
+    for held in rows.chunk(folds):
+        rest = records.take(rows[~torch.isin(rows, held)])
+        chosen, score = candidate.fit(rest)
+        fresh = ThresholdSearch(records.take(held), score)
+        for i, ranks in enumerate(candidate.ranks(chosen, prices)):
+            cost, accuracy = fresh.evaluate(fresh.ranks(chosen.thresholds(ranks)))
+            totals[i] += cost, chosen.evaluate(ranks, chosen.correct)[1], accuracy
+    return Curve(*(totals.T / folds))
+
+
+def search(records: ExitRecords, score: str | FittedScore = "max_prob", prices: int = 64) -> list[OperatingPoint]:
     """Operating points of one score over the whole range from never exiting to always leaving first.
 
-    For each of many prices of a MAC, thresholds that maximise accuracy less price times mean cost on the records:
-    coordinate ascent from the best known so far, from the geometric distributions of MSDNet and from all exits
-    closed. Then the points between neighbours, where no single price is best.
-
-    The best of many thresholds is partly luck. How much is measured by cross-validation, and taken off in each
-    point's `expected_accuracy`.
+    Thresholds for each of many prices of a MAC are chosen in three ways, one threshold for all exits, optimal
+    stopping, and coordinate ascent on all thresholds; five-fold cross-validation picks the way that does best on
+    samples which did not choose: few records bear few parameters. The best of many thresholds is partly luck all the
+    same: how much, the same folds tell, and it is taken off in each point's `expected_accuracy`.
 
     Args:
         prices: how many; time grows linearly.
     """
-    state = _Search(records, score)
-    found = state.sweep(prices)
-    for low, high in itertools.pairwise(_front(found)):
-        steps = min(20, int((found[high][0] - found[low][0]) / 0.002))
+    return best_of(records, [Candidate(score, how) for how in HOWS], f"search({score})", prices)
+
+
+def stopping(records: ExitRecords, prices: int = 64) -> list[OperatingPoint]:
+    """Like `search`, with one more score to choose: the chance of being right, given the exits before as well.
+
+    It looks back, so exits that are closed still run; and it costs a dozen small operations an exit.
+    """
+    scores = ("max_prob", ChanceOfBeingRight.fit)
+    return best_of(records, [Candidate(score, how) for score in scores for how in HOWS], "stopping", prices)
+
+
+_FOLDS = 5
+
+
+def best_of(records: ExitRecords, candidates: Sequence[Candidate], rule: str, prices: int = 64) -> list[OperatingPoint]:
+    """Operating points of the candidate that cross-validation prefers."""
+    curve, best = None, candidates[0]
+    if len(records) >= 2 * _FOLDS:
+        few = _prices(16)
+        curves = [cross_validate(records, candidate, few, _FOLDS) for candidate in candidates]
+        low = min(1.0, max(float(c.cost.min()) for c in curves))
+        curve, best = max(zip(curves, candidates, strict=True), key=lambda pair: pair[0].area(low))
+    state, score = best.fit(records)
+    closed = (0,) * state.exits
+    found = {ranks: state.evaluate(ranks) for ranks in [closed, *best.ranks(state, _prices(prices))]}
+    for cheap, dear in itertools.pairwise(_front(found)):
+        steps = min(20, int((found[dear][0] - found[cheap][0]) / 0.002))
         for t in np.linspace(0, 1, steps + 2)[1:-1]:
-            ranks = tuple(state.snap(k, round(a + t * (b - a))) for k, (a, b) in enumerate(zip(low, high, strict=True)))
+            between = zip(cheap, dear, strict=True)
+            ranks = tuple(state.snap(k, round(a + t * (b - a))) for k, (a, b) in enumerate(between))
             found[ranks] = state.evaluate(ranks)
-    costs, luck = _luck(records, score)
     points = []
     for ranks in _front(found):
-        point = realise(records, ThresholdPolicy(state.thresholds(ranks), score), f"search({score})")
-        lucky = float(np.interp(point.macs_fraction, costs, luck)) if any(ranks) else 0.0
+        point = realise(records, ThresholdPolicy(state.thresholds(ranks), score), rule)
+        lucky = curve.luck(point.macs_fraction) if curve is not None and any(ranks) else 0.0
         points.append(replace(point, expected_accuracy=point.accuracy - lucky))
     return points
 
@@ -173,29 +323,10 @@ def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") ->
     """
     if not 0 <= drop <= 1:
         raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
-    return next(point for point in search(records, score) if point.accuracy_drop <= drop + 1e-12)
-
-
-def _luck(records: ExitRecords, score: str, folds: int = 5, prices: int = 24) -> tuple[_Floats, _Floats]:
-    """How much less accurate thresholds are on samples that did not choose them, by mean cost (rising).
-
-    Cross-validation: thresholds for each price from all folds but one, tried on that one.
-    """
-    if len(records) < 2 * folds:
-        return np.ones(1), np.zeros(1)
-    rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
-    totals = np.zeros((prices, 3))
-    for held in rows.chunk(folds):
-        rest = rows[~torch.isin(rows, held)]
-        chosen, fresh = _Search(records.take(rest), score), _Search(records.take(held), score)
-        found = chosen.sweep(prices)
-        for i, price in enumerate(_prices(prices)):
-            ranks = _best_at(found, price)
-            cost, accuracy = fresh.evaluate(fresh.ranks(chosen.thresholds(ranks)))
-            totals[i] += cost, found[ranks][1], accuracy
-    cost, seen, new = totals[::-1].T / folds  # the dearest MAC comes last, and with it the cheapest point
-    order = np.argsort(cost, kind="stable")
-    return cost[order], np.maximum(seen - new, 0)[order]
+    state = ThresholdSearch(records, score)
+    found = state.sweep(_prices(64))
+    ranks = next(r for r in _front(found) if records.base_accuracy - found[r][1] <= drop + 1e-12)
+    return realise(records, ThresholdPolicy(state.thresholds(ranks), score), f"realised_drop({drop:g})")
 
 
 def _prices(count: int) -> _Floats:

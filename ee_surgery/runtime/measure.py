@@ -9,12 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ee_surgery.backbone import eval_mode
+from ee_surgery.branches.base import Branch, ExitLogits, ask
 from ee_surgery.errors import DataError
 from ee_surgery.graph.stages import compact
 from ee_surgery.inputs import Inputs, tensors
@@ -157,12 +159,13 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
 
     The sum of their times is the ideal for that run: what it would take if deciding and compacting were free.
     """
-    policy = branched.policy
+    policy, chained = branched.policy, branched.branches.chained
     program, live, batch = branched.prepare(x)
     found: dict[str, Callable[[], object]] = {}
     with torch.no_grad():
         exit_index = branched.predict(x).exit_index
         rows = torch.arange(batch, device=live[0].device)
+        handed: Tensor | None = None
         for k, stage in enumerate(program.stages):
             if len(rows) == 0:
                 break
@@ -170,9 +173,16 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
             found[f"stage {k}"] = lambda stage=stage, live=live: stage(*live)
             live = stage(*(tensor.clone() for tensor in live))
             if k < len(branched.branches):
-                if policy is not None and policy.visits[k]:
-                    features = tuple(tensor.clone() for tensor in program.readers[k](live))
-                    found[f"branch {k}"] = lambda branch=branched.branches[k], features=features: branch(*features)
                 stay = (exit_index[rows] > k).nonzero().squeeze(1)
+                if policy is not None and policy.visits(chained)[k]:
+                    features = tuple(tensor.clone() for tensor in program.readers[k](live))
+                    call = partial(ask if chained else _alone, branched.branches[k], features, handed)
+                    found[f"branch {k}"] = call
+                    handed = call().handed if chained else None
+                    handed = None if handed is None else handed.index_select(0, stay)
                 live, rows = compact(live, program.stages[k + 1].axes, stay), rows[stay]
     return found
+
+
+def _alone(branch: Branch, features: tuple[Tensor, ...], previous: Tensor | None) -> ExitLogits:
+    return branch(*features)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ee_surgery.branches.base import Branch
+from ee_surgery.branches.base import Branch, ask
 from ee_surgery.graph.stages import compact
-from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import State
 from ee_surgery.runtime.program import Program
@@ -22,7 +22,7 @@ class ExitOutput(NamedTuple):
     logits: Tensor
     """Shape (B, C)."""
     exit_index: Tensor
-    """int64, shape (B,); the last is the original's own head."""
+    """int64, shape (B,); the last is the original's own head, whose place a policy may let an earlier answer take."""
     score: Tensor
     """Score at the exit taken, shape (B,); NaN at the original's head, which is not asked."""
     costs: Tensor
@@ -59,18 +59,21 @@ class Router:
         branch_macs: Sequence[int],
         head: Branch | None = None,
     ) -> None:
+        device = next(branches[0].parameters()).device
         self.program = program
-        self.policy = policy
+        self.policy = policy.to(device)
+        self.chained = any(branch.chained for branch in branches)
+        self.keeps_best = policy.fallback == "most_confident"
         self.head = head
         self.original_macs = program.trunk_macs[-1]
         self.last = len(branches)
-        device = next(branches[0].parameters()).device
-        self.costs = torch.tensor(exit_costs(program.trunk_macs, branch_macs, policy.visits), device=device)
+        visits = policy.visits(self.chained)
+        self.costs = torch.tensor(exit_costs(program.trunk_macs, branch_macs, visits), device=device)
         # Copied at batch 1: cheaper than making tensors out of numbers.
         self._index = [torch.tensor([k], device=device) for k in range(self.last + 1)]
         self._unasked = torch.full((1,), torch.nan, device=device)
         # Exits that are closed have no branch to ask.
-        asked = [branch if seen else None for branch, seen in zip(branches, policy.visits, strict=True)]
+        asked = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
         self.steps = list(zip(program.stages[1:], asked, program.readers, strict=True))
 
     def __call__(self, inputs: Sequence[Tensor], batch: int) -> ExitOutput:
@@ -85,12 +88,16 @@ class Router:
         rows: Tensor | None = None  # which samples are still in flight; None while all are
         state: State = ()
         results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
+        best: Tensor | None = None
+        handed: Tensor | None = None
         live = self.program.stages[0](*inputs)
         for k, (stage, branch, read) in enumerate(self.steps):
             if branch is not None:
-                answer = branch(*read(live))
+                answer = ask(branch, read(live), handed) if self.chained else branch(*read(live))
                 decision = self.policy.decide(k, answer.logits, answer.confidence, state)
-                state = decision.state
+                state, handed = decision.state, answer.handed
+                if self.keeps_best:
+                    best = _better(best, answer.logits)
                 gone = decision.leaves.nonzero().squeeze(1)
                 if len(gone) > 0:
                     results = results or self._results(answer.logits, batch)
@@ -104,9 +111,12 @@ class Router:
                     rows = stay if rows is None else rows[stay]
                     live = compact(live, stage.axes, stay)
                     state = tuple(tensor.index_select(0, stay) for tensor in state)
+                    handed = None if handed is None else handed.index_select(0, stay)
+                    best = None if best is None else best.index_select(0, stay)
             live = stage(*live)
         else:  # somebody came through to the original's own head
             last = self._last(live)
+            last = _better(best, last) if self.keeps_best else last
             results = results or self._results(last, batch)
             results[0][slice(None) if rows is None else rows] = last.to(results[0].dtype)
         logits, score, exit_index = results
@@ -127,13 +137,26 @@ class Router:
     def _one(self, inputs: Sequence[Tensor]) -> ExitOutput:
         """One sample: it leaves or it does not, so nothing is indexed."""
         state: State = ()
+        best: Tensor | None = None
+        handed: Tensor | None = None
         live = self.program.stages[0](*inputs)
         for k, (stage, branch, read) in enumerate(self.steps):
             if branch is not None:
-                answer = branch(*read(live))
+                answer = ask(branch, read(live), handed) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
                 if leaves:
                     return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs, self.original_macs)
+                handed = answer.handed
+                if self.keeps_best:
+                    best = _better(best, answer.logits)
             live = stage(*live)
         index, score = self._index[self.last].clone(), self._unasked.clone()
-        return ExitOutput(self._last(live), index, score, self.costs, self.original_macs)
+        last = _better(best, self._last(live)) if self.keeps_best else self._last(live)
+        return ExitOutput(last, index, score, self.costs, self.original_macs)
+
+
+def _better(best: Tensor | None, logits: Tensor) -> Tensor:
+    """Row by row, whichever of two answers (B, C) is more certain; the earlier one of equals."""
+    if best is None:
+        return logits
+    return torch.where((certainty(logits) > certainty(best))[:, None], logits, best.to(logits.dtype))

@@ -3,6 +3,7 @@
     config.json               who the base is, where the exits are, which branches, the operating point
     ee_adapter.safetensors    tensors of the branches alone
     frontier.json             every operating point that calibration found
+    base.safetensors          only where the base was trained along, and so exists nowhere else
 
 Not `adapter_config.json`: a repository with a file of that name which PEFT cannot read breaks
 `AutoModel.from_pretrained`.
@@ -14,15 +15,15 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor, nn
 
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
@@ -33,7 +34,7 @@ from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 
 FORMAT_VERSION = 2
-CONFIG, WEIGHTS, FRONTIER = "config.json", "ee_adapter.safetensors", "frontier.json"
+CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "frontier.json", "base.safetensors"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class AdapterConfig:
     operating_point: OperatingPoint | None
     label_names: list[str] | None
     versions: dict[str, str]
+    own_base: bool = False
+    """Whether the base was trained along with the branches, and its weights are stored with them."""
 
     @classmethod
     def of(
@@ -110,6 +113,7 @@ class AdapterConfig:
         branch_macs: Sequence[int],
         operating_point: OperatingPoint | None,
         label_names: list[str] | None,
+        own_base: bool,
     ) -> AdapterConfig:
         """Gather the parts of a branched model."""
         exits = tuple(
@@ -131,12 +135,13 @@ class AdapterConfig:
             operating_point=operating_point,
             label_names=label_names,
             versions=versions,
+            own_base=own_base,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `config.json`."""
-        data = asdict(self)
-        data["operating_point"] = self.operating_point.to_dict() if self.operating_point else None
+        point, self_without = self.operating_point, replace(self, operating_point=None)
+        data = {**asdict(self_without), "operating_point": point.to_dict() if point else None}
         return {"model_type": "ee_surgery", "format_version": FORMAT_VERSION, **data}
 
     @classmethod
@@ -160,30 +165,70 @@ class AdapterConfig:
             operating_point=OperatingPoint.from_dict(point) if point else None,
             label_names=data["label_names"],
             versions=data["versions"],
+            own_base=data.get("own_base", False),
         )
 
 
-def save_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], frontier: Frontier | None) -> Path:
-    """Write an adapter folder. Each file is written beside its place and then renamed, the config last."""
+def save_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    frontier: Frontier | None,
+    base: nn.Module | None = None,
+) -> Path:
+    """Write an adapter folder. Each file is written beside its place and then renamed, the config last.
+
+    Args:
+        base: a base that is to be stored along, because it exists nowhere else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    policies: dict[str, Tensor] = {}
+    described = _without_tensors(config.to_dict(), policies)
+    traced = None if frontier is None else _without_tensors(frontier.to_dict(), policies)
+    stored = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **policies}.items()}
     meta = {"format_version": str(FORMAT_VERSION), "fingerprint": config.base.fingerprint}
     partial = folder / f"{WEIGHTS}.partial"
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=meta)
+    save_file(stored, partial, metadata=meta)
     os.replace(partial, folder / WEIGHTS)
-    if frontier is not None:
-        frontier.save(folder / FRONTIER)
+    if base is not None:
+        partial = folder / f"{BASE}.partial"
+        save_model(base, str(partial))
+        os.replace(partial, folder / BASE)
+    if traced is not None:
+        _write_json(folder / FRONTIER, traced)
     else:
         (folder / FRONTIER).unlink(missing_ok=True)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2, default=_plain) + "\n")
-    os.replace(partial, folder / CONFIG)
+    _write_json(folder / CONFIG, described)
     return folder
 
 
-def _plain(value: object) -> object:
+def _write_json(path: Path, data: object) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _without_tensors(value: Any, found: dict[str, Tensor]) -> Any:
+    """Plain data with a name in place of each tensor, which goes to `found`; the same tensor once."""
+    if isinstance(value, Tensor):
+        name = next((name for name, tensor in found.items() if tensor is value), f"{_POLICY}{len(found)}")
+        found[name] = value
+        return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"Cannot store a {type(value).__name__} as JSON")
+        return {key: _without_tensors(item, found) for key, item in value.items()}
+    return [_without_tensors(item, found) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_tensors(value: Any, stored: Mapping[str, Tensor]) -> Any:
+    """What `_without_tensors` was given."""
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return stored[value[_TENSOR]]
+        return {key: _with_tensors(item, stored) for key, item in value.items()}
+    return [_with_tensors(item, stored) for item in value] if isinstance(value, list) else value
+
+
+_TENSOR, _POLICY = "tensor", "policy."
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Frontier | None]:
@@ -201,15 +246,15 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Fronti
             f"version reads type 'ee_surgery', format {FORMAT_VERSION}."
         )
     try:
-        config = AdapterConfig.from_dict(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{folder / CONFIG} is damaged: {error!r}. Save the adapter again.") from error
-    try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} is missing or damaged: {error}. Save the adapter again.") from error
+    try:
+        config = AdapterConfig.from_dict(_with_tensors(data, stored))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is damaged: {error!r}. Save the adapter again.") from error
     if meta.get("fingerprint") != config.base.fingerprint or meta.get("format_version") != str(FORMAT_VERSION):
         raise AdapterError(
             f"{WEIGHTS} and {CONFIG} in {folder} do not belong together: fingerprints {meta.get('fingerprint')} and "
@@ -218,10 +263,22 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Fronti
     frontier = None
     if (folder / FRONTIER).exists():
         try:
-            frontier = Frontier.from_dict(_read_json(folder / FRONTIER))
-        except DataError as error:
+            frontier = Frontier.from_dict(_with_tensors(_read_json(folder / FRONTIER), stored))
+        except (DataError, KeyError) as error:
             raise AdapterError(f"{folder / FRONTIER} is damaged: {error}") from error
-    return config, tensors, frontier
+    return config, {name: t for name, t in stored.items() if not name.startswith(_POLICY)}, frontier
+
+
+def load_base(folder: Path, model: nn.Module) -> None:
+    """Fill a model with the base that is stored in the folder.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or the model is of another shape.
+    """
+    try:
+        load_model(model, folder / BASE)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise AdapterError(f"{folder / BASE} does not fit a {type(model).__name__}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

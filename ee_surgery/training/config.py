@@ -18,29 +18,39 @@ class TrainConfig:
     batch_size: int = 128
     """Samples a step and process; not used when the data comes in batches already."""
     objective: str = "sum_ce"
-    """Loss on the labels: `sum_ce`, `weighted_ce`, `recursive`, `cumulative`, or `kd` for none."""
+    """Loss on the labels: a name in `OBJECTIVES`, or `kd` for none."""
     distill: float = 0.5
     """Weight in [0, 1] of the KL term towards the original's logits, the objective having the rest."""
+    distill_from: float = 0.0
+    """Share of the training after which the KL term sets in."""
     temperature: float = 2.0
     """Of the softmax in the KL term."""
+    survivor: float | None = None
+    """Weigh samples by how likely they get to each exit: a threshold in [0, 1] of those before; None for no weights."""
     teach: Literal["labels", "original"] = "labels"
     """`original`: no labels are read; the original's own answer stands for them."""
-    exit_weights: tuple[float, ...] | Literal["uniform", "linear"] = "uniform"
-    """For `weighted_ce`: one weight a branch, or growing with depth (`linear`, EENet); scaled to sum 1."""
+    exit_weights: tuple[float, ...] | Literal["uniform", "linear", "ramp"] = "uniform"
+    """For `weighted_ce`: one weight an exit that learns, growing with depth (`linear`, EENet), or growing with time
+    (`ramp`, Shallow-Deep Networks); scaled to sum 1."""
     cost_weight: float = 1.0
     """Lambda of the cost-aware objectives (1 in EENets, 0.9 in PTEENet)."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """`adam` adds the weight decay to the gradient, as the papers that used it did."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-4
     momentum: float = 0.9
     """Of SGD (Nesterov)."""
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    """`step` divides by ten at 1/2 and 3/4 of the training."""
+    """`step` divides by ten at each of the `milestones`."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the training, in [0, 1]."""
     warmup: float = 0.05
     """Share of all steps over which the rate rises from 0."""
     clip_grad: float | None = 1.0
-    """Largest norm of the gradient of all branches together."""
+    """Largest norm of the gradient of all that learns together."""
+    ensemble_epochs: int = 500
+    """Passes over recorded answers that fit the ensembles of `ztw` branches, after all else; 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     validation: float = 0.1
     """Share of a map-style training set held out to report each exit's accuracy; 0 for none."""
@@ -61,9 +71,14 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "checkpoint_steps", "patience_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("distill", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        for name in ("distill", "distill_from", "warmup", "survivor"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {value}.")
+        if not all(0 <= share <= 1 for share in self.milestones):
+            raise ConfigError(f"milestones must be shares of the training in [0, 1], got {self.milestones}.")
+        if self.ensemble_epochs < 0:
+            raise ConfigError(f"ensemble_epochs must be at least 0, got {self.ensemble_epochs}.")
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -76,7 +91,7 @@ class TrainConfig:
 
 _CHOICES = {
     "teach": ("labels", "original"),
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("cosine", "linear", "step", "constant"),
     "mixed_precision": ("no", "bf16", "fp16"),
 }

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, random_split
 
-from ee_surgery.errors import DataError, TrainingError
+from ee_surgery.branches import ExitLogits
+from ee_surgery.errors import ConfigError, DataError, TrainingError
+from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.training import checkpoint
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, is_samples, loader, place, unpack
 from ee_surgery.training.data import count as size
+from ee_surgery.training.ensemble import ensembles, fit_ensembles
+from ee_surgery.training.joint import JointModel
 from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
 
 
@@ -49,6 +53,8 @@ class TrainReport:
     """What training did."""
 
     exits: tuple[str, ...]
+    model: EarlyExitModel = field(repr=False)
+    """What was trained: the model that was given, or with `joint=True` a new one."""
     epochs: list[Epoch] = field(default_factory=list)
 
     @property
@@ -76,6 +82,7 @@ def train(
     *,
     validation: Data | None = None,
     accelerator: Accelerator | None = None,
+    joint: bool = False,
 ) -> TrainReport:
     """Train the branches. The original runs in eval mode without gradients and keeps every bit.
 
@@ -88,14 +95,22 @@ def train(
         validation: what each exit's accuracy is reported on after every epoch; by default a random
             `config.validation` of a map-style `data`, which then is not trained on.
         accelerator: your own; one is made from `config.mixed_precision` otherwise.
+        joint: train the original along, as EENet, EENets, BranchyNet and MSDNet do, on a copy: the model that was
+            given keeps every bit, and `report.model` is a new base with branches, saved with its weights.
     Raises:
+        ConfigError: `joint` with answers of the original as labels.
+        ExitPointError: `joint` with an exit that is not where a module ends.
         DataError: batches of unknown form, no labels where they are needed, or data that runs out.
         TrainingError: the loss stays non-finite, or a checkpoint of another run is in the way.
     """
     config = config or TrainConfig()
     before = checkpoint.random_state()
+    if joint:
+        if config.teach == "original":
+            raise ConfigError('teach="original" has a teacher that does not learn: not with joint=True.')
+        branched = branched.copy()
     try:
-        return _Run(branched, data, config, validation, accelerator or _accelerator(config)).run()
+        return _Run(branched, data, config, validation, accelerator or _accelerator(config), joint).run()
     finally:
         branched.eval()
         checkpoint.set_random_state(before)
@@ -115,6 +130,7 @@ class _Run:
         config: TrainConfig,
         validation: Data | None,
         accelerator: Accelerator,
+        joint: bool,
     ) -> None:
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
         self.objective = OBJECTIVES[config.objective]
@@ -131,15 +147,17 @@ class _Run:
             )
         if not isinstance(batches, Sized) and config.schedule != "constant":
             raise DataError('The training data has no length: set TrainConfig(schedule="constant", warmup=0).')
-        self.bank: nn.Module
-        self.bank, self.optimizer = accelerator.prepare(branched.branches, self._optimizer())
+        self.joint = joint
+        self.learner: nn.Module = JointModel(branched) if joint else branched.branches
+        self.prepared: nn.Module
+        self.prepared, self.optimizer = accelerator.prepare(self.learner, self._optimizer())
         self.batches: Iterable[Any] = accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
         self.total = config.epochs * len(self.batches) if isinstance(self.batches, Sized) else 0
         self.validation = None if validation is None else loader(validation, config.batch_size)
         visits = [True] * len(branched.branches)
         costs = exit_costs(branched.trunk_macs, branched.branch_macs, visits)
         self.costs = torch.tensor([*costs[:-1], costs[-1]], device=accelerator.device) / costs[-1]
-        self.report = TrainReport(tuple(branched.exits))
+        self.report = TrainReport(tuple(branched.exits), branched)
         self.console = Console()
 
     def run(self) -> TrainReport:
@@ -152,6 +170,13 @@ class _Run:
         while self.epoch < self.config.epochs:
             self._one_epoch(folder, state)
             state = None
+        if self.joint:
+            self.branched.rebase()
+            self._say(
+                "trained on a copy: report.model is a new base, saved with its weights; the one given is as it was"
+            )
+        if self.config.ensemble_epochs and ensembles(self.branched.branches):
+            self._fit_ensembles()
         self.accelerator.wait_for_everyone()
         return self.report
 
@@ -165,7 +190,7 @@ class _Run:
             raise TrainingError(f"The checkpoint stands at step {done} of an epoch, but the data ends before.")
         if resumed is not None and done:
             checkpoint.set_random_state(resumed["random"])
-        self.branched.train()
+        self.learner.train()
         with self._bar() as bar:
             total = len(self.batches) if isinstance(self.batches, Sized) else None
             task = bar.add_task(f"epoch {self.epoch + 1}/{self.config.epochs}", total=total, completed=done)
@@ -177,13 +202,12 @@ class _Run:
                     self._save(folder)
         if self.step == 0:
             raise DataError("No batches: the training data is empty.")
-        self.branched.eval()
+        self.learner.eval()
         mean = self.loss_sum / self.taken if self.taken else math.nan
         accuracies = self._validate()
         epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped)
         self.report.epochs.append(epoch)
-        if self.config.progress and self.accelerator.is_main_process:
-            self.console.print(describe(epoch), highlight=False)
+        self._say(describe(epoch))
         self.epoch, self.step, self.taken, self.skipped, self.loss_sum = self.epoch + 1, 0, 0, 0, 0.0
         if folder:
             self._save(folder)
@@ -196,7 +220,7 @@ class _Run:
         good = bool(self.accelerator.gather(torch.isfinite(loss.detach())[None]).all())  # pyright: ignore[reportAttributeAccessIssue]
         if good:
             self.accelerator.backward(loss)
-            norm = self.accelerator.clip_grad_norm_(self.bank.parameters(), self.config.clip_grad or math.inf)
+            norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip_grad or math.inf)
             # fp16 overflows now and then; its scaler skips those steps itself
             good = self.config.mixed_precision == "fp16" or norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
         if not good:
@@ -217,7 +241,7 @@ class _Run:
     def _loss(self, batch: Any) -> Tensor:
         config = self.config
         inputs, labels = unpack(batch)
-        features, original = self.branched.features(place(inputs, self.accelerator.device, self.dtype))
+        exits, original = self._answers(place(inputs, self.accelerator.device, self.dtype))
         headless = self.branched.branches.head is not None
         if headless and (labels is None or config.teach == "original"):
             raise DataError("The model has no head of its own to learn from: its new head needs labels.")
@@ -234,32 +258,70 @@ class _Run:
                 f"Labels must be class numbers below {classes} (or probabilities of shape (B, C)); got "
                 f"{labels.dtype} up to {labels.max().item()}."
             )
-        with self.accelerator.autocast():
-            exits, original = self.branched.split(self.bank(features), original)
-        exits = [type(exit)(exit.logits.float(), exit.confidence) for exit in exits]
-        answers = Answers(exits, original.detach().float(), labels, self.costs)
+        exits = [exit._replace(logits=exit.logits.float()) for exit in exits]
+        teacher = original.float() if self.joint else original.detach().float()
+        answers = Answers(exits, teacher, labels, self.costs, self._progress())
         own = F.cross_entropy(original.float(), labels) if headless else 0.0
         if config.objective == "kd" or config.distill == 1:
             return own + kd(answers, config)
         loss = own + self.objective(answers, config)
-        return loss if config.distill == 0 else (1 - config.distill) * loss + config.distill * kd(answers, config)
+        if config.distill == 0 or answers.progress < config.distill_from:
+            return loss
+        return (1 - config.distill) * loss + config.distill * kd(answers, config)
+
+    def _answers(self, inputs: Inputs) -> tuple[list[ExitLogits], Tensor]:
+        """What the branches, and the original or a new head, answer in training."""
+        if self.joint:
+            with self.accelerator.autocast():
+                return self.prepared(self.branched.normal(inputs))
+        features, original = self.branched.features(inputs)
+        with self.accelerator.autocast():
+            return self.branched.split(self.prepared(features), original)
+
+    def _say(self, line: str) -> None:
+        if self.config.progress and self.accelerator.is_main_process:
+            self.console.print(line, highlight=False)
+
+    def _progress(self) -> float:
+        """Share of the training that is done; 0 where its length is not known."""
+        return (self.epoch * (self.total // self.config.epochs) + self.step) / self.total if self.total else 0.0
+
+    def _fit_ensembles(self) -> None:
+        """On the validation split where there is one: answers to what the branches learned from are too sure."""
+        log_p: list[Tensor] = []
+        truth: list[Tensor] = []
+        count = 0
+        for batch in self.batches if self.validation is None else self.validation:
+            inputs, labels = unpack(batch)
+            answers, original = self.branched.answers(place(inputs, self.accelerator.device, self.dtype))
+            own = answers[-1].handed
+            assert own is not None
+            if labels is None or self.config.teach == "original":
+                labels = original.argmax(-1)
+            gathered = self.accelerator.gather((own.float(), labels.to(own.device)))
+            log_p.append(gathered[0])
+            truth.append(gathered[1])
+            count += len(gathered[0])
+            if count >= _ENSEMBLE_SAMPLES:
+                break
+        fit_ensembles(self.branched.branches, torch.cat(log_p), torch.cat(truth), self.config.ensemble_epochs)
 
     def _rate(self) -> float:
         config = self.config
         if not self.total:
             return config.lr
-        at = (self.epoch * (self.total // config.epochs) + self.step) / self.total
+        at = self._progress()
         rise = min(1.0, (at + 1 / self.total) / config.warmup) if config.warmup else 1.0
         shape = {
             "cosine": 0.5 * (1 + math.cos(math.pi * at)),
             "linear": 1 - at,
-            "step": 0.1 ** ((at >= 0.5) + (at >= 0.75)),
+            "step": 0.1 ** sum(at >= share for share in config.milestones),
             "constant": 1.0,
         }[config.schedule]
         return config.lr * rise * shape
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        config, parameters = self.config, list(self.branched.branches.parameters())
+        config, parameters = self.config, list(self.learner.parameters())
         # norms and biases are not decayed, as usual
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -267,7 +329,7 @@ class _Run:
         ]
         if config.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-        return torch.optim.AdamW(groups, lr=config.lr)
+        return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(groups, lr=config.lr)
 
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
@@ -300,10 +362,17 @@ class _Run:
         config = asdict(self.config)
         for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers"):
             config.pop(free)
-        config["exit_weights"] = str(config["exit_weights"])
+        for listed in ("exit_weights", "milestones"):
+            config[listed] = str(config[listed])
         identity = self.branched.adapter_config()
         exits = [f"{exit.name}: {exit.branch}" for exit in identity.exits]
-        return {**config, "fingerprint": identity.base.fingerprint, "exits": exits, "steps": self.total}
+        return {
+            **config,
+            "joint": self.joint,
+            "fingerprint": identity.base.fingerprint,
+            "exits": exits,
+            "steps": self.total,
+        }
 
     def _save(self, folder: Path) -> None:
         if not self.accelerator.is_main_process:
@@ -315,7 +384,7 @@ class _Run:
                 "settings": self._settings(),
                 "counters": counters,
                 "history": [asdict(epoch) for epoch in self.report.epochs],
-                "branches": self.branched.branches.state_dict(),
+                "learner": self.learner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "random": checkpoint.random_state(),
@@ -323,7 +392,7 @@ class _Run:
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.branched.branches.load_state_dict(state["branches"])
+        self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -332,4 +401,5 @@ class _Run:
         self.report.epochs.extend(Epoch(**{**e, "accuracies": tuple(e["accuracies"])}) for e in state["history"])
 
 
+_ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
 _COUNTERS = ("epoch", "step", "taken", "skipped", "in_a_row", "loss_sum")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_surgery.errors import DataError
+from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.records import ExitRecords
@@ -46,11 +46,17 @@ def record(branched: EarlyExitModel, data: Data, *, batch_size: int = 128) -> Ex
         branch_macs=branched.branch_macs,
         labels=torch.cat(labels) if labels else None,
         confidence=torch.cat(confidence, 1) if confidence else None,
+        chained=branched.branches.chained,
     )
 
 
 def calibrate(
-    branched: EarlyExitModel, data: Data, *, scores: Iterable[str] | None = None, batch_size: int = 128
+    branched: EarlyExitModel,
+    data: Data,
+    *,
+    policy: str = "search",
+    scores: Iterable[str] | None = None,
+    batch_size: int = 128,
 ) -> Frontier:
     """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
 
@@ -58,10 +64,18 @@ def calibrate(
 
     Args:
         data: held out: neither what trained the branches nor what will be reported.
-        scores: which scores may be used; by default `max_prob`, and `learned` where the branches have confidence
+        policy: how thresholds are chosen, by its name in `POLICIES`: `search`, or a paper's own way.
+        scores: which scores `search` may use; by default `max_prob`, and `learned` where the branches have confidence
             units. More scores find a little more on this data and keep a little less of it on new data.
+    Raises:
+        ConfigError: `scores` beside a policy that has its own.
     """
+    if scores is not None and policy != "search":
+        raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
     records = record(branched, data, batch_size=batch_size)
+    if policy != "search":
+        branched.frontier = Frontier.trace(records, policy)
+        return branched.frontier
     if scores is None:
         scores = ["max_prob", *(["learned"] if records.confidence is not None else [])]
     branched.frontier = Frontier.search(records, scores)

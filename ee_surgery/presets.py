@@ -1,0 +1,170 @@
+"""The methods of the papers by name: branches, placement, training and policy, as published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ee_surgery.branches import BranchSpec
+from ee_surgery.branches.base import Option, grid
+from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.placement import ExitPlan, place
+from ee_surgery.registry import Registry
+from ee_surgery.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One paper's method. `augment(model, preset="sdn")` uses it; any argument given beside it wins."""
+
+    paper: str
+    """Authors, venue, arXiv id."""
+    branch: BranchSpec
+    """Where the features are no map (texts, odd numbers of tokens) `token` stands for branches that need one."""
+    exits: int | str
+    """How many, fewer where the model has no room; or `all`."""
+    placement: str
+    config: TrainConfig
+    """The published protocol: long. `dataclasses.replace(preset.config, epochs=5)` shortens it."""
+    policy: str
+    """A name in `POLICIES`: how `calibrate` chooses thresholds."""
+    joint: bool = False
+    """Whether the paper trains the original along. A preset never does unless asked with `joint=True`."""
+    exit_weights: tuple[float, float] | None = None
+    """Weights of the first and last exit that learns, those between on a line; None for `config.exit_weights`."""
+    token_options: Mapping[str, Option] = field(default_factory=dict)
+    """Of the `token` branch that stands in."""
+
+    def plan(self, graph: ModelGraph) -> ExitPlan:
+        """Where the paper puts its exits on this model."""
+        return place(graph, self.exits, self.placement, clip=True)
+
+    def branches(self, points: Sequence[ExitPoint]) -> list[BranchSpec]:
+        """The branch for each exit point."""
+        stand_in = replace(self.branch, name="token", options=self.token_options)
+        fits = [self.branch.name in _ANYWHERE or grid(point) is not None for point in points]
+        return [self.branch if good else stand_in for good in fits]
+
+    def training(self, exits: int, *, joint: bool = False, **changes: object) -> TrainConfig:
+        """The protocol for a number of branches, with changes."""
+        config = self.config
+        if self.exit_weights is not None:
+            first, last = self.exit_weights
+            n = exits + joint
+            weights = [first + (last - first) * k / max(1, n - 1) for k in range(n)]
+            config = replace(config, exit_weights=tuple(weights))
+        return replace(config, **changes)
+
+
+_ANYWHERE = {"auto", "pool", "bnpool", "mlp", "token", "ztw"}
+
+PRESETS: Registry[Preset] = Registry("preset")
+
+
+def _adam(**settings: object) -> TrainConfig:
+    """Adam at a constant rate, no tricks: what most of the papers used."""
+    plain = TrainConfig(optimizer="adam", lr=1e-3, schedule="constant", warmup=0, clip_grad=None, distill=0)
+    return replace(plain, **settings)
+
+
+def _sgd(**settings: object) -> TrainConfig:
+    """SGD with momentum 0.9, divided by ten twice."""
+    return _adam(optimizer="sgd", schedule="step", **settings)
+
+
+PRESETS.register("pteenet")(
+    Preset(
+        paper="PTEENet: Lahiany & Aperstein, IEEE Access 2022, arXiv:2501.02508",
+        branch=BranchSpec("conv2", confidence=True),
+        exits=10,
+        placement="fine",
+        config=_adam(objective="cumulative", cost_weight=0.9, epochs=30),
+        policy="learned",
+    )
+)
+PRESETS.register("eenet")(
+    Preset(
+        paper="EENet: Ilhan et al., WACV 2024, arXiv:2301.07099",
+        branch=BranchSpec("eenet"),
+        exits=2,
+        placement="linear",
+        config=_sgd(
+            objective="weighted_ce",
+            exit_weights="linear",
+            distill=0.01,
+            distill_from=0.75,
+            temperature=3.0,
+            lr=0.1,
+            weight_decay=5e-4,
+            epochs=150,
+            milestones=(1 / 3, 2 / 3),
+        ),
+        policy="eenet",
+        joint=True,
+    )
+)
+PRESETS.register("cascade")(
+    Preset(
+        paper="Cascaded inference by softmax confidence: Berestizshevsky & Even, ICANN 2019, arXiv:1805.10982",
+        branch=BranchSpec("mlp"),
+        exits=2,
+        placement="linear",
+        config=_sgd(objective="sum_ce", lr=0.005, epochs=20, milestones=(0.5,)),
+        policy="cascade",
+        token_options={"hidden": 64},
+    )
+)
+PRESETS.register("eenets")(
+    Preset(
+        paper="EENets: Demir & Akbas, arXiv:2409.05336",
+        branch=BranchSpec("pool", confidence=True),
+        exits=10,
+        placement="fine",
+        config=_adam(objective="cumulative", cost_weight=1.0, epochs=150, batch_size=32),
+        policy="learned",
+        joint=True,
+    )
+)
+PRESETS.register("sdn")(
+    Preset(
+        paper="Shallow-Deep Networks: Kaya et al., ICML 2019, arXiv:1810.07052",
+        branch=BranchSpec("sdn"),
+        exits=6,
+        placement="linear",
+        config=_adam(objective="sum_ce", epochs=25, schedule="step", milestones=(0.6,)),
+        policy="most_confident",
+    )
+)
+PRESETS.register("ztw")(
+    Preset(
+        paper="Zero Time Waste: Wolczyk et al., NeurIPS 2021",
+        branch=BranchSpec("ztw"),
+        exits="all",
+        placement="linear",
+        config=_adam(objective="sum_ce", epochs=50, schedule="step", milestones=(0.3,)),
+        policy="shared",
+    )
+)
+PRESETS.register("branchynet")(
+    Preset(
+        paper="BranchyNet: Teerapittayanon et al., ICPR 2016, arXiv:1709.01686",
+        branch=BranchSpec("branchy"),
+        exits=2,
+        placement="linear",
+        config=_adam(objective="weighted_ce", epochs=100, batch_size=64, weight_decay=0.0),
+        policy="entropy",
+        joint=True,
+        exit_weights=(1.0, 0.3),
+    )
+)
+PRESETS.register("msdnet")(
+    Preset(
+        paper="MSDNet: Huang et al., ICLR 2018, arXiv:1703.09844",
+        branch=BranchSpec("msd"),
+        exits=4,
+        placement="linear",
+        config=_sgd(objective="sum_ce", lr=0.1, epochs=300, batch_size=64),
+        policy="geometric",
+        joint=True,
+    )
+)
