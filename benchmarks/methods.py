@@ -1,10 +1,13 @@
 """Every preset on the same backbones and data: train, record, compare.
 
-    python -m benchmarks.methods train     # hours; goes on where it stopped
-    python -m benchmarks.methods report    # tables and plots into docs/
+    python -m benchmarks.methods train      # hours; goes on where it stopped
+    python -m benchmarks.methods compare    # policies on the records; an hour; goes on where it stopped
+    python -m benchmarks.methods page       # docs/methods.md and its plots, from benchmarks/results
 
-Branches learn from training images with the original frozen, by each paper's own loss and optimiser but far fewer
-steps (`PASSES`). Answers to the test images are recorded once; policies are compared on the records in `report`.
+Branches learn from training images with the original frozen, by each paper's own loss, all in the same few steps
+(`PASSES`) of the same optimiser (`COMMON`): at the papers' own rates, made for hundreds of times as many steps, some
+would have learned nothing yet. Answers to images that neither the original nor the branches have seen are recorded
+once. Policies choose their thresholds on one random half of those and are reported on the other, over `HALVES` halves.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -26,11 +30,14 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
+from benchmarks.methods_compare import HALVES, compare
+from benchmarks.methods_page import write_page
 from recipes import data
 from recipes.cifar10_resnet56 import Varied
 from recipes.networks import CifarResNet
 
 RUNS = Path("runs/methods")
+RESULTS = Path("benchmarks/results")
 SEEDS = (0, 1, 2)
 METHODS = ("ours", *ee.PRESETS)
 PHOTO_SIZE = 160
@@ -119,8 +126,18 @@ TASKS: dict[str, Callable[[int, int], Task]] = {
     "vit4": _vit,
     "mobilenetv2": _mobilenet,
 }
-PASSES = {"resnet56": 30_000, "vit4": 30_000, "mobilenetv2": 5_000}
+PASSES = {"resnet56": 15_000, "vit4": 15_000, "mobilenetv2": 2_500}
 """Images that the branches of each method see, views of the same image counted each."""
+BATCH = {"resnet56": 32, "vit4": 32, "mobilenetv2": 16}
+COMMON: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 3e-3,
+    "weight_decay": 5e-3,
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "clip_grad": 1.0,
+    "validation": 0,
+}
 
 
 def train(backbone: str, method: str, seed: int, passes: int, folder: Path) -> None:
@@ -133,17 +150,16 @@ def train(backbone: str, method: str, seed: int, passes: int, folder: Path) -> N
     np.random.seed(seed)  # noqa: NPY002 (transforms use it)
     task = TASKS[backbone](seed, passes)
     graph = ee.inspect(task.model, task.sample)
+    common: dict[str, Any] = {**COMMON, "epochs": task.epochs, "batch_size": BATCH[backbone], "seed": seed}
     if method == "ours":
         plan = ee.place(graph, 6, "linear", clip=True)
         branches: list[ee.BranchSpec] = [ee.BranchSpec("auto")] * len(plan.points)
-        config = ee.TrainConfig(epochs=task.epochs, lr=3e-3, weight_decay=5e-3, validation=0, seed=seed)
+        config = ee.TrainConfig(**common)
     else:
         preset = ee.PRESETS[method]
         plan = preset.plan(graph)
         branches = preset.branches(plan.points)
-        config = preset.training(len(branches), epochs=task.epochs, validation=0, seed=seed)
-    if backbone == "mobilenetv2":  # few images: as many steps as the others by smaller batches
-        config = replace(config, batch_size=32)
+        config = preset.training(len(branches), **common)
     branched = ee.attach(graph, plan, branches, seed=seed)
     started = time.perf_counter()
     ee.train(branched, task.train, config)
@@ -168,23 +184,45 @@ def train(backbone: str, method: str, seed: int, passes: int, folder: Path) -> N
     path.with_suffix(".json").write_text(json.dumps(about, indent=1))
 
 
+def static_networks(backbone: str, records: ee.ExitRecords) -> dict[str, tuple[float, Tensor]]:
+    """Smaller networks that a user might take instead: MACs fraction, and whether each image is right."""
+    found = {}
+    for depth in (20, 32) if backbone == "resnet56" else ():
+        small = CifarResNet(depth)
+        task = _cifar(f"cifar10_resnet{depth}", small, 0, 1)
+        with torch.no_grad():
+            answers = torch.cat([small(batch).argmax(-1) for batch in task.test.split(250)])
+        found[f"ResNet-{depth}"] = (ee.inspect(small, task.sample).macs / records.base_macs, answers == task.labels)
+    return found
+
+
 def main() -> None:
-    """Train what is missing, or report."""
+    """Train what is missing, compare what is not compared yet, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["train", "report"])
+    parser.add_argument("verb", choices=["train", "compare", "page"])
     parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--backbones", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--passes", type=int, help="in place of the default of each backbone")
+    parser.add_argument("--halves", type=int, default=HALVES)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.verb == "train":
-        for seed in options.seeds:
-            for backbone in options.backbones:
-                for method in options.methods:
+    if options.verb == "page":
+        write_page(options.results, Path("docs"))
+        return
+    for seed in options.seeds:
+        for backbone in options.backbones:
+            for method in options.methods:
+                if options.verb == "train":
                     train(backbone, method, seed, options.passes or PASSES[backbone], options.runs)
+                    continue
+                records = ee.ExitRecords.load(options.runs / backbone / f"{method}-{seed}.safetensors")
+                about = json.loads((options.runs / backbone / f"{method}-{seed}.json").read_text())
+                static = static_networks(backbone, records) if (method, seed) == ("ours", 0) else {}
+                compare(records, about, options.results / f"methods-{backbone}.jsonl", static, options.halves)
 
 
 if __name__ == "__main__":

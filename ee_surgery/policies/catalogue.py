@@ -110,7 +110,7 @@ def geometric(records: ExitRecords) -> list[OperatingPoint]:
 @POLICIES.register("eenet")
 def eenet(records: ExitRecords) -> list[OperatingPoint]:
     """The learned scheduler of EENet (arXiv:2301.07099), for budgets."""
-    return list(_within(records, 8, eenet_scheduler))
+    return list(_within(records, 6, eenet_scheduler))
 
 
 def _within(

@@ -92,7 +92,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     Args:
         weights: numbers; `uniform`; `linear`: in proportion to the depth, counted from 1 (EENet, whose own weights
             k / (K (K + 1)) sum to one half); `ramp`: min(cost, 0.01 + progress * cost), from near nothing to each
-            exit's relative cost (the joint training of Shallow-Deep Networks).
+            exit's relative cost, and 1 for the original (the joint training of Shallow-Deep Networks).
         costs: of leaving at each of the exits that learn, fractions of the whole.
         progress: share of the training that is done.
     Raises:
@@ -104,7 +104,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     elif weights == "linear":
         weights = tuple(float(k + 1) for k in range(n))
     elif weights == "ramp":
-        weights = tuple(min(cost, 0.01 + progress * cost) for cost in costs.tolist())
+        weights = tuple(1.0 if cost >= 1 else min(cost, 0.01 + progress * cost) for cost in costs.tolist())
     if isinstance(weights, str) or len(weights) != n or min(weights) < 0 or sum(weights) == 0:
         raise ConfigError(f"exit_weights must be 'uniform', 'linear', 'ramp' or {n} numbers >= 0, got {weights!r}.")
     return torch.tensor(weights) / sum(weights)

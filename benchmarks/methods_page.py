@@ -1,0 +1,175 @@
+"""docs/methods.md and its plots, from what `benchmarks.methods compare` measured."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ee_surgery as ee
+from benchmarks.methods_compare import COSTS, DROPS, GRID, LOW, read
+
+TITLES = {
+    "resnet56": "CIFAR-10, ResNet-56",
+    "vit4": "CIFAR-10, a 4-layer ViT (`cifar10_vit4_prenorm`)",
+    "mobilenetv2": "Imagenette, MobileNetV2 (`mobilenetv2_100`) among its ten classes",
+}
+OURS = ("search", "stopping")
+
+
+def write_page(results: Path, docs: Path) -> None:
+    """Write the page and one plot a backbone."""
+    parts = [_HEAD]
+    for backbone, title in TITLES.items():
+        lines = read(results / f"methods-{backbone}.jsonl")
+        if lines:
+            parts += [f"## {title}", *_section(backbone, lines, docs)]
+    (docs / "methods.md").write_text("\n\n".join(parts) + "\n")
+    papers = (docs / "papers.md").read_text()
+    for method in ee.PRESETS:
+        papers = re.sub(f"<!-- ours:{method} -->.*", f"<!-- ours:{method} -->{_summary(method, results)}", papers)
+    (docs / "papers.md").write_text(papers)
+
+
+def _summary(method: str, results: Path) -> str:
+    """One line for papers.md: what the method gave here."""
+    found = []
+    for backbone, title in (("resnet56", "ResNet-56"), ("vit4", "the ViT"), ("mobilenetv2", "MobileNetV2")):
+        policy = ee.PRESETS[method].policy
+        lines = [
+            line
+            for line in read(results / f"methods-{backbone}.jsonl")
+            if (line["method"], line["policy"]) == (method, policy)
+        ]
+        if lines:
+            point = f"{_percent([line['at_0.75'] for line in lines])} % at 0.75 of the MACs"
+            within = f"within 1 point from {np.mean([line['drop_0.01'] for line in lines]):.3f} on"
+            found.append(f"{title} {point}, {within}")
+    return f"Ours (original frozen, short training; [methods.md](methods.md)): {'; '.join(found)}."
+
+
+def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable[str]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        groups[line["method"], line["policy"]].append(line)
+    any_line = next(line for line in lines if line["policy"] == "search")
+    seeds = sorted({line["seed"] for line in lines if line["seed"] is not None})
+    oracles = {method: found for (method, policy), found in groups.items() if policy == "oracle"}
+    yield (
+        f"{any_line['samples']} images choose, as many others are reported, {any_line['halves']} random halves; seeds "
+        f"{', '.join(map(str, seeds))}; the original is right on {_percent([any_line['base']])} %. Branches saw "
+        f"{any_line['passes']} images each (torch {any_line['torch']}, timm {any_line['timm']}, {platform.machine()} "
+        f"CPU, {any_line['threads']} thread)."
+    )
+    head = ["", "exits", *(f"at {cost:g}" for cost in COSTS), *(f"-{100 * drop:g}" for drop in DROPS), "area", "AUROC",
+            "train"]  # fmt: skip
+    rows = []
+    for method in ("ours", *ee.PRESETS):
+        policy = "search" if method == "ours" else ee.PRESETS[method].policy
+        found = groups.get((method, policy), [])
+        if found:
+            name = f"**ours** ({policy})" if method == "ours" else f"{method} ({policy})"
+            rows.append([name, str(len(found[0]["exits"])), *_cells(found), _seconds(found)])
+    for (method, policy), found in groups.items():
+        if policy == "static":
+            cost = f"static {method}: {_percent([found[0]['accuracy']])} % at {found[0]['cost']:.3f}"
+            rows.append([cost, *[""] * (len(head) - 1)])
+    yield "**Each method as its paper has it**, on the frozen original: its branches, loss, optimiser and policy."
+    yield _table(head, rows)
+    rows = []
+    for policy in ee.POLICIES:
+        found = groups.get(("ours", policy), [])
+        if found:
+            name = f"**{policy}**" if policy in OURS else policy
+            took = f"{np.mean([line['calibration_seconds'] for line in found]):.2f} s"
+            rows.append([name, *_cells(found), took])
+    rows.sort(key=lambda row: -float(row[len(COSTS) + len(DROPS) + 1].split(" ")[0]))
+    best = np.mean([[line["cost"], line["accuracy"]] for line in oracles["ours"]], 0)
+    rows.append([f"oracle: {100 * best[1]:.2f} % at {best[0]:.3f}", *[""] * (len(head) - 2)])
+    yield "**Each policy on the same branches** (ours), sorted by area; bold ones are this project's."
+    yield _table(["", *head[2:-1], "calibration"], rows)
+    _plot(groups, docs / f"methods-{backbone}.png", TITLES[backbone].replace("`", ""))
+    yield f"![Accuracy against cost](methods-{backbone}.png)"
+
+
+def _cells(found: list[dict[str, Any]]) -> list[str]:
+    """Means over the seeds; the spread of the seeds beside the area."""
+    cells = [_percent([line[f"at_{cost:g}"] for line in found]) for cost in COSTS]
+    cells += [f"{np.mean([line[f'drop_{drop:g}'] for line in found]):.3f}" for drop in DROPS]
+    area = 100 * np.array([line["area"] for line in found])
+    spread = f" ± {area.std(ddof=1):.2f}" if len(area) > 1 else ""
+    auroc = np.nanmean([line["auroc"] for line in found])
+    return [*cells, f"{area.mean():.2f}{spread}", f"{auroc:.3f}"]
+
+
+def _seconds(found: list[dict[str, Any]]) -> str:
+    return f"{np.mean([line['train_seconds'] for line in found]):.0f} s"
+
+
+def _percent(values: list[float]) -> str:
+    mean = 100 * np.mean(values)
+    return "-" if np.isnan(mean) else f"{mean:.2f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def _plot(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method in ("ours", *ee.PRESETS):
+        policy = "search" if method == "ours" else ee.PRESETS[method].policy
+        _curve(left, groups.get((method, policy), []), method, method == "ours")
+    for policy in ee.POLICIES:
+        _curve(right, groups.get(("ours", policy), []), policy, policy in OURS)
+    for (method, policy), found in groups.items():
+        if policy == "static":
+            left.plot(found[0]["cost"], 100 * found[0]["accuracy"], "ks", markersize=5)
+            left.annotate(method, (found[0]["cost"], 100 * found[0]["accuracy"]), fontsize=7, xytext=(4, -9),
+                          textcoords="offset points")  # fmt: skip
+    for axes, what in ((left, "methods as published"), (right, "policies on the same branches")):
+        top = 100 * max(max(line["curve"]) for found in groups.values() for line in found if "curve" in line)
+        axes.set_ylim(top - 16, top + 0.5)
+        axes.set_xlim(LOW, 1)
+        axes.set_xlabel("mean MACs of a sample / MACs of the original")
+        axes.set_ylabel("accuracy (%)")
+        axes.set_title(what, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def _curve(axes: Any, found: list[dict[str, Any]], name: str, bold: bool) -> None:
+    if not found:
+        return
+    curve = 100 * np.mean([line["curve"] for line in found], 0)
+    shown = np.where(max(line["cheapest"] for line in found) <= GRID, curve, np.nan)
+    axes.plot(GRID, shown, label=name, linewidth=2.4 if bold else 1.1, zorder=3 if bold else 2)
+
+
+_HEAD = """# Every method on the same ground
+
+Generated by `python -m benchmarks.methods page` from `benchmarks/results/methods-*.jsonl`, which `train` and `compare`
+fill (`EE_SURGERY_DATA` names the data folder).
+
+The original is frozen in every row, also for methods whose paper trains it along, so that all start from the same
+network and leave it as it is. Each preset keeps its paper's branches, exits, loss and policy. The training is **far
+shorter than published**: the same few images and the same optimiser for all (AdamW, peak rate 3e-3, cosine), since at
+the papers' own rates some would have learned nothing yet. Costs are MACs by the original's, every branch on the way
+counted, which puts some methods behind what their papers report. Thresholds come from one half of images that neither
+the original nor the branches have seen, results from the other half.
+
+Columns: accuracy (%) at a share of the MACs (`-`: out of reach); the share of the MACs from which on no more than 0.5,
+1 and 2 points are lost; area: mean accuracy over 0.3 to 1 of the MACs, out of reach counting as guessing, with the
+deviation over the seeds; AUROC of the exits' scores for being right, mean over the exits; time to train or to
+calibrate. What the methods do, and where we differ: [papers.md](papers.md)."""
