@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
-from benchmarks.methods_compare import HALVES, compare
+from benchmarks.methods_compare import HALVES, compare, read
 from benchmarks.methods_page import write_page
 from recipes import data
 from recipes.cifar10_resnet56 import Varied
@@ -126,7 +126,7 @@ TASKS: dict[str, Callable[[int, int], Task]] = {
     "vit4": _vit,
     "mobilenetv2": _mobilenet,
 }
-PASSES = {"resnet56": 15_000, "vit4": 15_000, "mobilenetv2": 2_500}
+PASSES = {"resnet56": 10_000, "vit4": 10_000, "mobilenetv2": 2_500}
 """Images that the branches of each method see, views of the same image counted each."""
 BATCH = {"resnet56": 32, "vit4": 32, "mobilenetv2": 16}
 COMMON: dict[str, Any] = {
@@ -216,13 +216,19 @@ def main() -> None:
     for seed in options.seeds:
         for backbone in options.backbones:
             for method in options.methods:
+                results = options.results / f"methods-{backbone}.jsonl"
                 if options.verb == "train":
+                    if any(line["key"] == f"{method}/oracle/{seed}" for line in read(results)):
+                        continue  # compared already, here or elsewhere
                     train(backbone, method, seed, options.passes or PASSES[backbone], options.runs)
                     continue
-                records = ee.ExitRecords.load(options.runs / backbone / f"{method}-{seed}.safetensors")
-                about = json.loads((options.runs / backbone / f"{method}-{seed}.json").read_text())
+                about = options.runs / backbone / f"{method}-{seed}.json"
+                if not about.exists():
+                    continue
+                records = ee.ExitRecords.load(about.with_suffix(".safetensors"))
+                about = json.loads(about.read_text())
                 static = static_networks(backbone, records) if (method, seed) == ("ours", 0) else {}
-                compare(records, about, options.results / f"methods-{backbone}.jsonl", static, options.halves)
+                compare(records, about, results, static, options.halves)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,14 @@ from ee_surgery.placement import PLACEMENTS, ExitPlan, place
 from ee_surgery.policies.budget import geometric_budget
 from ee_surgery.policies.cascade import accuracy_drop_rule
 from ee_surgery.policies.catalogue import POLICIES
+from ee_surgery.policies.certificate import Certificate
 from ee_surgery.policies.classwise import class_thresholds
 from ee_surgery.policies.eenet import eenet_scheduler
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.risk import RISKS, check_certificate, risk_control
 from ee_surgery.policies.scores import FITTED_SCORES, SCORES, FittedScore
 from ee_surgery.policies.search import realised_drop
 from ee_surgery.policies.temperature import scale_temperatures
@@ -47,12 +49,14 @@ __all__ = [
     "PLACEMENTS",
     "POLICIES",
     "PRESETS",
+    "RISKS",
     "SCORES",
     "AdapterError",
     "Branch",
     "BranchError",
     "BranchSpec",
     "CaptureError",
+    "Certificate",
     "ConfigError",
     "DataError",
     "EarlyExitModel",
@@ -82,6 +86,7 @@ __all__ = [
     "augment",
     "batches",
     "calibrate",
+    "check_certificate",
     "class_thresholds",
     "eenet_scheduler",
     "evaluate",
@@ -91,6 +96,7 @@ __all__ = [
     "place",
     "realised_drop",
     "record",
+    "risk_control",
     "scale_temperatures",
     "train",
 ]

@@ -182,6 +182,8 @@ class EarlyExitModel(nn.Module):
         *,
         max_accuracy_drop: float | None = None,
         budget: float | None = None,
+        risk: tuple[float, float] | None = None,
+        risk_of: str = "disagreement",
         thresholds: Sequence[float] | float | None = None,
         score: str = "max_prob",
     ) -> OperatingPoint | None:
@@ -191,23 +193,34 @@ class EarlyExitModel(nn.Module):
             point: an operating point, e.g. of `frontier`; `operate(None)` alone: never leave early.
             max_accuracy_drop: the cheapest point of the frontier within this drop; 0.01 is one percentage point.
             budget: the most accurate one within this fraction of the original's MACs.
+            risk: (eps, delta): the cheapest one certified to differ from the original on at most a share eps of new
+                samples, with confidence 1 - delta. The certificate is on the point.
+            risk_of: `disagreement`, or `accuracy_gap` where the calibration data had labels.
             thresholds: one a branch, or one for all, for `score`; nothing is known about their accuracy then.
         Returns:
             The operating point now in force; None for never.
         Raises:
             OperatingPointError: more than one of them, no frontier yet, or none of its points meets the request.
         """
-        asked = [name for name, v in [("max_accuracy_drop", max_accuracy_drop), ("budget", budget),
-                                      ("thresholds", thresholds), ("point", point)] if v is not None]  # fmt: skip
+        given = {
+            "max_accuracy_drop": max_accuracy_drop,
+            "budget": budget,
+            "risk": risk,
+            "thresholds": thresholds,
+            "point": point,
+        }
+        asked = [name for name, value in given.items() if value is not None]
         if len(asked) > 1:
-            raise OperatingPointError(f"Give exactly one of max_accuracy_drop=, budget=, thresholds=; got {asked}.")
+            raise OperatingPointError(
+                f"Give exactly one of max_accuracy_drop=, budget=, risk=, thresholds=; got {asked}."
+            )
         if thresholds is not None:
             values = [thresholds] * len(self.branches) if isinstance(thresholds, (int, float)) else thresholds
             return self._set(OperatingPoint.by_hand(tuple(float(v) for v in values), score))
-        if max_accuracy_drop is not None or budget is not None:
+        if max_accuracy_drop is not None or budget is not None or risk is not None:
             if self.frontier is None:
                 raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
-            point = self.frontier.at(max_accuracy_drop=max_accuracy_drop, budget=budget)
+            point = self.frontier.at(max_accuracy_drop=max_accuracy_drop, budget=budget, risk=risk, risk_of=risk_of)
         return self._set(point)
 
     def _set(self, point: OperatingPoint | None) -> OperatingPoint | None:

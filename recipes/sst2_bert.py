@@ -35,7 +35,7 @@ import ee_surgery as ee
 from ee_surgery.runtime.measure import environment
 from recipes import data
 
-REQUESTS: dict[str, dict[str, float]] = {
+REQUESTS: dict[str, dict[str, Any]] = {
     "drop 0": {"max_accuracy_drop": 0.0},
     "drop 0.5 points": {"max_accuracy_drop": 0.005},
     "drop 1 point": {"max_accuracy_drop": 0.01},

@@ -170,3 +170,26 @@ def test_a_timm_base_that_cannot_be_fetched_says_so(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ee.AdapterError, match=r"could not be made by timm: no network.*model="):
         ee.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("policy", ["stopping", "eenet", "classwise", "scaled", "most_confident"])
+def test_fitted_policies_and_certificates_survive_the_folder(policy: str, tmp_path: Path) -> None:
+    model, x = branched("cifar-resnet20"), BY_NAME["cifar-resnet20"].sample(40)
+    frontier = ee.calibrate(model, [x], policy=policy)
+    model.operate(frontier[len(frontier) // 2])
+    expected = model.predict(x)
+    folder = model.save_pretrained(tmp_path / "adapter")
+    again = ee.from_pretrained(folder, original("cifar-resnet20"))
+    assert again.predict(x).exit_index.tolist() == expected.exit_index.tolist()
+    assert len(again.frontier) == len(frontier)
+    for one, other in zip(frontier, again.frontier, strict=True):
+        assert one.thresholds == other.thresholds
+        assert str(one.score) == str(other.score)
+    model.operate(risk=(0.3, 0.2))
+    certified = model.operating_point
+    model.save_pretrained(folder)
+    again = ee.from_pretrained(folder, original("cifar-resnet20"))
+    assert again.operating_point.certificate == certified.certificate
+    assert again.operate(risk=(0.3, 0.2)) == certified
+    with pytest.raises(ee.OperatingPointError, match="accuracy_gap"):
+        again.operate(risk=(0.3, 0.2), risk_of="accuracy_gap")  # no labels were there

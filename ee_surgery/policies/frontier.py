@@ -12,6 +12,7 @@ from ee_surgery.policies.catalogue import POLICIES
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.risk import RiskTable
 from ee_surgery.policies.search import search
 
 FORMAT_VERSION = 1
@@ -36,6 +37,8 @@ class Frontier(Sequence[OperatingPoint]):
     """Fraction of the original's MACs for leaving at each exit, that exit's own branch counted and no other."""
     labelled: bool
     """False where accuracy means agreement with the original."""
+    risks: tuple[RiskTable, ...] = ()
+    """What can be certified, a table a risk; filled by `calibrate`."""
 
     @classmethod
     def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
@@ -71,18 +74,31 @@ class Frontier(Sequence[OperatingPoint]):
             labelled=records.labels is not None,
         )
 
-    def at(self, *, max_accuracy_drop: float | None = None, budget: float | None = None) -> OperatingPoint:
-        """The cheapest point within an accuracy drop, or the most accurate within a budget.
+    def at(
+        self,
+        *,
+        max_accuracy_drop: float | None = None,
+        budget: float | None = None,
+        risk: tuple[float, float] | None = None,
+        risk_of: str = "disagreement",
+    ) -> OperatingPoint:
+        """The cheapest point within an accuracy drop, the most accurate within a budget, or the cheapest certified one.
 
         Args:
             max_accuracy_drop: of the expected accuracy below the original's, in [0, 1]; 0.01 is one percentage
                 point. The realised drop on the calibration data is no larger.
             budget: mean MACs as a fraction of the original's, branches included.
+            risk: (eps, delta): with confidence 1 - delta, at most a share eps of new samples gets another answer than
+                the original's. All exits stay closed, with a warning that says how many samples it takes, where these
+                cannot certify any. `risk_control` knows more risks and sharper tests.
+            risk_of: `accuracy_gap`: at most eps of the accuracy is lost.
         Raises:
-            OperatingPointError: none or both were given, or no point meets the request.
+            OperatingPointError: none or several were given, or no point meets the request.
         """
-        if (max_accuracy_drop is None) == (budget is None):
-            raise OperatingPointError("Give exactly one of max_accuracy_drop= and budget=.")
+        if [max_accuracy_drop, budget, risk].count(None) != 2:
+            raise OperatingPointError("Give exactly one of max_accuracy_drop=, budget= and risk=.")
+        if risk is not None:
+            return self._certified(risk_of, *risk)
         if max_accuracy_drop is not None:
             if not 0 <= max_accuracy_drop <= 1:
                 raise OperatingPointError(
@@ -99,6 +115,15 @@ class Frontier(Sequence[OperatingPoint]):
                 f"{self.points[0].macs_fraction:.3f} of the original's MACs. Put an exit earlier or ask for more."
             )
         return affordable[-1]
+
+    def _certified(self, name: str, eps: float, delta: float) -> OperatingPoint:
+        for table in self.risks:
+            if table.risk == name:
+                return table.at(eps, delta)
+        raise OperatingPointError(
+            f"Nothing is known about the risk {name!r}, only about {[table.risk for table in self.risks]}. Run "
+            "ee.calibrate on labelled data, or ee.risk_control on records."
+        )
 
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.points[index]
@@ -143,6 +168,7 @@ class Frontier(Sequence[OperatingPoint]):
             "exit_accuracies": list(self.exit_accuracies),
             "exit_macs": list(self.exit_macs),
             "labelled": self.labelled,
+            "risks": [table.to_dict() for table in self.risks],
         }
 
     @classmethod
@@ -164,6 +190,7 @@ class Frontier(Sequence[OperatingPoint]):
                 exit_accuracies=tuple(data["exit_accuracies"]),
                 exit_macs=tuple(data["exit_macs"]),
                 labelled=data["labelled"],
+                risks=tuple(RiskTable.from_dict(table) for table in data.get("risks", [])),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"A damaged frontier: {error!r}.") from error

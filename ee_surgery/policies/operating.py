@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ee_surgery.policies.certificate import Certificate
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore
@@ -37,6 +38,8 @@ class OperatingPoint:
     """On new data: `accuracy` less the luck that cross-validation found in choosing; NaN where not estimated."""
     fallback: Fallback = "last"
     """Whose answer a sample gets that never left early."""
+    certificate: Certificate | None = None
+    """What `risk_control` promises of this point."""
 
     @property
     def policy(self) -> ThresholdPolicy:
@@ -54,6 +57,8 @@ class OperatingPoint:
         data["thresholds"] = [t if math.isfinite(t) else str(t) for t in self.thresholds]
         if isinstance(self.score, FittedScore):
             data["score"] = self.score.to_dict()
+        if self.certificate is not None:
+            data["certificate"] = self.certificate.to_dict()
         return {key: None if isinstance(value, float) and value != value else value for key, value in data.items()}
 
     @classmethod
@@ -64,6 +69,8 @@ class OperatingPoint:
         known["thresholds"] = tuple(float(t) for t in data["thresholds"])
         if not isinstance(data["score"], str):
             known["score"] = FittedScore.from_dict(data["score"])
+        stored = data.get("certificate")
+        known["certificate"] = None if stored is None else Certificate.from_dict(stored)
         return cls(**known)
 
 

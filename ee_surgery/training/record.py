@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.risk import risk_table
 from ee_surgery.training.data import Data, batches
 
 
@@ -74,11 +75,13 @@ def calibrate(
         raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
     records = record(branched, data, batch_size=batch_size)
     if policy != "search":
-        branched.frontier = Frontier.trace(records, policy)
-        return branched.frontier
-    if scores is None:
-        scores = ["max_prob", *(["learned"] if records.confidence is not None else [])]
-    branched.frontier = Frontier.search(records, scores)
+        frontier = Frontier.trace(records, policy)
+    else:
+        if scores is None:
+            scores = ["max_prob", *(["learned"] if records.confidence is not None else [])]
+        frontier = Frontier.search(records, scores)
+    risks = ("disagreement", *(["accuracy_gap"] if records.labels is not None else []))
+    branched.frontier = replace(frontier, risks=tuple(risk_table(records, risk) for risk in risks))
     return branched.frontier
 
 

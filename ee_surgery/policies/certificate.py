@@ -1,0 +1,111 @@
+"""What risk control promises about a policy, as plain data that is stored beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ee_surgery.errors import DataError
+from ee_surgery.policies.records import ExitRecords
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A promise about one policy: risk at most `eps` on data like that which certified it.
+
+    It may be wrong with a chance of `delta` over the draw of that data, for one request; a series of requests that
+    are all to hold at once needs `delta` shared between them. With method `crc` only the mean risk over many such
+    draws is promised, and `delta` plays no part. Data of a different kind have no promise.
+    """
+
+    risk: str
+    eps: float
+    delta: float
+    method: str
+    thresholds: tuple[float, ...]
+    """One a branch; all `inf` where nothing could be certified."""
+    score: str
+    n: int
+    """Samples that certify; those that chose the path are not among them."""
+    observed: float
+    """Mean loss on them."""
+    certified: bool
+    """False where no policy with an open exit was cleared. All exits are closed then, which loses nothing."""
+    bound: float | None
+    """Upper bound on the risk at level `delta`, for `crc` on the expected risk; None where nothing was certified."""
+    data: str
+    """SHA-256 of the certifying logits and labels."""
+    per_exit: bool = False
+    """Whether a part of the records chose the thresholds, and the rest certify."""
+    seed: int = 0
+    """Of that split and of the order of bets."""
+
+    @property
+    def promise(self) -> str:
+        """In words."""
+        if not self.certified:
+            return f"nothing: no early exit could be shown to keep {self.risk} within {self.eps:.3g}"
+        how = "in expectation" if self.method == "crc" else f"with confidence {1 - self.delta:.3g}"
+        return f"{self.risk} at most {self.eps:.3g} {how}"
+
+    def __str__(self) -> str:
+        return f"{self.promise} ({self.method}, {self.n} samples, observed {self.observed:.3g})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, which has no number for `inf`: a string."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["thresholds"] = [t if math.isfinite(t) else str(t) for t in self.thresholds]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Certificate:
+        """What `to_dict` gave.
+
+        Raises:
+            DataError: fields are missing or unknown.
+        """
+        try:
+            return cls(**{**data, "thresholds": tuple(float(t) for t in data["thresholds"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"A damaged certificate: {error!r}.") from error
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a certified policy gave on records."""
+
+    observed: float
+    """Its mean loss there."""
+    n: int
+    bound: float
+    """Upper bound on the true risk from these records alone, too low with a chance of at most `delta`."""
+    holds: bool
+    """These records certify the policy (again)."""
+    contradicted: bool
+    """Evidence at level `delta` that the true risk here is above `eps`."""
+    same_data: bool
+    """Whether these are the records that the certificate was made from."""
+    promise: str
+
+    def __str__(self) -> str:
+        verdict = "These data certify it" if self.holds else "These data neither certify nor contradict it"
+        verdict = "The data contradict it" if self.contradicted else verdict
+        which = "the certificate's own" if self.same_data else "new"
+        return (
+            f"Promised: {self.promise}. {verdict}: observed {self.observed:.3%} on {self.n} samples ({which}), "
+            f"at most {self.bound:.3%} by them alone."
+        )
+
+
+def fingerprint(records: ExitRecords) -> str:
+    """SHA-256 of the logits and labels."""
+    digest = hashlib.sha256(repr(tuple(records.logits.shape)).encode())
+    for tensor in (records.logits.float(), records.labels):
+        if tensor is not None:
+            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
+    return digest.hexdigest()
