@@ -139,7 +139,8 @@ class ExitRecords:
         if policy.fallback == "most_confident":
             seen = torch.tensor([*visits, True])[:, None]
             sure = self._certainty.masked_fill(~seen, -torch.inf)
-            answer_index = torch.where(exit_index == last, sure.argmax(0), exit_index)
+            surest = sure.argmax(0).masked_fill(sure.amax(0) == -torch.inf, last)
+            answer_index = torch.where(exit_index == last, surest, exit_index)
         correct = self.correct.gather(0, answer_index[None])[0]
         costs = exit_costs(self.trunk_macs, self.branch_macs, visits)
         return Replay(exit_index, answer_index, correct, torch.tensor(costs, dtype=torch.float64)[exit_index])

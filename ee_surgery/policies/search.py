@@ -299,12 +299,7 @@ def best_of(records: ExitRecords, candidates: Sequence[Candidate], rule: str, pr
     state, score = best.fit(records)
     closed = (0,) * state.exits
     found = {ranks: state.evaluate(ranks) for ranks in [closed, *best.ranks(state, _prices(prices))]}
-    for cheap, dear in itertools.pairwise(_front(found)):
-        steps = min(20, int((found[dear][0] - found[cheap][0]) / 0.002))
-        for t in np.linspace(0, 1, steps + 2)[1:-1]:
-            between = zip(cheap, dear, strict=True)
-            ranks = tuple(state.snap(k, round(a + t * (b - a))) for k, (a, b) in enumerate(between))
-            found[ranks] = state.evaluate(ranks)
+    _fill(found, state)
     points = []
     for ranks in _front(found):
         point = realise(records, ThresholdPolicy(state.thresholds(ranks), score), rule)
@@ -325,8 +320,19 @@ def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") ->
         raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
     state = ThresholdSearch(records, score)
     found = state.sweep(_prices(64))
+    _fill(found, state)
     ranks = next(r for r in _front(found) if records.base_accuracy - found[r][1] <= drop + 1e-12)
     return realise(records, ThresholdPolicy(state.thresholds(ranks), score), f"realised_drop({drop:g})")
+
+
+def _fill(found: dict[Ranks, tuple[float, float]], state: ThresholdSearch) -> None:
+    """Add what lies between neighbours on the front, where no single price is best."""
+    for cheap, dear in itertools.pairwise(_front(found)):
+        steps = min(20, int((found[dear][0] - found[cheap][0]) / 0.002))
+        for t in np.linspace(0, 1, steps + 2)[1:-1]:
+            between = zip(cheap, dear, strict=True)
+            ranks = tuple(state.snap(k, round(a + t * (b - a))) for k, (a, b) in enumerate(between))
+            found[ranks] = state.evaluate(ranks)
 
 
 def _prices(count: int) -> _Floats:

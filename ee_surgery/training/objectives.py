@@ -214,13 +214,12 @@ def survivor_weights(answers: Answers, threshold: float) -> Tensor:
     Source: survivor weighting of CalexNet (arXiv:2509.08318), which states the product and leaves s open.
     """
     with torch.no_grad():
-        there = [torch.ones_like(answers.original[:, 0])]
+        there = [torch.zeros_like(answers.original[:, 0])]  # in log space: a batch may be all but gone
         for exit in answers.exits:
             top = torch.softmax(exit.logits, -1).amax(-1)
             leaves = exit.confidence if exit.confidence is not None else (top - threshold) / _SOFTNESS
-            there.append(there[-1] * torch.sigmoid(-leaves))
-        weights = torch.stack(there)
-        return weights / weights.mean(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            there.append(there[-1] + F.logsigmoid(-leaves))
+        return torch.softmax(torch.stack(there), 1) * len(there[0])
 
 
 def _means(losses: Tensor, answers: Answers, config: Weights) -> Tensor:
