@@ -17,7 +17,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def train(backbone: str, method: str, seed: int, passes: int, folder: Path) -> N
         preset = ee.PRESETS[method]
         plan = preset.plan(graph)
         branches = preset.branches(plan.points)
-        config = preset.training(len(branches), **common)
+        config = replace(preset.config, **common)
     branched = ee.attach(graph, plan, branches, seed=seed)
     started = time.perf_counter()
     ee.train(branched, task.train, config)

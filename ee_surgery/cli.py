@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -68,9 +69,10 @@ def inspect(
 def augment(
     model: Model,
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    exits: Annotated[str, typer.Option(help="How many, or names of exit points with commas between.")] = "3",
-    placement: Annotated[str, typer.Option(help=f"Rule: {', '.join(ee.PLACEMENTS)}.")] = "linear",
-    branch: Annotated[str, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}.")] = "auto",
+    preset: Annotated[str | None, typer.Option(help=f"A paper's method: {', '.join(ee.PRESETS)}.")] = None,
+    exits: Annotated[str | None, typer.Option(help="How many (3), `all`, or names with commas between.")] = None,
+    placement: Annotated[str | None, typer.Option(help=f"Rule (linear): {', '.join(ee.PLACEMENTS)}.")] = None,
+    branch: Annotated[str | None, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}.")] = None,
     train: MaybeImages = None,
     calibrate: MaybeImages = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
@@ -83,7 +85,8 @@ def augment(
     with _errors():
         base = _model(model, checkpoint, random_weights)
         training = out.with_name(f"{out.name}.training")  # a killed run goes on from here, run again
-        config = ee.TrainConfig(
+        config = replace(
+            ee.TrainConfig() if preset is None else ee.PRESETS[preset].config,
             epochs=epochs,
             batch_size=batch_size,
             teach="original" if unlabelled else "labels",
@@ -91,9 +94,10 @@ def augment(
         )
         branched = ee.augment(
             base,
-            int(exits) if exits.isdigit() else exits.split(","),
+            _exits(exits),
             placement,
             branch,
+            preset=preset,
             train=None if train is None else _images(base, train, unlabelled),
             calibrate=None if calibrate is None else _images(base, calibrate, unlabelled),
             config=config,
@@ -109,6 +113,7 @@ def augment(
 def calibrate(
     adapter: Adapter,
     data: Images,
+    policy: Annotated[str, typer.Option(help=f"How to choose thresholds: {', '.join(ee.POLICIES)}.")] = "search",
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
     batch_size: BatchSize = 64,
@@ -119,7 +124,8 @@ def calibrate(
     """Search thresholds on held-out pictures, and store the frontier and the operating point in the adapter folder."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights)
-        frontier = ee.calibrate(branched, _images(branched.backbone, data, unlabelled), batch_size=batch_size)
+        pictures = _images(branched.backbone, data, unlabelled)
+        frontier = ee.calibrate(branched, pictures, policy=policy, batch_size=batch_size)
         if max_accuracy_drop is not None or budget is not None:
             branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
         branched.save_pretrained(adapter)
@@ -173,6 +179,12 @@ def demo(out: Annotated[Path, typer.Option(help="Where to leave adapter and plot
         from ee_surgery.demo import run  # needs scikit-learn
 
         run(out, console)
+
+
+def _exits(text: str | None) -> int | str | list[str] | None:
+    if text is None or text == "all":
+        return text
+    return int(text) if text.isdigit() else text.split(",")
 
 
 def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:

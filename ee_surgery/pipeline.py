@@ -77,7 +77,7 @@ def augment(
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
         if config is None and method is not None:
-            config = method.training(len(plan.points), joint=joint)
+            config = method.config
         branched = train_branches(branched, train, config, joint=joint).model
     if calibrate is not None:
         calibrate_exits(branched, calibrate, policy="search" if method is None else method.policy)

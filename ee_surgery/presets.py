@@ -30,8 +30,6 @@ class Preset:
     """A name in `POLICIES`: how `calibrate` chooses thresholds."""
     joint: bool = False
     """Whether the paper trains the original along. A preset never does unless asked with `joint=True`."""
-    exit_weights: tuple[float, float] | None = None
-    """Weights of the first and last exit that learns, those between on a line; None for `config.exit_weights`."""
     token_options: Mapping[str, Option] = field(default_factory=dict)
     """Of the `token` branch that stands in."""
 
@@ -44,16 +42,6 @@ class Preset:
         stand_in = replace(self.branch, name="token", options=self.token_options)
         fits = [self.branch.name in _ANYWHERE or grid(point) is not None for point in points]
         return [self.branch if good else stand_in for good in fits]
-
-    def training(self, exits: int, *, joint: bool = False, **changes: object) -> TrainConfig:
-        """The protocol for a number of branches, with changes."""
-        config = self.config
-        if self.exit_weights is not None:
-            first, last = self.exit_weights
-            n = exits + joint
-            weights = [first + (last - first) * k / max(1, n - 1) for k in range(n)]
-            config = replace(config, exit_weights=tuple(weights))
-        return replace(config, **changes)
 
 
 _ANYWHERE = {"auto", "pool", "bnpool", "mlp", "token", "ztw"}
@@ -151,10 +139,9 @@ PRESETS.register("branchynet")(
         branch=BranchSpec("branchy"),
         exits=2,
         placement="linear",
-        config=_adam(objective="weighted_ce", epochs=100, batch_size=64, weight_decay=0.0),
+        config=_adam(objective="weighted_ce", exit_weights="falling", epochs=100, batch_size=64, weight_decay=0.0),
         policy="entropy",
         joint=True,
-        exit_weights=(1.0, 0.3),
     )
 )
 PRESETS.register("msdnet")(

@@ -100,10 +100,14 @@ def test_joint_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def _short(preset: str) -> ee.TrainConfig:
+    quick = {"epochs": 1, "batch_size": 16, "validation": 0, "progress": False, "ensemble_epochs": 2}
+    return replace(ee.PRESETS[preset].config, **quick)
+
+
 @pytest.mark.parametrize("name", list(ee.PRESETS))
 def test_every_preset_runs_frozen_from_one_line(name: str) -> None:
-    preset = ee.PRESETS[name]
-    config = preset.training(2, epochs=1, batch_size=16, validation=0, progress=False, ensemble_epochs=2)
+    config = _short(name)
     model = _model()
     branched = ee.augment(
         model,
@@ -124,9 +128,7 @@ def test_every_preset_runs_frozen_from_one_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n, p in ee.PRESETS.items() if p.joint])
 def test_presets_that_train_the_original_do_so_when_asked(name: str) -> None:
-    config = ee.PRESETS[name].training(
-        2, joint=True, epochs=1, batch_size=16, validation=0, progress=False, ensemble_epochs=2
-    )
+    config = _short(name)
     model = _model()
     branched = ee.augment(
         model, 2, preset=name, joint=True, sample=torch.zeros(1, 3, 32, 32), train=_data(), config=config

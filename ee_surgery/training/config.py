@@ -29,9 +29,9 @@ class TrainConfig:
     """Weigh samples by how likely they get to each exit: a threshold in [0, 1] of those before; None for no weights."""
     teach: Literal["labels", "original"] = "labels"
     """`original`: no labels are read; the original's own answer stands for them."""
-    exit_weights: tuple[float, ...] | Literal["uniform", "linear", "ramp"] = "uniform"
-    """For `weighted_ce`: one weight an exit that learns, growing with depth (`linear`, EENet), or growing with time
-    (`ramp`, Shallow-Deep Networks); scaled to sum 1."""
+    exit_weights: tuple[float, ...] | Literal["uniform", "falling", "linear", "ramp"] = "uniform"
+    """For `weighted_ce`: one weight an exit that learns, falling with depth (BranchyNet), growing with depth
+    (`linear`, EENet), or growing with time (`ramp`, Shallow-Deep Networks); scaled to sum 1."""
     cost_weight: float = 1.0
     """Lambda of the cost-aware objectives (1 in EENets, 0.9 in PTEENet)."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"

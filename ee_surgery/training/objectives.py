@@ -90,7 +90,8 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     """One weight an exit, scaled to sum 1, shape (L,) like `costs`.
 
     Args:
-        weights: numbers; `uniform`; `linear`: in proportion to the depth, counted from 1 (EENet, whose own weights
+        weights: numbers; `uniform`; `falling`: from 1 at the first exit on a line to 0.3 at the last (BranchyNet's
+            advice); `linear`: in proportion to the depth, counted from 1 (EENet, whose own weights
             k / (K (K + 1)) sum to one half); `ramp`: min(cost, 0.01 + progress * cost), from near nothing to each
             exit's relative cost, and 1 for the original (the joint training of Shallow-Deep Networks).
         costs: of leaving at each of the exits that learn, fractions of the whole.
@@ -101,12 +102,16 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     n = len(costs)
     if weights == "uniform":
         weights = (1.0,) * n
+    elif weights == "falling":
+        weights = tuple(1 - 0.7 * k / max(1, n - 1) for k in range(n))
     elif weights == "linear":
         weights = tuple(float(k + 1) for k in range(n))
     elif weights == "ramp":
         weights = tuple(1.0 if cost >= 1 else min(cost, 0.01 + progress * cost) for cost in costs.tolist())
     if isinstance(weights, str) or len(weights) != n or min(weights) < 0 or sum(weights) == 0:
-        raise ConfigError(f"exit_weights must be 'uniform', 'linear', 'ramp' or {n} numbers >= 0, got {weights!r}.")
+        raise ConfigError(
+            f"exit_weights must be 'uniform', 'falling', 'linear', 'ramp' or {n} numbers >= 0; got {weights!r}."
+        )
     return torch.tensor(weights) / sum(weights)
 
 
