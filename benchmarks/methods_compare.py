@@ -75,7 +75,7 @@ def measure(records: ee.ExitRecords, policy: str, halves: int) -> dict[str, Any]
         rows.append(realised(frontier, records.take(reported)))
         score = frontier[0].score
     auroc = [
-        roc_auc_score(right, row) if 0 < right.sum() < len(right) else float("nan")
+        roc_auc_score(right, row.clamp(-1e6, 1e6)) if 0 < right.sum() < len(right) else float("nan")
         for right, row in zip(records.correct[:-1], records.scores(score), strict=True)
     ]
     return {
