@@ -12,7 +12,7 @@ from torch import nn
 
 from ee_surgery.backbone import Backbone, Identity, Sample, make_model
 from ee_surgery.branches import BranchSpec
-from ee_surgery.errors import AdapterError, FingerprintError
+from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
 from ee_surgery.graph.points import inspect, read
 from ee_surgery.model import EarlyExitModel, attach
 from ee_surgery.placement import ExitPlan, place
@@ -52,7 +52,7 @@ def augment(
         branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit.
         preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and policy, in place of the
             defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
-        joint: train the original along, on a copy; see `train`.
+        joint: train the original along, on a copy; needs `train=`; see `train`.
         sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
             say what it takes.
         opaque: names of modules to keep whole; see `inspect`.
@@ -63,6 +63,8 @@ def augment(
         config: of the training.
         seed: of the branches' first weights.
     """
+    if joint and train is None:
+        raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
     method = None if preset is None else PRESETS[preset]
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes)
     if isinstance(exits, ExitPlan):

@@ -82,6 +82,11 @@ def test_a_joint_base_is_saved_whole_and_loaded_onto_the_architecture(tmp_path: 
         ee.from_pretrained(folder, timm.create_model("test_vit", num_classes=5, img_size=32))
 
 
+def test_joint_training_without_data_is_refused() -> None:
+    with pytest.raises(ee.ConfigError, match="give train="):
+        ee.augment(_model(), 2, joint=True, sample=torch.zeros(1, 3, 32, 32))
+
+
 def test_a_teacher_that_learns_is_refused() -> None:
     branched = ee.augment(_model(), 2, sample=torch.zeros(1, 3, 32, 32))
     with pytest.raises(ee.ConfigError, match="does not learn"):

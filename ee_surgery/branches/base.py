@@ -190,3 +190,12 @@ def pooled(features: Tensor, layout: str, mask: Tensor | None = None) -> Tensor:
         return features.mean(_PLACES[layout])
     weights = mask.to(features.dtype).unsqueeze(-1)
     return (features * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def summary(features: Tensor, layout: str, prefix_tokens: int, mask: Tensor | None = None) -> Tensor:
+    """The class token beside the mean of the patches, (B, 2 C); the mean alone where there is no such token, (B, C)."""
+    n = prefix_tokens
+    if not n:
+        return pooled(features, layout, mask)
+    patches = pooled(features[:, n:], layout, None if mask is None else mask[:, n:])
+    return torch.cat([features[:, 0], patches], dim=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, channels, grid, hand_on, mixed_pool, pooled, to_nchw
+from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, channels, grid, hand_on, mixed_pool, summary, to_nchw
 from ee_surgery.graph.points import ExitPoint
 
 
@@ -67,9 +67,7 @@ class ZtwBranch(Branch):
         if self.conv is not None and self.share is not None:
             maps = F.relu(self.conv(to_nchw(features, self.layout, self.prefix_tokens)))
             return mixed_pool(maps, self.cells, self.share)
-        n = self.prefix_tokens
-        mean = pooled(features[:, n:], self.layout, None if mask is None else mask[:, n:]) if n else None
-        return pooled(features, self.layout, mask) if mean is None else torch.cat([features[:, 0], mean], 1)
+        return summary(features, self.layout, self.prefix_tokens, mask)
 
     def forward(self, features: Tensor, mask: Tensor | None = None, previous: Tensor | None = None) -> ExitLogits:
         """Features, and log p of the heads before (B, before, C), to the answer and log p of all heads so far."""

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.branches.base import BRANCHES, Branch, channels, grid, mixed_pool, pooled, require_grid, to_nchw
+from ee_surgery.branches.base import (
+    BRANCHES,
+    Branch,
+    channels,
+    grid,
+    mixed_pool,
+    pooled,
+    require_grid,
+    summary,
+    to_nchw,
+)
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint
 
@@ -152,11 +162,5 @@ class TokenBranch(Branch):
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, C), (B, 2 C) with a class token, or (B, hidden)."""
-        n = self.prefix_tokens
-        if n:
-            rest = pooled(features[:, n:], self.layout, None if mask is None else mask[:, n:])
-            summary = torch.cat([features[:, 0], rest], dim=1)
-        else:
-            summary = pooled(features, self.layout, mask)
-        vector = self.norm(summary)
+        vector = self.norm(summary(features, self.layout, self.prefix_tokens, mask))
         return F.gelu(self.hidden(vector)) if self.hidden is not None else vector

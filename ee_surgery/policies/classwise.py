@@ -22,11 +22,6 @@ class ClassThresholds(FittedScore):
     thresholds: Tensor
     """(K - 1, C); `inf` where a class never leaves."""
 
-    @property
-    def stateful(self) -> bool:
-        """No exit looks at another."""
-        return False
-
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:

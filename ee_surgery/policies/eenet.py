@@ -36,6 +36,11 @@ class EENetScore(FittedScore):
     weights: tuple[Tensor, ...]
     """One an exit, (C + 2 + k,)."""
 
+    @property
+    def stateful(self) -> bool:
+        """Yes: each score reads those before it."""
+        return True
+
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:

@@ -47,7 +47,7 @@ class FittedScore(ABC):
     @property
     def stateful(self) -> bool:
         """Whether it needs the answers of the exits before, closed ones included."""
-        return True
+        return False
 
     @abstractmethod
     def __call__(

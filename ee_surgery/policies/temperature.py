@@ -24,11 +24,6 @@ class ScaledScore(FittedScore):
     """One an exit; the original's own may follow."""
     score: str = "max_prob"
 
-    @property
-    def stateful(self) -> bool:
-        """No exit looks at another."""
-        return False
-
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
