@@ -26,6 +26,7 @@ from ee_surgery.policies.classwise import class_thresholds
 from ee_surgery.policies.eenet import eenet_scheduler
 from ee_surgery.policies.operating import realise
 from ee_surgery.policies.outlook import ChanceOfBeingRight, known
+from ee_surgery.policies.policy import Fallback
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import FITTED_SCORES, FittedScore
 from ee_surgery.policies.search import ThresholdSearch, search
@@ -197,16 +198,26 @@ def test_the_sweep_beats_one_threshold_for_all_and_the_geometric_rule_at_every_p
         assert max(accuracy - price * cost for cost, accuracy in found) >= best - 1e-9
 
 
-@given(seed=st.integers(0, 1000), chained=st.booleans(), data=st.data())
-def test_the_search_counts_costs_and_answers_like_a_replay(seed: int, chained: bool, data: st.DataObject) -> None:
+@given(
+    seed=st.integers(0, 1000),
+    chained=st.booleans(),
+    fallback=st.sampled_from(["last", "most_confident"]),
+    data=st.data(),
+)
+def test_the_search_counts_costs_and_answers_like_a_replay(
+    seed: int, chained: bool, fallback: Fallback, data: st.DataObject
+) -> None:
     records = replace(synthetic(40, 4, seed=seed, ties=True), chained=chained)
-    state = ThresholdSearch(records)
+    records.logits[:, :4] = torch.nan
+    records.logits[0, 4:8] = torch.inf
+    state = ThresholdSearch(records).falling_back(fallback)
     ranks = tuple(state.snap(k, data.draw(st.integers(0, 40))) for k in range(3))
-    point = realise(records, ee.ThresholdPolicy(state.thresholds(ranks)), "ranks")
+    point = realise(records, state.policy(ranks), "ranks")
     cost, accuracy = state.evaluate(ranks)
     assert cost == pytest.approx(point.macs_fraction)
     assert accuracy == pytest.approx(point.accuracy)
     assert state.ranks(state.thresholds(ranks)) == ranks
+    assert point.fallback == fallback
     less, more = state.evaluate(state.improve(ranks, 0.5))
     assert more - 0.5 * less >= accuracy - 0.5 * cost - 1e-9
 

@@ -138,7 +138,7 @@ class ExitRecords:
         visits = policy.visits(self.chained)
         if policy.fallback == "most_confident":
             seen = torch.tensor([*visits, True])[:, None]
-            sure = self._certainty.masked_fill(~seen, -torch.inf)
+            sure = self.certainty.masked_fill(~seen, -torch.inf)
             surest = sure.argmax(0).masked_fill(sure.amax(0) == -torch.inf, last)
             answer_index = torch.where(exit_index == last, surest, exit_index)
         correct = self.correct.gather(0, answer_index[None])[0]
@@ -146,7 +146,8 @@ class ExitRecords:
         return Replay(exit_index, answer_index, correct, torch.tensor(costs, dtype=torch.float64)[exit_index])
 
     @cached_property
-    def _certainty(self) -> Tensor:
+    def certainty(self) -> Tensor:
+        """What `most_confident` compares exits by, (K, N): the largest softmax probability; -inf where not finite."""
         return torch.stack([certainty(row) for row in self.logits])
 
     def take(self, rows: Tensor) -> ExitRecords:

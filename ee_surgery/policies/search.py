@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from ee_surgery.errors import ConfigError
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.outlook import ChanceOfBeingRight, logistic
-from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+from ee_surgery.policies.policy import NEVER, Fallback, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore, ScoreOf
 
@@ -37,6 +39,8 @@ class ThresholdSearch:
     def __init__(
         self, records: ExitRecords, score: str | FittedScore = "max_prob", outcomes: _Floats | None = None
     ) -> None:
+        self.score: str | FittedScore = score
+        self.fallback: Fallback = "last"
         # Where a later exit reads the answers of earlier ones, those run and cost even when closed.
         self.always = records.chained or ScoreOf(score).stateful
         self.outcomes = records.correct.double().numpy() if outcomes is None else outcomes
@@ -53,6 +57,20 @@ class ThresholdSearch:
         self.correct = records.correct.double().numpy()
         self.position = np.empty_like(self.order)
         np.put_along_axis(self.position, self.order, np.broadcast_to(np.arange(self.n), self.order.shape), 1)
+        # who has nothing finite to say is less certain than the original, whatever that says
+        self.certainty = records.certainty.double().numpy().copy()
+        self.certainty[-1] = np.maximum(self.certainty[-1], -1)
+        self._surest: dict[tuple[bool, ...], NDArray[np.intp]] = {}
+
+    def falling_back(self, fallback: Fallback) -> ThresholdSearch:
+        """The same search with another answer for samples that never leave."""
+        other = copy.copy(self)
+        other.fallback = fallback
+        return other
+
+    def policy(self, ranks: Ranks) -> ThresholdPolicy:
+        """What these ranks stand for."""
+        return ThresholdPolicy(self.thresholds(ranks), self.score, self.fallback)
 
     def thresholds(self, ranks: Ranks) -> tuple[float, ...]:
         """Halfway between the last score that leaves and the first that stays."""
@@ -72,15 +90,15 @@ class ThresholdSearch:
         outcomes = self.outcomes if outcomes is None else outcomes
         here = np.ones(self.n, dtype=bool)
         right = cost = 0.0
-        for k, rank in enumerate(ranks):
-            if rank == 0 and not (self.always and any(ranks[k:])):
+        for k, runs in enumerate(self._visits(ranks)):
+            if not runs:
                 continue
             cost += self.branch[k] * here.sum()
-            leaves = here & (self.position[k] < rank)
+            leaves = here & (self.position[k] < ranks[k])
             right += outcomes[k][leaves].sum()
             cost += self.trunk[k] * leaves.sum()
             here &= ~leaves
-        return (cost + self.trunk[-1] * here.sum()) / self.n, (right + outcomes[-1][here].sum()) / self.n
+        return (cost + self.trunk[-1] * here.sum()) / self.n, (right + self._rest(ranks, outcomes)[here].sum()) / self.n
 
     def improve(self, ranks: Ranks, price: float) -> Ranks:
         """Move one threshold after the other to its best place until none moves."""
@@ -120,6 +138,19 @@ class ThresholdSearch:
                 found[ranks] = self.evaluate(ranks)
         return found
 
+    def _visits(self, ranks: Sequence[int]) -> tuple[bool, ...]:
+        """Which branches run."""
+        return tuple(any(ranks[k:]) if self.always else bool(rank) for k, rank in enumerate(ranks))
+
+    def _rest(self, ranks: Sequence[int], outcomes: _Floats) -> _Floats:
+        """What the answer of each sample is worth, (N,), if it never leaves."""
+        if self.fallback == "last":
+            return outcomes[-1]
+        seen = (*self._visits(ranks), True)
+        if seen not in self._surest:
+            self._surest[seen] = np.flatnonzero(seen)[self.certainty[list(seen)].argmax(0)]
+        return outcomes[self._surest[seen], np.arange(self.n)]
+
     def snap(self, k: int, rank: int) -> int:
         """The nearest rank at or below that does not part a tie."""
         below = np.flatnonzero(self.ends[k, : max(rank, 0)])
@@ -129,24 +160,27 @@ class ThresholdSearch:
         here = np.ones(self.n, dtype=bool)
         for j in range(k):
             here &= self.position[j] >= ranks[j]
-        stay = self._onward(k + 1, ranks, price)
+        opened, shut = ([*ranks[:k], rank, *ranks[k + 1 :]] for rank in (1, 0))
+        stay = self._onward(k + 1, opened, price)
         leave = self.outcomes[k] - price * self.trunk[k]
         gain = np.where(here, leave - stay, 0.0)[self.order[k]].cumsum()
         gain = np.where(self.ends[k], gain, -np.inf)
         best = int(gain.argmax())
-        # whoever comes here pays for the branch, whether it leaves or not
-        toll = 0.0 if self.always and any(ranks[k + 1 :]) else price * self.branch[k] * here.sum()
+        # whoever comes here pays for the branches that run only if this exit is open, whether it leaves or not
+        extra = [a and not b for a, b in zip(self._visits(opened), self._visits(shut), strict=True)]
+        toll = price * self.branch[:-1][extra].sum() * here.sum()
+        if self.fallback != "last":  # a closed exit has no say in who is the most confident
+            toll += (self._onward(k + 1, shut, price) - stay)[here].sum()
         return best + 1 if gain[best] > toll else 0
 
     def _onward(self, start: int, ranks: list[int], price: float) -> _Floats:
         """What each sample is worth if it goes on to exit `start`, costs before that left out."""
-        value = self.outcomes[-1] - price * self.trunk[-1]
+        value = self._rest(ranks, self.outcomes) - price * self.trunk[-1]
+        visits = self._visits(ranks)
         for j in reversed(range(start, self.exits)):
-            if ranks[j]:
+            if visits[j]:
                 leave = self.outcomes[j] - price * self.trunk[j]
-                value = np.where(self.position[j] < ranks[j], leave, value)
-            if ranks[j] or (self.always and any(ranks[j:])):
-                value = value - price * self.branch[j]
+                value = np.where(self.position[j] < ranks[j], leave, value) - price * self.branch[j]
         return value
 
     # --- three ways to choose ranks for a price, from the fewest things fitted to the most
@@ -173,7 +207,7 @@ class ThresholdSearch:
         found = []
         for price in prices:
             ranks = [0] * self.exits
-            value = self.outcomes[-1] - price * self.trunk[-1]
+            value = self._rest((1,) * self.exits, self.outcomes) - price * self.trunk[-1]
             for k in reversed(range(self.exits)):
                 onward = bases[k] @ (solvers[k] @ value)
                 stays = (chances[k] - price * self.trunk[k] < onward)[self.order[k]]
@@ -207,29 +241,33 @@ def _chance(scores: _Floats, right: _Floats) -> _Floats:
 
 How = Literal["shared", "induction", "ascent"]
 HOWS: tuple[How, ...] = ("shared", "induction", "ascent")
+FALLBACKS: tuple[Fallback, ...] = ("last", "most_confident")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to get thresholds from records: a score, by name or to be fitted, and how its thresholds are chosen."""
+    """A way to get thresholds from records."""
 
-    score: str | FittedScore | Callable[[ExitRecords], FittedScore]
+    score: str
+    """A registered name, or `chance`: the chance of being right, to be fitted."""
     how: How
+    """How its thresholds are chosen."""
+    fallback: Fallback
 
-    def fit(self, records: ExitRecords) -> tuple[ThresholdSearch, str | FittedScore]:
-        """A search over the records, estimated chances of being right standing for outcomes."""
-        score = self.score(records) if callable(self.score) and not isinstance(self.score, FittedScore) else self.score
-        rich = score if isinstance(score, ChanceOfBeingRight) and score.history else ChanceOfBeingRight.fit(records)
-        return ThresholdSearch(records, score, rich.probabilities(records)), score
-
-    def ranks(self, state: ThresholdSearch, prices: _Floats) -> list[Ranks]:
+    def ranks(self, search: ThresholdSearch, prices: _Floats) -> list[Ranks]:
         """The best ranks at each price."""
-        return getattr(state, self.how)(prices)
+        return getattr(search, self.how)(prices)
+
+
+def fit(records: ExitRecords, score: str) -> ThresholdSearch:
+    """A search over the records, estimated chances of being right standing for outcomes."""
+    chance = ChanceOfBeingRight.fit(records)
+    return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a candidate gives on samples that did not choose its thresholds, price by price: means over the folds."""
+    """What a candidate gives on samples that did not choose its thresholds, price by price, (folds, prices)."""
 
     cost: _Floats
     seen: _Floats
@@ -237,43 +275,53 @@ class Curve:
     new: _Floats
     """Accuracy on the others."""
 
-    def area(self, low: float) -> float:
-        """Mean new accuracy over costs from `low` to 1."""
-        order = np.argsort(self.cost, kind="stable")
-        return float(np.interp(np.linspace(low, 1, 100), self.cost[order], self.new[order]).mean())
+    def areas(self, low: float) -> _Floats:
+        """Mean new accuracy over costs from `low` to 1, a number a fold."""
+        grid = np.linspace(low, 1, 100)
+        return np.array([_read_off(grid, cost, new).mean() for cost, new in zip(self.cost, self.new, strict=True)])
 
     def luck(self, cost: float) -> float:
         """How much of the accuracy at this cost will not be there on new data."""
-        order = np.argsort(self.cost, kind="stable")
-        return float(np.interp(cost, self.cost[order], np.maximum(self.seen - self.new, 0)[order]))
+        lucky = np.maximum(self.seen.mean(0) - self.new.mean(0), 0)
+        return float(_read_off(np.array(cost), self.cost.mean(0), lucky))
 
 
-def cross_validate(records: ExitRecords, candidate: Candidate, prices: _Floats, folds: int = 5) -> Curve:
-    """Thresholds from all folds but one, tried on that one."""
+def _read_off(grid: _Floats, cost: _Floats, value: _Floats) -> _Floats:
+    order = np.argsort(cost, kind="stable")
+    return np.interp(grid, cost[order], value[order])
+
+
+def cross_validate(
+    records: ExitRecords, candidates: Sequence[Candidate], prices: _Floats, folds: int = 5
+) -> list[Curve]:
+    """Thresholds from all folds but one, tried on that one: a curve for each candidate."""
     rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
-    totals = np.zeros((len(prices), 3))
-    for held in rows.chunk(folds):
-        rest = records.take(rows[~torch.isin(rows, held)])
-        chosen, score = candidate.fit(rest)
-        fresh = ThresholdSearch(records.take(held), score)
-        for i, ranks in enumerate(candidate.ranks(chosen, prices)):
-            cost, accuracy = fresh.evaluate(fresh.ranks(chosen.thresholds(ranks)))
-            totals[i] += cost, chosen.evaluate(ranks, chosen.correct)[1], accuracy
-    return Curve(*(totals.T / folds))
+    found = np.zeros((len(candidates), 3, folds, len(prices)))
+    for fold, held in enumerate(rows.tensor_split(folds)):
+        fitted = functools.cache(functools.partial(fit, records.take(rows[~torch.isin(rows, held)])))
+        fresh = functools.cache(functools.partial(ThresholdSearch, records.take(held)))
+        for candidate, curve in zip(candidates, found, strict=True):
+            chosen = fitted(candidate.score).falling_back(candidate.fallback)
+            other = fresh(chosen.score).falling_back(candidate.fallback)
+            for i, ranks in enumerate(candidate.ranks(chosen, prices)):
+                cost, accuracy = other.evaluate(other.ranks(chosen.thresholds(ranks)))
+                curve[:, fold, i] = cost, chosen.evaluate(ranks, chosen.correct)[1], accuracy
+    return [Curve(*curve) for curve in found]
 
 
-def search(records: ExitRecords, score: str | FittedScore = "max_prob", prices: int = 64) -> list[OperatingPoint]:
+def search(records: ExitRecords, score: str = "max_prob", prices: int = 64) -> list[OperatingPoint]:
     """Operating points of one score over the whole range from never exiting to always leaving first.
 
     Thresholds for each of many prices of a MAC are chosen in three ways, one threshold for all exits, optimal
-    stopping, and coordinate ascent on all thresholds; five-fold cross-validation picks the way that does best on
-    samples which did not choose: few records bear few parameters. The best of many thresholds is partly luck all the
-    same: how much, the same folds tell, and it is taken off in each point's `expected_accuracy`.
+    stopping, and coordinate ascent on all thresholds; what never leaves gets the original's answer, or the most
+    confident one on its way. Five-fold cross-validation picks what does best on samples which did not choose, the
+    simplest within a standard error of it: few records bear few parameters. The best of many thresholds is partly luck
+    all the same: how much, the same folds tell, and it is taken off in each point's `expected_accuracy`.
 
     Args:
         prices: how many; time grows linearly.
     """
-    return best_of(records, [Candidate(score, how) for how in HOWS], f"search({score})", prices)
+    return best_of(records, [score], f"search({score})", prices)
 
 
 def stopping(records: ExitRecords, prices: int = 64) -> list[OperatingPoint]:
@@ -281,31 +329,48 @@ def stopping(records: ExitRecords, prices: int = 64) -> list[OperatingPoint]:
 
     It looks back, so exits that are closed still run; and it costs a dozen small operations an exit.
     """
-    scores = ("max_prob", ChanceOfBeingRight.fit)
-    return best_of(records, [Candidate(score, how) for score in scores for how in HOWS], "stopping", prices)
+    return best_of(records, ["max_prob", "chance"], "stopping", prices)
 
 
 _FOLDS = 5
 
 
-def best_of(records: ExitRecords, candidates: Sequence[Candidate], rule: str, prices: int = 64) -> list[OperatingPoint]:
-    """Operating points of the candidate that cross-validation prefers."""
+def best_of(records: ExitRecords, scores: Sequence[str], rule: str, prices: int = 64) -> list[OperatingPoint]:
+    """Operating points of the candidate that cross-validation picks; of the simplest, from too few samples for it.
+
+    The ascent takes longest, and is tried with the score and the fallback that the other two ways do best with.
+    """
+    candidates = [Candidate(*each) for each in itertools.product(scores, HOWS[:2], FALLBACKS)]
     curve, best = None, candidates[0]
     if len(records) >= 2 * _FOLDS:
         few = _prices(16)
-        curves = [cross_validate(records, candidate, few, _FOLDS) for candidate in candidates]
-        low = min(1.0, max(float(c.cost.min()) for c in curves))
-        curve, best = max(zip(curves, candidates, strict=True), key=lambda pair: pair[0].area(low))
-    state, score = best.fit(records)
+        curves = cross_validate(records, candidates, few, _FOLDS)
+        candidates.append(replace(_simplest(curves, candidates)[1], how="ascent"))
+        curves += cross_validate(records, candidates[-1:], few, _FOLDS)
+        curve, best = _simplest(curves, candidates)
+    state = fit(records, best.score).falling_back(best.fallback)
     closed = (0,) * state.exits
     found = {ranks: state.evaluate(ranks) for ranks in [closed, *best.ranks(state, _prices(prices))]}
     _fill(found, state)
     points = []
     for ranks in _front(found):
-        point = realise(records, ThresholdPolicy(state.thresholds(ranks), score), rule)
+        point = realise(records, state.policy(ranks), rule)
         lucky = curve.luck(point.macs_fraction) if curve is not None and any(ranks) else 0.0
         points.append(replace(point, expected_accuracy=point.accuracy - lucky))
     return points
+
+
+def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple[Curve, Candidate]:
+    """The best of the candidates that fit the fewest thresholds, of all within a standard error of the very best.
+
+    Source: the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
+    """
+    low = min(1.0, max(float(curve.cost.min()) for curve in curves))
+    areas = np.array([curve.areas(low) for curve in curves])
+    behind = areas[areas.mean(1).argmax()] - areas
+    close = np.flatnonzero(behind.mean(1) <= behind.std(1, ddof=1) / np.sqrt(areas.shape[1])).tolist()
+    chosen = min(close, key=lambda i: (HOWS.index(candidates[i].how), -areas[i].mean()))
+    return curves[chosen], candidates[chosen]
 
 
 def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") -> OperatingPoint:
@@ -322,7 +387,7 @@ def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") ->
     found = state.sweep(_prices(64))
     _fill(found, state)
     ranks = next(r for r in _front(found) if records.base_accuracy - found[r][1] <= drop + 1e-12)
-    return realise(records, ThresholdPolicy(state.thresholds(ranks), score), f"realised_drop({drop:g})")
+    return realise(records, state.policy(ranks), f"realised_drop({drop:g})")
 
 
 def _fill(found: dict[Ranks, tuple[float, float]], state: ThresholdSearch) -> None:
