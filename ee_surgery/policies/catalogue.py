@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -13,7 +14,7 @@ from ee_surgery.errors import OperatingPointError
 from ee_surgery.policies.budget import geometric_budget
 from ee_surgery.policies.cascade import accuracy_drop_rule
 from ee_surgery.policies.classwise import class_thresholds
-from ee_surgery.policies.eenet import eenet_scheduler
+from ee_surgery.policies.eenet import SCORE_RATES, eenet_scheduler
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords, exit_costs
@@ -109,16 +110,23 @@ def geometric(records: ExitRecords) -> list[OperatingPoint]:
 
 @POLICIES.register("eenet")
 def eenet(records: ExitRecords) -> list[OperatingPoint]:
-    """The learned scheduler of EENet (arXiv:2301.07099), for budgets."""
-    return list(_within(records, 6, eenet_scheduler))
+    """The learned scheduler of EENet (arXiv:2301.07099), for budgets; at the rate that does best for a middle one."""
+    middle = (_cheapest(records) + 1) / 2
+    tried = {rate: eenet_scheduler(records, middle, rates=[rate]) for rate in SCORE_RATES}
+    rate = max(tried, key=lambda rate: tried[rate].accuracy)
+    return [tried[rate], *_within(records, 5, functools.partial(eenet_scheduler, rates=[rate]))]
+
+
+def _cheapest(records: ExitRecords) -> float:
+    """The cost of all leaving first, as a fraction of the original's."""
+    return exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))[0] / records.base_macs
 
 
 def _within(
     records: ExitRecords, count: int, choose: Callable[[ExitRecords, float], OperatingPoint]
 ) -> Iterable[OperatingPoint]:
-    """Points for budgets from the cheapest reachable one to the original's cost."""
-    first = exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))[0] / records.base_macs
-    for budget in np.linspace(first * 1.001, 1, count):
+    """Points for budgets from the cheapest reachable one up, below the original's cost."""
+    for budget in np.linspace(_cheapest(records) * 1.001, 1, count, endpoint=False):
         try:
             yield choose(records, float(budget))
         except OperatingPointError:  # noqa: PERF203 (ties leave together: the cheapest may cost a little more)

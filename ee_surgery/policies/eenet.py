@@ -18,7 +18,7 @@ from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
 
 _RHO, _ALPHA_KL, _ALPHA_COST, _BETA = 0.5, 1e-3, 1e-2, 1.0
 _LR, _WEIGHT_DECAY, _STEPS, _PERIOD, _BATCH = 1e-2, 1e-2, 160, 10, 1024
-_SCORE_LRS = (1e-3, 1e-2)
+SCORE_RATES = (1e-3, 1e-2)
 
 
 def _inputs(logits: Tensor) -> Tensor:
@@ -101,6 +101,7 @@ def eenet_scheduler(
     latency_ms: Sequence[float] | None = None,
     seed: int = 0,
     steps: int = _STEPS,
+    rates: Sequence[float] = SCORE_RATES,
 ) -> OperatingPoint:
     """Learn scores and exit shares for a budget, and turn the shares into thresholds that meet it by realised exits.
 
@@ -109,20 +110,21 @@ def eenet_scheduler(
         latency_ms: of leaving at each of the K exits, branches on the way included; rising.
         seed: of the first weights and the batches.
         steps: of Adam, ten for the scores and ten for the shares by turns.
+        rates: of Adam for the scores; the one that gives the most accurate point is kept.
     Raises:
         OperatingPointError: not even everyone leaving at the first exit meets the budget.
     Source: EENet (Ilhan et al., WACV 2024, arXiv:2301.07099), with what its published code gets wrong put right: the
         score is one number a sample, gradients are cleared, there is no sigmoid before the softmax over the exits (it
         keeps any of three exits below 57.6 %), the last exit takes all that is left, an exit without a quota is closed,
         and the budget is met by realised exits, not by soft shares within 10 %. In place of ten restarts at 3e-5,
-        two rates of Adam for few steps, from scores that start as the largest probability; the more accurate is kept.
+        two rates of Adam for few steps, from scores that start as the largest probability.
     """
     if not budget > 0:
         raise ConfigError(f"budget must be positive, got {budget}.")
     costs = _costs(records, latency_ms)
     unit = "ms" if latency_ms is not None else ""
     tried = []
-    for rate in _SCORE_LRS:
+    for rate in rates:
         score, shares = _train(records, costs, budget, rate, seed, steps)
         tried.append(_meet(records, score, shares, costs, budget, latency_ms, f"eenet({budget:g}{unit})"))
     return max(tried, key=lambda point: point.accuracy)

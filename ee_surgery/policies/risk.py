@@ -293,7 +293,7 @@ def _searched_path(part: ExitRecords, risk: Risk, score: str, eps: float) -> _Fl
     the point expected to be just within `eps` in small steps, all thresholds moving from 1 to theirs together; then
     on over the cheaper points.
     """
-    points = search(part if risk.labelled else replace(part, labels=None), score)
+    points = search(part if risk.labelled else replace(part, labels=None), score, fallbacks=["last"])
     closed, found = np.full((1, len(part.exits)), NEVER), np.array([point.thresholds for point in points])
     opened = np.flatnonzero(np.isfinite(found).any(1))
     if not len(opened):

@@ -309,7 +309,13 @@ def cross_validate(
     return [Curve(*curve) for curve in found]
 
 
-def search(records: ExitRecords, score: str = "max_prob", prices: int = 64) -> list[OperatingPoint]:
+def search(
+    records: ExitRecords,
+    score: str = "max_prob",
+    *,
+    fallbacks: Sequence[Fallback] = FALLBACKS,
+    prices: int = 64,
+) -> list[OperatingPoint]:
     """Operating points of one score over the whole range from never exiting to always leaving first.
 
     Thresholds for each of many prices of a MAC are chosen in three ways, one threshold for all exits, optimal
@@ -319,28 +325,35 @@ def search(records: ExitRecords, score: str = "max_prob", prices: int = 64) -> l
     all the same: how much, the same folds tell, and it is taken off in each point's `expected_accuracy`.
 
     Args:
+        fallbacks: whose answer may be given where nothing left.
         prices: how many; time grows linearly.
     """
-    return best_of(records, [score], f"search({score})", prices)
+    return best_of(records, [score], f"search({score})", fallbacks, prices)
 
 
-def stopping(records: ExitRecords, prices: int = 64) -> list[OperatingPoint]:
+def stopping(records: ExitRecords) -> list[OperatingPoint]:
     """Like `search`, with one more score to choose: the chance of being right, given the exits before as well.
 
     It looks back, so exits that are closed still run; and it costs a dozen small operations an exit.
     """
-    return best_of(records, ["max_prob", "chance"], "stopping", prices)
+    return best_of(records, ["max_prob", "chance"], "stopping")
 
 
 _FOLDS = 5
 
 
-def best_of(records: ExitRecords, scores: Sequence[str], rule: str, prices: int = 64) -> list[OperatingPoint]:
+def best_of(
+    records: ExitRecords,
+    scores: Sequence[str],
+    rule: str,
+    fallbacks: Sequence[Fallback] = FALLBACKS,
+    prices: int = 64,
+) -> list[OperatingPoint]:
     """Operating points of the candidate that cross-validation picks; of the simplest, from too few samples for it.
 
     The ascent takes longest, and is tried with the score and the fallback that the other two ways do best with.
     """
-    candidates = [Candidate(*each) for each in itertools.product(scores, HOWS[:2], FALLBACKS)]
+    candidates = [Candidate(*each) for each in itertools.product(scores, HOWS[:2], fallbacks)]
     curve, best = None, candidates[0]
     if len(records) >= 2 * _FOLDS:
         few = _prices(16)
