@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -60,6 +61,8 @@ class Identity:
     """Of the model's own head; 0 for one that has none."""
     architecture: str = ""
     """Name of the model's class."""
+    hub_id: str | None = None
+    """Hub repository of the weights, where there is one."""
 
 
 def make_model(
@@ -71,6 +74,7 @@ def make_model(
     architecture: str = "",
     num_classes: int | None = None,
     pretrained: bool = True,
+    hub_id: str | None = None,
 ) -> nn.Module:
     """Build a timm or transformers model with pretrained weights, in eval mode.
 
@@ -79,12 +83,15 @@ def make_model(
         architecture: transformers class to build; the image classifier that the checkpoint names by default.
         checkpoint: weights file for a timm model, in place of its pretrained ones.
         num_classes: of a timm model, where not the architecture's own.
+        hub_id: repository of a timm model's weights, for one whose name this timm does not know.
     """
     if library == "timm":
         import timm
 
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         pretrained = pretrained and not checkpoint
+        if hub_id is not None and pretrained and model_id not in timm.list_pretrained():
+            model_id = f"hf-hub:{hub_id}"
         return timm.create_model(model_id, pretrained=pretrained, checkpoint_path=checkpoint or None, **options).eval()
     import transformers
 
@@ -246,7 +253,25 @@ class Backbone:
         fingerprint = hashlib.sha256("\n".join(f"{name} {value}" for name, value in stored).encode()).hexdigest()
         classes = 0 if self.headless else self.num_classes
         name = type(self.model).__name__
-        return Identity(self.library, self.model_id, self.revision, fingerprint, classes, name)
+        return Identity(self.library, self.model_id, self.revision, fingerprint, classes, name, self.hub_id)
+
+    @property
+    def hub_id(self) -> str | None:
+        """Hub repository that the weights come from, as far as the model knows."""
+        if self.library == "timm":
+            return (getattr(self.model, "pretrained_cfg", None) or {}).get("hf_hub_id") or None
+        named = self.library == "transformers" and self.model_id != type(self.model).__name__
+        return self.model_id if named and not Path(self.model_id).exists() else None
+
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """What `timm.data.create_transform` takes to prepare pictures for a timm model, as plain data."""
+        if self.library != "timm":
+            return None
+        from timm.data import resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
+
+        found = resolve_model_data_config(self.model)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @property
     def label_names(self) -> list[str] | None:

@@ -41,6 +41,10 @@ class FingerprintError(AdapterError):
     """An adapter was offered a backbone other than the one its branches were trained on."""
 
 
+class HubError(SurgeryError, OSError):
+    """The Hub refused, is out of reach, or has no such repository."""
+
+
 class UnknownNameError(SurgeryError, KeyError):
     """A registry holds nothing under that name."""
 

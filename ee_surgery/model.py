@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from ee_surgery.runtime.program import Program, build_program
 from ee_surgery.runtime.routed import ExitOutput, Router
 from ee_surgery.runtime.verify import verify
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
+from ee_surgery.share.hub import push_folder
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
@@ -107,6 +109,8 @@ class EarlyExitModel(nn.Module):
         self.branches = branches
         self.own_base = False
         """Whether the original is a copy that was trained, and so is saved along."""
+        self.provenance: dict[str, Any] = {}
+        """Where the branches come from, as plain data, saved along: `training`, `evaluation`, `other_base`."""
         self.frontier: Frontier | None = None
         self.operating_point: OperatingPoint | None = None
         self._policy: ThresholdPolicy | None = None
@@ -388,16 +392,44 @@ class EarlyExitModel(nn.Module):
             operating_point=self.operating_point,
             label_names=self._backbone.label_names,
             own_base=self.own_base,
+            preprocessing=self._backbone.preprocessing,
+            provenance=self.provenance,
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the adapter folder: branches, plan and operating points; never the original's weights.
+    def save_pretrained(self, folder: str | os.PathLike[str], **card: Any) -> Path:
+        """Write the adapter folder: branches, plan, operating points and a model card; never the original's weights.
 
         Only a base of its own, which `train(..., joint=True)` made, is stored along. Every file is written whole or
         not at all. A folder that is there already is updated.
+
+        Args:
+            card: what the card's front matter shall say: see `write_card`.
         """
         base = self.original if self.own_base else None
-        return save_adapter(Path(folder), self.adapter_config(), self.branches.state_dict(), self.frontier, base)
+        tensors = self.branches.state_dict()
+        return save_adapter(Path(folder), self.adapter_config(), tensors, self.frontier, base)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload early exits",
+        create_pr: bool = False,
+        **card: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes, in one commit; see `push_folder`.
+
+        Returns:
+            Where to look at the commit, or at the pull request.
+        Raises:
+            HubError: no such user, no right to write, no connection; the repository holds what it held before.
+        """
+        hub = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            return push_folder(self.save_pretrained(folder, **card), repo_id, **hub)
 
 
 def _values(arguments: Arguments) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +19,7 @@ from ee_surgery.model import EarlyExitModel, attach
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.presets import PRESETS
 from ee_surgery.share.adapter import check_tensors, load_adapter, load_base
+from ee_surgery.share.hub import fetch
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data
 from ee_surgery.training.loop import train as train_branches
@@ -87,20 +89,35 @@ def augment(
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], model: nn.Module | None = None, *, sample: Sample | None = None
+    source: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    sample: Sample | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    other_base: bool = False,
 ) -> EarlyExitModel:
-    """Load an adapter folder onto its base.
+    """Load an adapter onto its base.
 
     Args:
-        folder: written by `save_pretrained`.
+        source: a folder written by `save_pretrained`, or a repository on the Hub such as `user/name`.
         model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
             left out. Where the folder holds a base of its own, a copy of `model` takes those weights.
         sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
+        revision, token, cache_dir, local_files_only: of the repository, as in huggingface_hub.
+        other_base: take a base with other weights than the branches were trained on, with a warning; kept in
+            `provenance`. Nothing that was measured holds for it: calibrate again.
     Raises:
+        HubError: the repository cannot be had.
         AdapterError: a file is missing or damaged, or the base cannot be made from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
-    folder = Path(folder)
+    folder = Path(source)
+    if not folder.is_dir():
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = fetch(str(source), **hub)
     config, tensors, frontier = load_adapter(folder)
     given, model = model, model if model is not None else _make_base(config.base, pretrained=not config.own_base)
     if config.own_base:
@@ -111,18 +128,25 @@ def from_pretrained(
         sample = {**config.options, **{name: spec.make(generator) for name, spec in config.inputs.items()}}
     backbone = Backbone(model, sample, config.opaque, config.head_classes)
     identity = backbone.identity()
+    provenance = dict(config.provenance)
     if identity.fingerprint != config.base.fingerprint:
-        raise FingerprintError(
+        differ = (
             f"These branches belong to {config.base.model_id} with fingerprint {config.base.fingerprint}; the model "
-            f"given is {identity.model_id} with fingerprint {identity.fingerprint}. Load the very same weights "
-            "(same checkpoint, dtype and number of classes)."
+            f"given is {identity.model_id} with fingerprint {identity.fingerprint}."
         )
+        if not other_base:
+            raise FingerprintError(
+                f"{differ} Load the very same weights (same checkpoint, dtype and number of classes)."
+            )
+        warnings.warn(f"{differ} other_base=True: what was measured does not hold, calibrate again.", stacklevel=2)
+        provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     graph = read(backbone, backbone.sample)
     plan = ExitPlan(identity.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
     branched = attach(graph, plan, [exit.branch for exit in config.exits])
     check_tensors(tensors, branched.branches.state_dict(), folder)
     branched.branches.load_state_dict(tensors)
     branched.own_base = config.own_base
+    branched.provenance = provenance
     branched.frontier = frontier
     branched.operate(config.operating_point)
     return branched
@@ -142,6 +166,7 @@ def _make_base(base: Identity, pretrained: bool) -> nn.Module:
             num_classes=base.num_classes,
             architecture=base.architecture,
             pretrained=pretrained,
+            hub_id=base.hub_id,
         )
     except Exception as error:
         raise AdapterError(f"The base {base.model_id} could not be made by {base.library}: {error} {advice}") from error

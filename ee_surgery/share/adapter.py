@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ class AdapterConfig:
     versions: dict[str, str]
     own_base: bool = False
     """Whether the base was trained along with the branches, and its weights are stored with them."""
+    preprocessing: dict[str, Any] | None = None
+    """What timm's `create_transform` takes, for a timm base."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the branches come from; see `EarlyExitModel.provenance`."""
 
     @classmethod
     def of(
@@ -114,6 +119,8 @@ class AdapterConfig:
         operating_point: OperatingPoint | None,
         label_names: list[str] | None,
         own_base: bool,
+        preprocessing: dict[str, Any] | None,
+        provenance: dict[str, Any],
     ) -> AdapterConfig:
         """Gather the parts of a branched model."""
         exits = tuple(
@@ -136,6 +143,8 @@ class AdapterConfig:
             label_names=label_names,
             versions=versions,
             own_base=own_base,
+            preprocessing=preprocessing,
+            provenance=provenance,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +175,8 @@ class AdapterConfig:
             label_names=data["label_names"],
             versions=data["versions"],
             own_base=data.get("own_base", False),
+            preprocessing=data.get("preprocessing"),
+            provenance=data.get("provenance", {}),
         )
 
 
@@ -229,6 +240,7 @@ def _with_tensors(value: Any, stored: Mapping[str, Tensor]) -> Any:
 
 
 _TENSOR, _POLICY = "tensor", "policy."
+_KEYS = {"model_type", "format_version", *(field.name for field in fields(AdapterConfig))}
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Frontier | None]:
@@ -240,10 +252,16 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Fronti
     if not folder.is_dir():
         raise AdapterError(f"No adapter folder at {folder}. A local folder written by save_pretrained is expected.")
     data = _read_json(folder / CONFIG)
-    if data.get("model_type") != "ee_surgery" or data.get("format_version") != FORMAT_VERSION:
+    kind, written = data.get("model_type"), data.get("format_version")
+    if kind != "ee_surgery" or written != FORMAT_VERSION:
+        newer = isinstance(written, int) and written > FORMAT_VERSION
         raise AdapterError(
-            f"{folder / CONFIG} is of type {data.get('model_type')!r}, format {data.get('format_version')!r}; this "
-            f"version reads type 'ee_surgery', format {FORMAT_VERSION}."
+            f"{folder / CONFIG} is of type {kind!r}, format {written!r}; this version reads type 'ee_surgery', format "
+            f"{FORMAT_VERSION}.{' A newer ee-surgery wrote it: upgrade with pip.' if newer else ''}"
+        )
+    if unknown := sorted(data.keys() - _KEYS):
+        warnings.warn(
+            f"{folder / CONFIG} holds what this version does not know, and leaves out: {unknown}.", stacklevel=3
         )
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
