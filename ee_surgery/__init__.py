@@ -16,6 +16,7 @@ from ee_surgery.errors import (
     UnknownNameError,
 )
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
+from ee_surgery.integrations import register as _register
 from ee_surgery.model import EarlyExitModel, Receipt, attach
 from ee_surgery.pipeline import augment, from_pretrained
 from ee_surgery.placement import PLACEMENTS, ExitPlan, place
@@ -102,3 +103,5 @@ __all__ = [
     "scale_temperatures",
     "train",
 ]
+
+_register()  # with transformers, as soon as it is imported

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ee_surgery.errors import CaptureError, DataError
@@ -75,6 +76,7 @@ def make_model(
     num_classes: int | None = None,
     pretrained: bool = True,
     hub_id: str | None = None,
+    **hub: Any,
 ) -> nn.Module:
     """Build a timm or transformers model with pretrained weights, in eval mode.
 
@@ -84,6 +86,7 @@ def make_model(
         checkpoint: weights file for a timm model, in place of its pretrained ones.
         num_classes: of a timm model, where not the architecture's own.
         hub_id: repository of a timm model's weights, for one whose name this timm does not know.
+        hub: `token`, `cache_dir`, `local_files_only` for a transformers model.
     """
     if library == "timm":
         import timm
@@ -98,7 +101,8 @@ def make_model(
     cls = getattr(transformers, architecture or "AutoModelForImageClassification", None)
     if cls is None:
         raise DataError(f"transformers {transformers.__version__} has no class {architecture!r}.")
-    return cls.from_pretrained(model_id, revision=revision)
+    # False, not the default, which asks at the terminal whether to run code from the repository.
+    return cls.from_pretrained(model_id, revision=revision, trust_remote_code=False, **hub)
 
 
 class Backbone:
@@ -266,11 +270,12 @@ class Backbone:
     @property
     def preprocessing(self) -> dict[str, Any] | None:
         """What `timm.data.create_transform` takes to prepare pictures for a timm model, as plain data."""
-        if self.library != "timm":
+        model = getattr(self.model, "timm_model", self.model)  # transformers wraps them
+        if self.library != "timm" and model is self.model:
             return None
         from timm.data import resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
 
-        found = resolve_model_data_config(self.model)
+        found = resolve_model_data_config(model)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @property
@@ -332,8 +337,37 @@ def _model_id(model: nn.Module, library: Library) -> tuple[str, str | None]:
         return (f"{architecture}.{tag}" if architecture and tag else str(architecture or name)), None
     if library == "transformers":
         config = model.config
-        return str(getattr(config, "_name_or_path", "") or name), getattr(config, "_commit_hash", None)  # pyright: ignore[reportArgumentType, reportReturnType]
+        found = str(getattr(config, "_name_or_path", "") or name)
+        return found, getattr(config, "_commit_hash", None) or _cached_revision(found, model)  # pyright: ignore[reportReturnType]
     return name, None
+
+
+def _cached_revision(model_id: str, model: nn.Module) -> str | None:
+    """The commit in the local cache that holds these weights. transformers 5 keeps no note of what it loaded."""
+    from huggingface_hub import constants, file_download
+
+    if Path(model_id).is_dir():
+        return None
+    folder = file_download.repo_folder_name(repo_id=model_id, repo_type="model")
+    snapshots = Path(constants.HF_HUB_CACHE, folder, "snapshots")
+    if not snapshots.is_dir():
+        return None
+    weights = model.state_dict()
+    for snapshot in sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+        files = list(snapshot.glob("*.safetensors"))
+        if files and all(_agrees(file, weights) for file in files):
+            return snapshot.name
+    return None
+
+
+def _agrees(file: Path, weights: Mapping[str, Tensor], limit: int = 1 << 16) -> bool:
+    """Whether the small tensors of a file are among these weights: a guess that the fingerprint checks on loading."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            small = [n for n in stored.keys() if n in weights and weights[n].numel() <= limit]  # noqa: SIM118
+            return bool(small) and all(digest(stored.get_tensor(n)) == digest(weights[n]) for n in small)
+    except (OSError, SafetensorError):
+        return False
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:

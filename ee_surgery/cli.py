@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import torch
 import typer
+from huggingface_hub import hf_hub_download
 from rich.console import Console
 from torch import nn
 from torch.utils.data import Dataset
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
-from ee_surgery.report import frontier_table, graph_table
+from ee_surgery.report import adapter_table, frontier_table, graph_table
 from ee_surgery.runtime.measure import measure
-from ee_surgery.share.adapter import load_adapter
+from ee_surgery.share.adapter import CONFIG, load_adapter
+from ee_surgery.share.card import update_card
+from ee_surgery.share.hub import fetch, push_folder
+from ee_surgery.share.processor import picture_transform
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +36,7 @@ app = typer.Typer(
 console = Console()
 
 Model = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder.")]
+Seen = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder, of a model or an adapter.")]
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder that `augment` wrote.")]
 Weights = Annotated[str, typer.Option(help="Weights file for a timm model, in place of its pretrained ones.")]
 Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model untrained (to look, not to use).")]
@@ -40,6 +46,8 @@ Unlabelled = Annotated[bool, typer.Option(help="Ignore the classes: teach and ju
 Drop = Annotated[Optional[float], typer.Option(help="Accepted accuracy drop; 0.01 is one percentage point.")]  # noqa: UP045
 Budget = Annotated[Optional[float], typer.Option(help="Mean MACs as a fraction of the original's.")]  # noqa: UP045
 BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
+Repo = Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit; the main branch when left out.")]  # noqa: UP045
 
 
 @contextmanager
@@ -54,13 +62,16 @@ def _errors() -> Iterator[None]:
 
 @app.command(epilog="Example: ee-surgery inspect resnet18 --random-weights")
 def inspect(
-    model: Model,
+    model: Seen,
     everything: Annotated[bool, typer.Option("--all", help="Every position, with why samples cannot leave.")] = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Show where samples could leave a model, and the best that exits could give."""
+    """Show where samples could leave a model, and the best that exits could give; of an adapter, the exits it has."""
     with _errors():
+        if (folder := _adapter_folder(model)) is not None:
+            _show(folder)
+            return
         graph = ee.inspect(_model(model, checkpoint, random_weights))
         console.print(graph_table(graph, everything), graph.best_case())
 
@@ -124,7 +135,7 @@ def calibrate(
     """Search thresholds on held-out pictures, and store the frontier and the operating point in the adapter folder."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights)
-        pictures = _images(branched.backbone, data, unlabelled)
+        pictures = _images(branched, data, unlabelled)
         frontier = ee.calibrate(branched, pictures, policy=policy, batch_size=batch_size)
         if max_accuracy_drop is not None or budget is not None:
             branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
@@ -140,14 +151,19 @@ def evaluate(
     budget: Budget = None,
     batch_size: BatchSize = 64,
     unlabelled: Unlabelled = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep result and operating point in the folder, and on its card.")
+    ] = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
     """Run an adapter on pictures, samples really leaving; at its stored operating point unless one is asked for."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
-        pictures = _images(branched.backbone, data, unlabelled)
+        pictures = _images(branched, data, unlabelled)
         console.print(str(ee.evaluate(branched, pictures, batch_size=batch_size)), highlight=False)
+        if save:
+            branched.save_pretrained(adapter)
 
 
 @app.command(epilog="Example: ee-surgery bench runs/adapter --data test --batch-size 1 --max-accuracy-drop 0.01")
@@ -166,10 +182,75 @@ def bench(
     with _errors():
         torch.set_num_threads(threads)
         branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
-        pictures = _images(branched.backbone, data, unlabelled=True)
+        pictures = _images(branched, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]  # pyright: ignore[reportArgumentType]
         inputs = torch.stack([pictures[int(i)][0] for i in order])
         console.print(str(measure(branched, inputs, batch_size=batch_size)), highlight=False)
+
+
+@app.command(epilog="Example: ee-surgery card runs/adapter --license apache-2.0 --dataset cifar10")
+def card(
+    adapter: Adapter,
+    license: Annotated[str | None, typer.Option(help="Of the branches: apache-2.0, mit, ...")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of what trained them; may be repeated.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Of the texts: en; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="One more; may be repeated.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be on the Hub: user/name.")] = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="Hub id of what it was evaluated on.")] = None,
+    eval_name: Annotated[str | None, typer.Option(help="The name of that in words.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Its split: test.")] = None,
+    eval_task: Annotated[str | None, typer.Option(help="Its task, where it is a benchmark on the Hub.")] = None,
+) -> None:
+    """Write the model card of an adapter folder anew, from the folder alone."""
+    with _errors():
+        about = {"license": license, "datasets": dataset, "language": language, "tags": tag, "repo_id": repo_id,
+                 "eval_dataset": eval_dataset, "eval_name": eval_name, "eval_split": eval_split,
+                 "eval_task": eval_task}  # fmt: skip
+        path = update_card(adapter, **{name: value for name, value in about.items() if value})
+        console.print(f"wrote {path}", highlight=False)
+
+
+@app.command(epilog="Example: ee-surgery push runs/adapter user/name --private")
+def push(
+    adapter: Adapter,
+    repo_id: Repo,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="A new repository's; the account's default when left out.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made where it is not there.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload early exits",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
+) -> None:
+    """Upload an adapter folder to the Hub in one commit, its card naming the repository. Log in by `hf auth login`."""
+    with _errors():
+        update_card(adapter, repo_id=repo_id)
+        hub = {"private": private, "revision": revision, "message": message, "create_pr": create_pr}
+        console.print(push_folder(adapter, repo_id, **hub), highlight=False)
+
+
+@app.command(epilog="Example: ee-surgery pull user/name --out runs/adapter")
+def pull(
+    repo_id: Repo,
+    revision: Revision = None,
+    out: Annotated[Path | None, typer.Option(help="New folder to copy it to; it stays in the cache otherwise.")] = None,
+) -> None:
+    """Download an adapter from the Hub and say what it is."""
+    with _errors():
+        if out is not None and out.exists():
+            raise ee.ConfigError(f"{out} is there already: give --out a new folder.")
+        folder = fetch(repo_id, revision=revision)
+        load_adapter(folder)  # whole and undamaged, before it is copied
+        if out is not None:
+            partial = out.with_name(f"{out.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                shutil.copytree(folder, partial)
+                folder = partial.rename(out)
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise ee.AdapterError(f"Cannot copy {repo_id} to {out}: {error}. Nothing was left there.") from error
+        _show(folder)
+        console.print(f"in {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: ee-surgery demo --out runs/demo")
@@ -185,6 +266,30 @@ def _exits(text: str | None) -> int | str | list[str] | None:
     if text is None or text == "all":
         return text
     return int(text) if text.isdigit() else text.split(",")
+
+
+def _adapter_folder(name: str) -> Path | None:
+    """The folder of an adapter, given as such or as a repository; None where the name is that of a model."""
+    path = Path(name)
+    if not path.is_dir():
+        if "/" not in name:
+            return None
+        try:
+            path = Path(hf_hub_download(name, CONFIG)).parent
+        except Exception:  # no such repository, or none that can be asked: `_model` says what is wrong
+            return None
+    try:
+        kind = json.loads((path / CONFIG).read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if kind != "ee_surgery":
+        return None
+    return path if Path(name).is_dir() else fetch(name)
+
+
+def _show(folder: Path) -> None:
+    config, _, frontier = load_adapter(folder)
+    console.print(adapter_table(config, frontier))
 
 
 def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
@@ -230,9 +335,9 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyr
     """Pictures with the model's own preprocessing; folder names are class names, class numbers, or in class order."""
     from torchvision.datasets import ImageFolder
 
-    backbone = Backbone(model)
+    backbone = Backbone(model.backbone if isinstance(model, ee.EarlyExitModel) else model)
     try:
-        pictures = ImageFolder(folder, transform=_preprocess(backbone))
+        pictures = ImageFolder(folder, transform=_preprocess(model, backbone))
     except FileNotFoundError as error:
         raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
     if unlabelled:
@@ -254,15 +359,8 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyr
     return pictures
 
 
-def _preprocess(backbone: Backbone) -> Any:
-    if backbone.library == "transformers":
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(backbone.model_id)
-        return lambda picture: processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    from timm.data import create_transform, resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
-
-    return create_transform(**resolve_model_data_config(backbone.model), is_training=False)
+def _preprocess(model: nn.Module, backbone: Backbone) -> Callable[..., torch.Tensor]:
+    return model.transform() if isinstance(model, ee.EarlyExitModel) else picture_transform(backbone)
 
 
 def main() -> None:

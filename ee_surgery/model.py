@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ee_surgery.backbone import Output, Sample, eval_mode
@@ -30,7 +31,9 @@ from ee_surgery.runtime.program import Program, build_program
 from ee_surgery.runtime.routed import ExitOutput, Router
 from ee_surgery.runtime.verify import verify
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
+from ee_surgery.share.card import CardInfo, write_card
 from ee_surgery.share.hub import push_folder
+from ee_surgery.share.processor import picture_transform, save_processor
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
@@ -110,7 +113,11 @@ class EarlyExitModel(nn.Module):
         self.own_base = False
         """Whether the original is a copy that was trained, and so is saved along."""
         self.provenance: dict[str, Any] = {}
-        """Where the branches come from, as plain data, saved along: `training`, `evaluation`, `other_base`."""
+        """Where the branches come from, as plain data, saved along: `training`, `evaluation`, `other_base`, `card`."""
+        self.preprocessing: dict[str, Any] | None = self._backbone.preprocessing
+        """What `timm.data.create_transform` takes to prepare pictures, where timm knows the original; saved along."""
+        self.processor: Any = None
+        """The image processor or tokenizer of transformers that was saved along, or will be."""
         self.frontier: Frontier | None = None
         self.operating_point: OperatingPoint | None = None
         self._policy: ThresholdPolicy | None = None
@@ -168,6 +175,7 @@ class EarlyExitModel(nn.Module):
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
         other = attach(graph, plan, self.specs)
         other.branches.load_state_dict(self.branches.state_dict())
+        other.preprocessing, other.processor = self.preprocessing, self.processor
         return other
 
     def rebase(self) -> None:
@@ -260,8 +268,8 @@ class EarlyExitModel(nn.Module):
         """What the original answers with, of the same type; easy samples leave early where an operating point says so.
 
         Args:
-            inputs, named: what the original takes: a tensor of shape (B, ...), a dict of them, or keywords such as
-                `pixel_values=`, `input_ids=`, `attention_mask=`.
+            inputs: what the original takes: a tensor of shape (B, ...), or a dict of them.
+            named: or keywords such as `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
         arguments = self._backbone.arguments(*inputs, **named)
         if self.policy is None and self.branches.head is None:
@@ -275,8 +283,9 @@ class EarlyExitModel(nn.Module):
         """Run with early exit; logits, exit taken, score there and MACs of every sample.
 
         Args:
-            inputs, named: as for a call; a new batch size costs nothing, a new image size, text length, dtype or
-                device is captured on first use and kept.
+            inputs: as for a call; a new batch size costs nothing, a new image size, text length, dtype or device is
+                captured on first use and kept.
+            named: as for a call.
         """
         return self._run(self._backbone.arguments(*inputs, **named))
 
@@ -344,6 +353,20 @@ class EarlyExitModel(nn.Module):
         self.branches.train(mode)
         return self
 
+    def transform(self, is_training: bool = False) -> Callable[[Image.Image], Tensor]:
+        """From a PIL picture to the pixels (3, H, W) that the original takes: what a dataset is given as transform.
+
+        For a timm model its `timm.data` transforms as the adapter states them; for one of transformers its image
+        processor, the saved one or else the one under its name.
+
+        Args:
+            is_training: with timm's random crops and flips.
+        Raises:
+            DataError: nothing says how its pictures are prepared, or augmented.
+        """
+        own = {"preprocessing": self.preprocessing, "processor": self.processor}
+        return picture_transform(self._backbone, **own, is_training=is_training)
+
     # --- programs, one for inputs of each shape, dtype and device
 
     def program(self, *inputs: Inputs, **named: Any) -> Program:
@@ -392,22 +415,37 @@ class EarlyExitModel(nn.Module):
             operating_point=self.operating_point,
             label_names=self._backbone.label_names,
             own_base=self.own_base,
-            preprocessing=self._backbone.preprocessing,
+            preprocessing=self.preprocessing,
             provenance=self.provenance,
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **card: Any) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, processor: Any = None, **card: Any) -> Path:
         """Write the adapter folder: branches, plan, operating points and a model card; never the original's weights.
 
         Only a base of its own, which `train(..., joint=True)` made, is stored along. Every file is written whole or
         not at all. A folder that is there already is updated.
 
         Args:
-            card: what the card's front matter shall say: see `write_card`.
+            processor: the original's image processor or tokenizer in transformers, saved along so that `pipeline`
+                finds it. Left out, the image processor comes from the local cache, where the original was loaded by
+                its name; where it is not there, `pipeline` has to be given one. timm models need none.
+            card: what the model card shall say beyond the folder's own data, kept for the next save: `license`,
+                `datasets`, `language`, `tags`, `pipeline_tag`, `repo_id`, and of the data that `evaluate` was given
+                `eval_dataset`, `eval_name`, `eval_split`, `eval_task`; see `CardInfo`.
+        Raises:
+            ConfigError: a card keyword that is unknown, or no text.
         """
+        config = self.adapter_config()
+        if about := CardInfo.stored(config, card).to_dict():
+            self.provenance["card"] = about
+        receipt = str(self.receipt())
+        config = replace(config, provenance={**self.provenance, "receipt": receipt})
         base = self.original if self.own_base else None
-        tensors = self.branches.state_dict()
-        return save_adapter(Path(folder), self.adapter_config(), tensors, self.frontier, base)
+        self.processor = self.processor if processor is None else processor
+        save_processor(Path(folder), self._backbone, self.processor)
+        saved = save_adapter(Path(folder), config, self.branches.state_dict(), self.frontier, base)
+        write_card(saved, config, self.frontier, receipt)
+        return saved
 
     def push_to_hub(
         self,
@@ -429,7 +467,7 @@ class EarlyExitModel(nn.Module):
         """
         hub = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
-            return push_folder(self.save_pretrained(folder, **card), repo_id, **hub)
+            return push_folder(self.save_pretrained(folder, **{"repo_id": repo_id, **card}), repo_id, **hub)
 
 
 def _values(arguments: Arguments) -> tuple[Tensor, ...]:
@@ -451,7 +489,9 @@ def attach(
     Args:
         model: the model, or the graph that `inspect` gave (spares capturing it again).
         branch: `auto`, a registered name or a `BranchSpec`; or one for each exit.
-        sample, opaque, num_classes: see `inspect`.
+        sample: see `inspect`.
+        opaque: see `inspect`.
+        num_classes: see `inspect`.
         seed: of the branches' first weights; the global random state is left alone.
     Raises:
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.presets import PRESETS
 from ee_surgery.share.adapter import check_tensors, load_adapter, load_base
 from ee_surgery.share.hub import fetch
+from ee_surgery.share.processor import load_processor
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data
 from ee_surgery.training.loop import train as train_branches
@@ -106,7 +108,10 @@ def from_pretrained(
         model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
             left out. Where the folder holds a base of its own, a copy of `model` takes those weights.
         sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
-        revision, token, cache_dir, local_files_only: of the repository, as in huggingface_hub.
+        revision: branch, tag or commit of the repository.
+        token: to read a private one; by default the one stored by `hf auth login`, or `HF_TOKEN`.
+        cache_dir: where downloads are kept.
+        local_files_only: take what is in the cache, as `HF_HUB_OFFLINE=1` does.
         other_base: take a base with other weights than the branches were trained on, with a warning; kept in
             `provenance`. Nothing that was measured holds for it: calibrate again.
     Raises:
@@ -115,11 +120,15 @@ def from_pretrained(
         FingerprintError: the base is not the one that the branches were trained on.
     """
     folder = Path(source)
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if not folder.is_dir():
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = fetch(str(source), **hub)
+        folder = fetch(str(source), revision=revision, **hub)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     config, tensors, frontier = load_adapter(folder)
-    given, model = model, model if model is not None else _make_base(config.base, pretrained=not config.own_base)
+    given = model
+    if model is None:
+        model = _make_base(config.base, pretrained=not config.own_base, **hub)
     if config.own_base:
         model = model if given is None else deepcopy(model)
         load_base(folder, model)
@@ -139,6 +148,7 @@ def from_pretrained(
                 f"{differ} Load the very same weights (same checkpoint, dtype and number of classes)."
             )
         warnings.warn(f"{differ} other_base=True: what was measured does not hold, calibrate again.", stacklevel=2)
+        provenance.pop("evaluation", None)
         provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     graph = read(backbone, backbone.sample)
     plan = ExitPlan(identity.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
@@ -147,12 +157,14 @@ def from_pretrained(
     branched.branches.load_state_dict(tensors)
     branched.own_base = config.own_base
     branched.provenance = provenance
+    branched.preprocessing = config.preprocessing or branched.preprocessing
+    branched.processor = load_processor(folder)
     branched.frontier = frontier
     branched.operate(config.operating_point)
     return branched
 
 
-def _make_base(base: Identity, pretrained: bool) -> nn.Module:
+def _make_base(base: Identity, pretrained: bool, **hub: Any) -> nn.Module:
     advice = "Make it yourself and pass it: from_pretrained(folder, model=...)."
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {advice}")
@@ -167,6 +179,7 @@ def _make_base(base: Identity, pretrained: bool) -> nn.Module:
             architecture=base.architecture,
             pretrained=pretrained,
             hub_id=base.hub_id,
+            **hub,
         )
     except Exception as error:
         raise AdapterError(f"The base {base.model_id} could not be made by {base.library}: {error} {advice}") from error

@@ -11,6 +11,7 @@ from rich.table import Table
 from ee_surgery.errors import SurgeryError
 from ee_surgery.graph.points import ModelGraph
 from ee_surgery.policies.frontier import Frontier
+from ee_surgery.share.adapter import AdapterConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +57,36 @@ def frontier_table(frontier: Frontier) -> Table:
         table.add_row(
             f"{p.accuracy:.2%}", f"{p.expected_accuracy:.2%}", drop, f"{p.macs_fraction:.1%}", str(p.score), shares
         )
+    return table
+
+
+def adapter_table(config: AdapterConfig, frontier: Frontier | None) -> Table:
+    """Exits of a saved adapter: what each reads, its branch, its costs, and how often it is right alone."""
+    base, point = config.base, config.operating_point
+    stored = "none stored: nothing leaves early" if point is None else f"{point.rule}, score {point.score}"
+    table = Table(
+        title=f"Early exits for {base.hub_id or base.model_id} ({base.library}), {config.base_macs / 1e6:,.1f} MMACs",
+        caption=f"operating point: {stored}; fingerprint of the base {base.fingerprint}",
+    )
+    for name in ("exit", "features", "branch", "MACs up to it", "MACs of the branch"):
+        table.add_column(name, justify="left" if name in ("exit", "branch") else "right", overflow="fold")
+    rows = [
+        [
+            e.name,
+            "x".join(map(str, e.shape)),
+            e.branch.name,
+            f"{e.trunk_macs / config.base_macs:.1%}",
+            f"{e.branch_macs:,}",
+        ]
+        for e in config.exits
+    ]
+    rows.append(["original", "", "", "100.0%", ""])
+    if frontier is not None:
+        table.add_column("accuracy alone" if frontier.labelled else "agreement alone", justify="right")
+        for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
+            row.append(f"{accuracy:.2%}")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -21,9 +21,9 @@ def folder() -> Path:
     return Path(os.environ.get("EE_SURGERY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def cifar10(split: str) -> tuple[Tensor, Tensor]:
+def cifar10(split: str, where: Path | None = None) -> tuple[Tensor, Tensor]:
     """CIFAR-10 `train` or `test`: uint8 images (N, 3, 32, 32), RGB, and int64 labels (N,)."""
-    with np.load(folder() / "cifar10" / f"{split}.npz") as file:
+    with np.load((where or folder() / "cifar10") / f"{split}.npz") as file:
         planes, labels = file["residual"], file["labels"].astype(np.int64)
     # (R - G, G, B - G) modulo 256, differenced along both axes: undo in the reverse order
     planes = np.cumsum(np.cumsum(planes, axis=3, dtype=np.uint8), axis=2, dtype=np.uint8)
@@ -43,9 +43,9 @@ class Photos(NamedTuple):
     """bool (N,): of the ImageNet validation set, so that no ImageNet network has learnt from it."""
 
 
-def imagenette(split: str) -> Photos:
+def imagenette(split: str, where: Path | None = None) -> Photos:
     """Imagenette `train` or `test`, decoded."""
-    with np.load(folder() / "imagenette160" / f"{split}.npz") as file:
+    with np.load((where or folder() / "imagenette160") / f"{split}.npz") as file:
         data = {key: file[key] for key in ("jpeg", "offsets", "imagenet_index", "from_imagenet_val")}
     pictures = [data["jpeg"][a:b].tobytes() for a, b in itertools.pairwise(data["offsets"])]
     return Photos(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 from recipes import data
+from tests.hub_server import hub as hub  # a fixture, for every test file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # two busy processes on few cores slow each other down badly

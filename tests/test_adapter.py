@@ -56,7 +56,7 @@ def _saved(tmp_path: Path) -> Path:
 
 def test_the_folder_holds_branches_only(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "ee_adapter.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "ee_adapter.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "ee_surgery"
     assert config["base"]["library"] == "torch"
@@ -130,7 +130,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ee.AdapterError, match="No adapter folder"):
+    with pytest.raises(ee.HubError, match=r"not a folder here\): it is no repository id such as user/name"):
         ee.from_pretrained(tmp_path / "nothing")
 
 

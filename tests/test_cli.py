@@ -46,7 +46,8 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
     assert "unchanged: all" in out
     assert "Frontier on 6 held-out samples" in out
     assert "agreement" in _run("calibrate", adapter, "--data", pictures, "--unlabelled", "--budget", "2", *weights)
-    assert "of its MACs, 6 samples" in _run("evaluate", adapter, "--data", pictures, *weights)
+    assert "of its MACs, 6 samples" in _run("evaluate", adapter, "--data", pictures, "--save", *weights)
+    assert "## Measured" in (tmp_path / "adapter" / "README.md").read_text()
     assert "interleaved rounds" in _run("bench", adapter, "--data", pictures, "--samples", "2", *weights)
     assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
 
@@ -56,7 +57,7 @@ def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest
     for command in ("inspect", "augment"):
         example = _run(command, "--help").split("Example: ")[1].splitlines()[0]
         _run(*shlex.split(example)[1:])
-    for command in ("calibrate", "evaluate", "bench", "demo"):
+    for command in ("calibrate", "evaluate", "bench", "card", "push", "pull", "demo"):
         assert f"Example: ee-surgery {command}" in _run(command, "--help")
 
 
@@ -69,7 +70,7 @@ def test_inspect_shows_blocks_or_everything() -> None:
 
 def test_errors_are_one_sentence_and_exit_code_1(files: Path, tmp_path: Path) -> None:
     assert "Cannot make 'no_such_model'" in _run("inspect", "no_such_model", code=1)
-    assert "No adapter folder" in _run("evaluate", str(tmp_path / "none"), "--data", str(tmp_path), code=1)
+    assert "Cannot load" in _run("evaluate", str(tmp_path / "none"), "--data", str(tmp_path), code=1)
     out = _run(
         "augment", "test_resnet", "--out", str(tmp_path / "a"), "--exits", "99", "--random-weights", code=1
     )  # fmt: skip

@@ -14,7 +14,7 @@ PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
     "errors", "registry", "inputs", "samples", "backbone", "graph", "placement", "branches", "policies",
-    "runtime", "share", "model", "training", "presets", "pipeline", "report", "demo", "cli",
+    "runtime", "share", "model", "training", "presets", "pipeline", "integrations", "report", "demo", "cli",
 ]  # fmt: skip
 
 

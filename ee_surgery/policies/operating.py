@@ -74,6 +74,14 @@ class OperatingPoint:
         return cls(**known)
 
 
+def describe(point: OperatingPoint | None) -> dict[str, Any] | None:
+    """What tells one point from another, as plain data; None where nothing leaves early."""
+    if point is None or point.policy.closed:
+        return None
+    thresholds = [t if math.isfinite(t) else str(t) for t in point.thresholds]
+    return {"rule": point.rule, "score": str(point.score), "thresholds": thresholds, "fallback": point.fallback}
+
+
 def realise(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:
     """Replay a policy on records and state what it gives."""
     replay = records.replay(policy)

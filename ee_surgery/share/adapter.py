@@ -3,6 +3,7 @@
     config.json               who the base is, where the exits are, which branches, the operating point
     ee_adapter.safetensors    tensors of the branches alone
     frontier.json             every operating point that calibration found
+    preprocessor_config.json  the image processor of a transformers base, where it was at hand
     base.safetensors          only where the base was trained along, and so exists nowhere else
 
 Not `adapter_config.json`: a repository with a file of that name which PEFT cannot read breaks
@@ -15,7 +16,8 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -151,6 +153,8 @@ class AdapterConfig:
         """Plain data for `config.json`."""
         point, self_without = self.operating_point, replace(self, operating_point=None)
         data = {**asdict(self_without), "operating_point": point.to_dict() if point else None}
+        if self.preprocessing is not None:  # for AutoImageProcessor, which looks here and so for timm's own models
+            data |= {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": self.preprocessing}
         return {"model_type": "ee_surgery", "format_version": FORMAT_VERSION, **data}
 
     @classmethod
@@ -187,51 +191,82 @@ def save_adapter(
     frontier: Frontier | None,
     base: nn.Module | None = None,
 ) -> Path:
-    """Write an adapter folder. Each file is written beside its place and then renamed, the config last.
+    """Write an adapter folder; all of it or, on an error, nothing.
 
     Args:
         base: a base that is to be stored along, because it exists nowhere else.
+    Raises:
+        AdapterError: see `whole_files`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     policies: dict[str, Tensor] = {}
-    described = _without_tensors(config.to_dict(), policies)
-    traced = None if frontier is None else _without_tensors(frontier.to_dict(), policies)
+    described = without_tensors(config.to_dict(), policies)
+    traced = None if frontier is None else without_tensors(frontier.to_dict(), policies)
     stored = {name: t.detach().cpu().contiguous() for name, t in {**tensors, **policies}.items()}
     meta = {"format_version": str(FORMAT_VERSION), "fingerprint": config.base.fingerprint}
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(stored, partial, metadata=meta)
-    os.replace(partial, folder / WEIGHTS)
-    if base is not None:
-        partial = folder / f"{BASE}.partial"
-        save_model(base, str(partial))
-        os.replace(partial, folder / BASE)
-    if traced is not None:
-        _write_json(folder / FRONTIER, traced)
-    else:
+    with whole_files(folder) as place:
+        save_file(stored, place(WEIGHTS), metadata=meta)
+        _sort_metadata(place(WEIGHTS))
+        if base is not None:
+            save_model(base, str(place(BASE)))
+        if traced is not None:
+            place(FRONTIER).write_text(json.dumps(traced, indent=1) + "\n")
+        place(CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+    if traced is None:
         (folder / FRONTIER).unlink(missing_ok=True)
-    _write_json(folder / CONFIG, described)
     return folder
 
 
-def _write_json(path: Path, data: object) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(partial, path)
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Where to write files of these names: beside their places, which all of them take at the end, or none.
+
+    Raises:
+        AdapterError: the folder cannot be written, or is on a full disk; it is as it was then.
+    """
+    partial: dict[str, Path] = {}
+
+    def place(name: str) -> Path:
+        partial[name] = folder / f"{name}.partial"
+        return partial[name]
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield place
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder} could not be written, and is as it was: {error}") from error
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
-def _without_tensors(value: Any, found: dict[str, Tensor]) -> Any:
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in the order of the keys."""
+    # It is written in another order each time; equal adapters shall be equal files, which the Hub need not store again.
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
+
+
+def without_tensors(value: Any, found: dict[str, Tensor]) -> Any:
     """Plain data with a name in place of each tensor, which goes to `found`; the same tensor once."""
     if isinstance(value, Tensor):
         name = next((name for name, tensor in found.items() if tensor is value), f"{_POLICY}{len(found)}")
         found[name] = value
         return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {key: _without_tensors(item, found) for key, item in value.items()}
-    return [_without_tensors(item, found) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: without_tensors(item, found) for key, item in value.items()}
+    return [without_tensors(item, found) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _with_tensors(value: Any, stored: Mapping[str, Tensor]) -> Any:
-    """What `_without_tensors` was given."""
+    """What `without_tensors` was given."""
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
             return stored[value[_TENSOR]]
@@ -240,7 +275,28 @@ def _with_tensors(value: Any, stored: Mapping[str, Tensor]) -> Any:
 
 
 _TENSOR, _POLICY = "tensor", "policy."
-_KEYS = {"model_type", "format_version", *(field.name for field in fields(AdapterConfig))}
+_FOR_OTHERS = ("model_type", "format_version", "image_processor_type", "pretrained_cfg")
+
+
+def _known(kind: type, data: Mapping[str, Any], where: str, unknown: list[str]) -> dict[str, Any]:
+    """The fields of a dataclass in plain data that a newer version may have written; names of others to `unknown`."""
+    names = {field.name for field in fields(kind)}
+    unknown.extend(f"{where}.{key}".removeprefix(".") for key in data if key not in names)
+    return {key: value for key, value in data.items() if key in names}
+
+
+def _known_config(data: Mapping[str, Any], unknown: list[str]) -> dict[str, Any]:
+    own = {key: value for key, value in data.items() if key not in _FOR_OTHERS}
+    config = _known(AdapterConfig, own, "", unknown)
+    config["base"] = _known(Identity, data["base"], "base", unknown)
+    config["inputs"] = {name: _known(InputSpec, spec, "inputs", unknown) for name, spec in data["inputs"].items()}
+    exits = [_known(AdapterExit, exit, "exits", unknown) for exit in data["exits"]]
+    config["exits"] = [
+        {**exit, "branch": _known(BranchSpec, exit["branch"], "exits.branch", unknown)} for exit in exits
+    ]
+    if data["operating_point"]:
+        config["operating_point"] = _known(OperatingPoint, data["operating_point"], "operating_point", unknown)
+    return config
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Frontier | None]:
@@ -259,18 +315,15 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Fronti
             f"{folder / CONFIG} is of type {kind!r}, format {written!r}; this version reads type 'ee_surgery', format "
             f"{FORMAT_VERSION}.{' A newer ee-surgery wrote it: upgrade with pip.' if newer else ''}"
         )
-    if unknown := sorted(data.keys() - _KEYS):
-        warnings.warn(
-            f"{folder / CONFIG} holds what this version does not know, and leaves out: {unknown}.", stacklevel=3
-        )
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             meta = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} is missing or damaged: {error}. Save the adapter again.") from error
+    unknown: list[str] = []
     try:
-        config = AdapterConfig.from_dict(_with_tensors(data, stored))
+        config = AdapterConfig.from_dict(_with_tensors(_known_config(data, unknown), stored))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{folder / CONFIG} is damaged: {error!r}. Save the adapter again.") from error
     if meta.get("fingerprint") != config.base.fingerprint or meta.get("format_version") != str(FORMAT_VERSION):
@@ -281,9 +334,14 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Fronti
     frontier = None
     if (folder / FRONTIER).exists():
         try:
-            frontier = Frontier.from_dict(_with_tensors(_read_json(folder / FRONTIER), stored))
-        except (DataError, KeyError) as error:
+            traced = _read_json(folder / FRONTIER)
+            traced["points"] = [_known(OperatingPoint, point, "points", unknown) for point in traced["points"]]
+            frontier = Frontier.from_dict(_with_tensors(traced, stored))
+        except (DataError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{folder / FRONTIER} is damaged: {error}") from error
+    if unknown:
+        newer = sorted(set(unknown))
+        warnings.warn(f"{folder} holds what this version does not know, and leaves out: {newer}.", stacklevel=3)
     return config, {name: t for name, t in stored.items() if not name.startswith(_POLICY)}, frontier
 
 

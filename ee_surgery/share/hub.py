@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,9 +22,11 @@ from huggingface_hub.errors import (
 
 from ee_surgery.errors import HubError
 from ee_surgery.share.adapter import BASE, CONFIG, FRONTIER, WEIGHTS
+from ee_surgery.share.card import PLOT, RESULTS
+from ee_surgery.share.processor import PROCESSOR
 
-FILES = [CONFIG, WEIGHTS, FRONTIER, BASE, "preprocessor_config.json"]
-"""What loading reads; cards and plots stay on the Hub."""
+FILES = [CONFIG, WEIGHTS, FRONTIER, BASE, PROCESSOR]
+"""What loading reads, and all that it downloads: cards, plots and whatever else is there stay on the Hub."""
 
 
 def push_folder(
@@ -39,27 +42,35 @@ def push_folder(
     """Upload an adapter folder in one commit, the repository and branch made where they are not there yet.
 
     Args:
+        private: of a repository that is made; the account's default when left out.
         token: None takes the one that was stored by `hf auth login` or `HF_TOKEN`.
         revision: branch; the main one by default.
     Returns:
         Where to look at the commit, or at the pull request.
     Raises:
-        HubError: no such user, no right to write, no connection; the repository holds what it held before.
+        HubError: no such user, no right to write, no connection. The branch holds what it held before; or all of the
+            new adapter, where only the Hub's answer was lost, and pushing again then changes nothing.
     """
     api = HfApi(token=token)
     with _hub_errors(f"push to {repo_id}", revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
+        there = api.list_repo_files(repo_id, revision=revision)
+        add = [
+            CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.suffix != ".partial"
+        ]
+        # of an earlier version of this adapter, what the new one no longer has
+        stale = [name for name in (FRONTIER, BASE, PLOT, RESULTS) if name in there and not (folder / name).exists()]
+        # Not `upload_folder`, which may commit in parts, and again where the answer to a commit is lost.
+        commit = api.create_commit(
+            repo_id,
+            [*map(CommitOperationDelete, stale), *add],
             commit_message=message,
+            revision=revision,
             create_pr=create_pr,
-            ignore_patterns=["*.partial"],
-            # of an earlier version of this adapter, what the new one no longer has
-            delete_patterns=[name for name in (FRONTIER, BASE) if not (folder / name).exists()],
         )
     return commit.pr_url or str(commit)
 
@@ -78,47 +89,67 @@ def fetch(
         revision: branch, tag or commit; the main branch by default.
         local_files_only: take what is in the cache, as `HF_HUB_OFFLINE=1` does.
     Raises:
-        HubError: no such repository or revision, no right to read it, no connection and nothing in the cache, or no
-            room to store it.
+        HubError: no such repository or revision, no right to read it, no connection and nothing in the cache, no
+            room to store it, or no adapter in it.
     """
-    with _hub_errors(f"load {repo_id}", revision):
-        folder = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            allow_patterns=FILES,
+    with _hub_errors(f"load {repo_id} (not a folder here)", revision):
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+                allow_patterns=FILES,
+            )
         )
-    return Path(folder)
+    if not (folder / CONFIG).exists():
+        raise HubError(f"Cannot load {repo_id}: it holds no {CONFIG}, so there are no early exits in it.")
+    return folder
 
 
 @contextmanager
 def _hub_errors(what: str, revision: str | None) -> Iterator[None]:
-    at = "" if revision is None else f" at revision {revision!r}"
     try:
         yield
-    except HFValidationError as error:
-        raise HubError(
-            f"Cannot {what}: {error} It is no folder here, and no repository id such as user/name."
-        ) from error
-    except GatedRepoError as error:
-        raise HubError(f"Cannot {what}: access is gated. Ask for it on the repository's page, then log in.") from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"Cannot {what}: it has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"Cannot {what}: no such repository, or a private one that this token may not see. Check the name, and "
-            "log in with `hf auth login` or pass token=."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubError(f"Cannot {what}{at}: it is not in the cache, and the Hub could not be asked. {error}") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        advice = {
-            401: "The token is not valid: log in with `hf auth login`, or pass token=.",
-            403: "This token may not do that: use one with the right to write, and a name space of your own.",
-        }.get(status or 0, "Try again.")
-        raise HubError(f"Cannot {what}{at}: the Hub answered {error} {advice}") from error
-    except OSError as error:  # no room, or no connection: httpx's errors are not all of them OSErrors
-        raise HubError(f"Cannot {what}{at}: {error}. Nothing was half written; try again.") from error
+    except Exception as error:
+        # All of them: the client lets through what httpx, xet and the file system raise, and wraps it in whatever.
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise HubError(f"Cannot {what}{at}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What is behind an error of the client, and what to do."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    for kind, reason in _REASONS.items():
+        if any(isinstance(found, kind) for found in chain):
+            return reason.format(error=error)
+    for found in chain:
+        if isinstance(found, HfHubHTTPError):
+            status = getattr(found.response, "status_code", None)
+            return f"the Hub answered {found} {_ADVICE.get(status or 0, 'Try again later.')}"
+    for found in chain:
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"there is no room for it on this disk ({found}). Make room and try again; no part of it is kept."
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return f"it is not in the cache, or not all of it, and the Hub could not be asked. {error}"
+    told = " <- ".join(f"{type(found).__name__}: {found}" for found in chain)
+    return f"{told}. Check the connection and try again; nothing was half done."
+
+
+# The first that fits holds: a gated repository is a kind of missing one.
+_REASONS: dict[type[BaseException], str] = {
+    HFValidationError: "it is no repository id such as user/name. {error}",
+    GatedRepoError: "access is gated. Ask for it on the repository's page, then log in with `hf auth login`.",
+    RevisionNotFoundError: "the repository has no such revision.",
+    RepositoryNotFoundError: (
+        "there is no such repository, or a private one that this token may not see. Check the name, and log in with "
+        "`hf auth login` or pass token=."
+    ),
+}
+_ADVICE = {
+    401: "No token, or not a valid one: log in with `hf auth login`, or pass token=.",
+    403: "This token may not do that: use one with the right to, and a name space of your own.",
+}

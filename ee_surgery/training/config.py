@@ -16,7 +16,9 @@ class TrainConfig:
     epochs: int = 5
     """Passes over the training set."""
     batch_size: int = 128
-    """Samples a step and process; not used when the data comes in batches already."""
+    """Samples a batch, of which each process runs its piece; not used when the data comes in batches already."""
+    accumulate: int = 1
+    """Batches a step; their gradients are added up, weighed by their samples."""
     objective: str = "sum_ce"
     """Loss on the labels: a name in `OBJECTIVES`, or `kd` for none."""
     distill: float = 0.5
@@ -68,7 +70,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         OBJECTIVES[self.objective]  # raises with near names
-        for name in ("epochs", "batch_size", "checkpoint_steps", "patience_nonfinite"):
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "patience_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("distill", "distill_from", "warmup", "survivor"):

@@ -1,11 +1,13 @@
-"""The training loop: frozen original, learning branches, Accelerate around them."""
+"""The training loop: frozen original, learning branches, one or many processes through Accelerate."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,20 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.errors import ConfigError, DataError, TrainingError
-from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.policies.records import exit_costs
-from ee_surgery.training import checkpoint
+from ee_surgery.share.adapter import AdapterConfig
+from ee_surgery.training import checkpoint, track
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data, is_samples, loader, place, unpack
-from ee_surgery.training.data import count as size
+from ee_surgery.training.data import Data, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.joint import JointModel
-from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
+from ee_surgery.training.loss import batch_loss, relative_costs
+from ee_surgery.training.optimizer import learning_rate, make_optimizer
+from ee_surgery.training.processes import OneBatch, Processes, Share, Shares
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,22 @@ def train(
     The model is moved to the accelerator's device. With `config.checkpoint_dir`, the same call after a kill goes on
     where the last checkpoint stood and ends in the same weights, bit for bit, as an uninterrupted run on a CPU.
 
+    In a program that `accelerate launch` started as several processes, call it in all of them: each runs its piece of
+    every batch, and all end with the same weights, those of one process but for float rounding. How it was trained is
+    kept in `report.model.provenance["training"]`.
+
     Args:
         data: a Dataset of samples, or a DataLoader or iterable of batches; `(inputs, labels)`, dicts, or, with
-            `teach="original"`, inputs alone.
+            `teach="original"`, inputs alone. The same in all processes.
         validation: what each exit's accuracy is reported on after every epoch; by default a random
             `config.validation` of a map-style `data`, which then is not trained on.
-        accelerator: your own; one is made from `config.mixed_precision` otherwise.
+        accelerator: your own, perhaps with trackers (`log_with=`), which then get loss, learning rate and
+            accuracies of every epoch; one is made from `config.mixed_precision` otherwise.
         joint: train the original along, as EENet, EENets, BranchyNet and MSDNet do, on a copy: the model that was
             given keeps every bit, and `report.model` is a new base with branches, saved with its weights.
     Raises:
-        ConfigError: `joint` with answers of the original as labels.
+        ConfigError: `joint` with answers of the original as labels; an accelerator that splits models up (FSDP,
+            DeepSpeed), that accumulates gradients otherwise, or that does not see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
         DataError: batches of unknown form, no labels where they are needed, or data that runs out.
         TrainingError: the loss stays non-finite, or a checkpoint of another run is in the way.
@@ -132,41 +139,54 @@ class _Run:
         accelerator: Accelerator,
         joint: bool,
     ) -> None:
+        self.processes = Processes(accelerator)
+        if accelerator.gradient_accumulation_steps not in (1, config.accumulate):
+            raise ConfigError(
+                f"The accelerator adds up gradients over {accelerator.gradient_accumulation_steps} batches, "
+                f"TrainConfig(accumulate={config.accumulate}) over {config.accumulate}: set both to the same."
+            )
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
-        self.objective = OBJECTIVES[config.objective]
         self.dtype = next(branched.branches.parameters()).dtype
         if validation is None and config.validation and is_samples(data) and isinstance(data, Sized):
             held = max(1, round(len(data) * config.validation))
             parts = [len(data) - held, held]
             data, validation = random_split(data, parts, torch.Generator().manual_seed(config.seed))  # pyright: ignore[reportArgumentType]
         batches = loader(data, config.batch_size, shuffle=True, num_workers=config.num_workers)
-        if iter(batches) is batches and config.epochs > 1:
+        if isinstance(batches, Iterator) and config.epochs > 1:
             raise DataError(
                 f"The training data is an iterator, used up after one pass, but epochs={config.epochs}. "
                 "Pass a Dataset, a DataLoader or a list of batches."
             )
-        if not isinstance(batches, Sized) and config.schedule != "constant":
+        self.batch_size = getattr(batches, "batch_size", None)
+        self.batches = Shares(batches, self.processes)
+        self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
+        """A pass over the data."""
+        if self.steps is None and config.schedule != "constant":
             raise DataError('The training data has no length: set TrainConfig(schedule="constant", warmup=0).')
+        self.total = config.epochs * (self.steps or 0)
+        self.validation = None if validation is None else Shares(loader(validation, config.batch_size), self.processes)
         self.joint = joint
+        identity = branched.adapter_config()
+        self.settings = _settings(config, joint, self.total, identity)
+        self.processes.agree("original", identity.base.fingerprint)
+        if self.processes.number > 1:
+            start = self.processes.of_main(lambda: {n: t.cpu() for n, t in branched.branches.state_dict().items()})
+            branched.branches.load_state_dict(start)
         self.learner: nn.Module = JointModel(branched) if joint else branched.branches
-        self.prepared: nn.Module
-        self.prepared, self.optimizer = accelerator.prepare(self.learner, self._optimizer())
-        self.batches: Iterable[Any] = accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
-        self.total = config.epochs * len(self.batches) if isinstance(self.batches, Sized) else 0
-        self.validation = None if validation is None else loader(validation, config.batch_size)
-        visits = [True] * len(branched.branches)
-        costs = exit_costs(branched.trunk_macs, branched.branch_macs, visits)
-        self.costs = torch.tensor([*costs[:-1], costs[-1]], device=accelerator.device) / costs[-1]
+        self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
+        self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
-        self.console = Console()
+        self.console = Console(quiet=not self.processes.main)
 
     def run(self) -> TrainReport:
-        self.epoch = self.step = self.taken = self.skipped = self.in_a_row = 0
+        self.epoch = self.step = self.taken = self.skipped = self.in_a_row = self.samples = 0
         self.loss_sum = 0.0
         folder = Path(self.config.checkpoint_dir) if self.config.checkpoint_dir else None
-        state = checkpoint.load(folder, self._settings()) if folder else None
+        state = checkpoint.load(folder, self.settings) if folder else None
         if state is not None:
             self._restore(state)
+        self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
+        track.start(self.accelerator, self.settings)
         while self.epoch < self.config.epochs:
             self._one_epoch(folder, state)
             state = None
@@ -177,25 +197,30 @@ class _Run:
             )
         if self.config.ensemble_epochs and ensembles(self.branched.branches):
             self._fit_ensembles()
+        self.branched.provenance.pop("evaluation", None)  # it was of the weights before
+        self.branched.provenance["training"] = self._provenance()
         self.accelerator.wait_for_everyone()
         return self.report
 
     def _one_epoch(self, folder: Path | None, resumed: dict[str, Any] | None) -> None:
         started = time.perf_counter()
         set_seed(self.config.seed + self.epoch)
-        iterator = iter(self.batches)
-        done = self.step
+        shares = iter(self.batches)
+        if self.processes.index:  # else all would crop and drop alike
+            set_seed(self.config.seed + self.epoch + _APART * self.processes.index)
+        done = self.step * self.config.accumulate
         # Loaded and thrown away, not skipped: whatever randomness their transforms use is used up again.
-        if sum(1 for _ in islice(iterator, done)) < done:
-            raise TrainingError(f"The checkpoint stands at step {done} of an epoch, but the data ends before.")
-        if resumed is not None and done:
-            checkpoint.set_random_state(resumed["random"])
+        if sum(1 for _ in islice(shares, done)) < done:
+            raise TrainingError(f"The checkpoint stands at step {self.step} of an epoch, but the data ends before.")
+        if resumed is not None and done and len(resumed["random"]) == self.processes.number:
+            checkpoint.set_random_state(resumed["random"][self.processes.index])
         self.learner.train()
         with self._bar() as bar:
-            total = len(self.batches) if isinstance(self.batches, Sized) else None
-            task = bar.add_task(f"epoch {self.epoch + 1}/{self.config.epochs}", total=total, completed=done)
-            for batch in iterator:
-                self._one_step(batch)
+            task = bar.add_task(
+                f"epoch {self.epoch + 1}/{self.config.epochs}", total=self.steps, completed=self.step, loss=math.nan
+            )
+            while group := list(islice(shares, self.config.accumulate)):
+                self._one_step(group)
                 self.step += 1
                 bar.update(task, advance=1, loss=self.loss_sum / max(1, self.taken))
                 if folder and self.step % self.config.checkpoint_steps == 0:
@@ -208,26 +233,48 @@ class _Run:
         epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped)
         self.report.epochs.append(epoch)
         self._say(describe(epoch))
+        self.accelerator.log(
+            {
+                **({"loss": mean} if self.taken else {}),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": epoch.seconds,
+                "skipped": epoch.skipped,
+                **{f"accuracy/{name}": accuracy for name, accuracy in self.report.accuracies.items()},
+            },
+            step=self.epoch + 1,
+        )
         self.epoch, self.step, self.taken, self.skipped, self.loss_sum = self.epoch + 1, 0, 0, 0, 0.0
         if folder:
             self._save(folder)
 
-    def _one_step(self, batch: Any) -> None:
+    def _one_step(self, shares: list[Share]) -> None:
+        """One step on all of these. All processes see the same loss and gradient, and so take or skip it alike."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = learning_rate(self.config, self._progress(), self.total)
         self.optimizer.zero_grad()
-        loss = self._loss(batch)
-        good = bool(self.accelerator.gather(torch.isfinite(loss.detach())[None]).all())  # pyright: ignore[reportAttributeAccessIssue]
+        total = sum(share.total for share in shares)
+        value, good = 0.0, True
+        for share in shares:
+            loss = self._loss(share) * (share.total / total)
+            value += loss.item()
+            good = math.isfinite(value)
+            if not good:
+                break
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which it divides
         if good:
-            self.accelerator.backward(loss)
+            self.processes.add_up(self.learner.parameters())
             norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip_grad or math.inf)
             # fp16 overflows now and then; its scaler skips those steps itself
-            good = self.config.mixed_precision == "fp16" or norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+            good = (
+                self.accelerator.mixed_precision == "fp16"
+                or norm is None
+                or bool(torch.isfinite(torch.as_tensor(norm)))
+            )
         if not good:
             self.optimizer.zero_grad()
             self.skipped += 1
             self.in_a_row += 1
-            self.console.print(f"step {self.step}: loss {loss.item()} or its gradient is not finite; skipped")
+            self.console.print(f"step {self.step}: loss {value} or its gradient is not finite; skipped")
             if self.in_a_row >= self.config.patience_nonfinite:
                 raise TrainingError(
                     f"The loss was not finite for {self.in_a_row} steps in a row (epoch {self.epoch + 1}, step "
@@ -235,118 +282,85 @@ class _Run:
                 )
             return
         self.optimizer.step()
-        self.taken, self.in_a_row = self.taken + 1, 0
-        self.loss_sum += loss.item()
+        self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
+        self.loss_sum += value
 
-    def _loss(self, batch: Any) -> Tensor:
-        config = self.config
-        inputs, labels = unpack(batch)
-        exits, original = self._answers(place(inputs, self.accelerator.device, self.dtype))
-        headless = self.branched.branches.head is not None
-        if headless and (labels is None or config.teach == "original"):
-            raise DataError("The model has no head of its own to learn from: its new head needs labels.")
-        if config.teach == "original":
-            labels = original.argmax(-1)
-        elif config.objective == "kd" and not headless:
-            labels = original.argmax(-1)  # not read
-        elif labels is None:
-            raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
-        labels = labels.to(self.accelerator.device)
-        classes = self.branched.branches[0].classifier.out_features
-        if labels.ndim == 1 and (labels.dtype.is_floating_point or not 0 <= int(labels.max()) < classes):
-            raise DataError(
-                f"Labels must be class numbers below {classes} (or probabilities of shape (B, C)); got "
-                f"{labels.dtype} up to {labels.max().item()}."
-            )
-        exits = [exit._replace(logits=exit.logits.float()) for exit in exits]
-        teacher = original.float() if self.joint else original.detach().float()
-        answers = Answers(exits, teacher, labels, self.costs, self._progress())
-        own = F.cross_entropy(original.float(), labels) if headless else 0.0
-        if config.objective == "kd" or config.distill == 1:
-            return own + kd(answers, config)
-        loss = own + self.objective(answers, config)
-        if config.distill == 0 or answers.progress < config.distill_from:
-            return loss
-        return (1 - config.distill) * loss + config.distill * kd(answers, config)
+    def _loss(self, share: Share) -> Tensor:
+        """Of the whole batch, in every process; its gradient here is the part of the samples here."""
+        exits, original = self._answers(share)
+        labels = None if share.labels is None else share.labels.to(self.accelerator.device)
+        return batch_loss(
+            [self._of_all(exit, share.total) for exit in exits],
+            self.processes.rows(original, share.total),
+            None if labels is None else self.processes.rows(labels, share.total),
+            self.costs,
+            self.config,
+            new_head=self.branched.branches.head is not None,
+            joint=self.joint,
+            progress=self._progress(),
+        )
 
-    def _answers(self, inputs: Inputs) -> tuple[list[ExitLogits], Tensor]:
+    def _answers(self, share: Share) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
+        inputs = place(share.inputs, self.accelerator.device, self.dtype)
+        one_batch = OneBatch(self.processes, share.own) if self.processes.number > 1 else nullcontext()
         if self.joint:
-            with self.accelerator.autocast():
-                return self.prepared(self.branched.normal(inputs))
+            with self.accelerator.autocast(), one_batch:
+                return self.learner(self.branched.normal(inputs))
         features, original = self.branched.features(inputs)
-        with self.accelerator.autocast():
-            return self.branched.split(self.prepared(features), original)
+        with self.accelerator.autocast(), one_batch:
+            return self.branched.split(self.learner(features), original)
+
+    def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
+        """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
+        logits, confidence, _ = exit
+        if confidence is not None:
+            confidence = self.processes.rows(confidence.float(), total)
+        return ExitLogits(self.processes.rows(logits.float(), total), confidence)
 
     def _say(self, line: str) -> None:
-        if self.config.progress and self.accelerator.is_main_process:
+        if self.config.progress:
             self.console.print(line, highlight=False)
 
     def _progress(self) -> float:
         """Share of the training that is done; 0 where its length is not known."""
-        return (self.epoch * (self.total // self.config.epochs) + self.step) / self.total if self.total else 0.0
+        return (self.epoch * (self.steps or 0) + self.step) / self.total if self.total else 0.0
 
     def _fit_ensembles(self) -> None:
         """On the validation split where there is one: answers to what the branches learned from are too sure."""
         log_p: list[Tensor] = []
         truth: list[Tensor] = []
-        count = 0
-        for batch in self.batches if self.validation is None else self.validation:
-            inputs, labels = unpack(batch)
-            answers, original = self.branched.answers(place(inputs, self.accelerator.device, self.dtype))
+        seen = 0
+        for share in self.batches if self.validation is None else self.validation:
+            answers, original = self.branched.answers(place(share.inputs, self.accelerator.device, self.dtype))
             own = answers[-1].handed
             assert own is not None
+            labels = share.labels
             if labels is None or self.config.teach == "original":
                 labels = original.argmax(-1)
-            gathered = self.accelerator.gather((own.float(), labels.to(own.device)))
-            log_p.append(gathered[0])
-            truth.append(gathered[1])
-            count += len(gathered[0])
-            if count >= _ENSEMBLE_SAMPLES:
+            log_p.append(self.processes.rows(own.float(), share.total))
+            truth.append(self.processes.rows(labels.to(own.device), share.total))
+            seen += share.total
+            if seen >= _ENSEMBLE_SAMPLES:
                 break
         fit_ensembles(self.branched.branches, torch.cat(log_p), torch.cat(truth), self.config.ensemble_epochs)
-
-    def _rate(self) -> float:
-        config = self.config
-        if not self.total:
-            return config.lr
-        at = self._progress()
-        rise = min(1.0, (at + 1 / self.total) / config.warmup) if config.warmup else 1.0
-        shape = {
-            "cosine": 0.5 * (1 + math.cos(math.pi * at)),
-            "linear": 1 - at,
-            "step": 0.1 ** sum(at >= share for share in config.milestones),
-            "constant": 1.0,
-        }[config.schedule]
-        return config.lr * rise * shape
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config, parameters = self.config, list(self.learner.parameters())
-        # norms and biases are not decayed, as usual
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        if config.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-        return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(groups, lr=config.lr)
 
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
             return ()
-        right = torch.zeros(len(self.branched.exits) + 1, dtype=torch.float64)
-        count = 0
-        for batch in self.validation:
-            inputs, labels = unpack(batch)
-            answers = self.branched.all_exits(place(inputs, self.accelerator.device, self.dtype)).argmax(-1)
-            truth = answers[-1] if labels is None or self.config.teach == "original" else labels.to(answers.device)
-            right += (answers == truth).sum(1).cpu()
-            count += size(inputs)
-        return tuple((right / max(1, count)).tolist())
+        counts = torch.zeros(len(self.branched.exits) + 2, dtype=torch.long, device=self.accelerator.device)
+        for share in self.validation:
+            answers = self.branched.all_exits(place(share.inputs, self.accelerator.device, self.dtype)).argmax(-1)
+            labels = None if self.config.teach == "original" else share.labels
+            truth = answers[-1] if labels is None else labels.to(answers.device)
+            counts[:-1] += (answers == truth)[:, : share.own].sum(1)
+            counts[-1] += share.own
+        *right, seen = self.processes.total(counts).tolist()
+        return tuple(count / max(1, seen) for count in right)
 
     def _bar(self) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        shown = self.config.progress and self.console.is_terminal and self.accelerator.is_main_process
+        shown = self.config.progress and self.console.is_terminal and self.processes.main
         return Progress(
             *columns,
             TextColumn("loss {task.fields[loss]:.3f}"),
@@ -355,39 +369,40 @@ class _Run:
             disable=not shown,
         )
 
-    # --- checkpoints
-
-    def _settings(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its continuation."""
-        config = asdict(self.config)
-        for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers"):
-            config.pop(free)
-        for listed in ("exit_weights", "milestones"):
-            config[listed] = str(config[listed])
-        identity = self.branched.adapter_config()
-        exits = [f"{exit.name}: {exit.branch}" for exit in identity.exits]
+    def _provenance(self) -> dict[str, Any]:
+        """How it was trained, as plain data."""
+        told = (
+            "objective", "teach", "distill", "optimizer", "lr", "weight_decay", "schedule", "epochs", "accumulate",
+            "seed",
+        )  # fmt: skip
         return {
-            **config,
+            **{name: getattr(self.config, name) for name in told},
             "joint": self.joint,
-            "fingerprint": identity.base.fingerprint,
-            "exits": exits,
-            "steps": self.total,
+            "batch_size": self.batch_size,
+            "samples": self.samples,
+            "seconds": sum(epoch.seconds for epoch in self.report.epochs),
+            "processes": self.processes.number,
+            "device": self.accelerator.device.type,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": {name: version(name) for name in ("ee-surgery", "torch", "timm", "transformers")},
         }
 
+    # --- checkpoints
+
     def _save(self, folder: Path) -> None:
-        if not self.accelerator.is_main_process:
+        random = self.processes.of_each(checkpoint.random_state())
+        if not self.processes.main:
             return
-        counters = {name: getattr(self, name) for name in _COUNTERS}
         checkpoint.save(
             folder,
             {
-                "settings": self._settings(),
-                "counters": counters,
+                "settings": self.settings,
+                "counters": {name: getattr(self, name) for name in _COUNTERS},
                 "history": [asdict(epoch) for epoch in self.report.epochs],
                 "learner": self.learner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "random": checkpoint.random_state(),
+                "random": random,
             },
         )
 
@@ -401,5 +416,17 @@ class _Run:
         self.report.epochs.extend(Epoch(**{**e, "accuracies": tuple(e["accuracies"])}) for e in state["history"])
 
 
+def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
+    """What must not change between a checkpoint and its continuation; the number of processes may."""
+    settings = asdict(config)
+    for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers"):
+        settings.pop(free)
+    for listed in ("exit_weights", "milestones"):
+        settings[listed] = str(settings[listed])
+    exits = [f"{exit.name}: {exit.branch}" for exit in identity.exits]
+    return {**settings, "joint": joint, "fingerprint": identity.base.fingerprint, "exits": exits, "steps": steps}
+
+
 _ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
-_COUNTERS = ("epoch", "step", "taken", "skipped", "in_a_row", "loss_sum")
+_APART = 1_000_003  # between the seeds of two processes: more than there are epochs
+_COUNTERS = ("epoch", "step", "taken", "skipped", "in_a_row", "samples", "loss_sum")

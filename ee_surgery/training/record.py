@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.frontier import Frontier
+from ee_surgery.policies.operating import describe
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.risk import risk_table
-from ee_surgery.training.data import Data, batches
+from ee_surgery.training.data import Data, loader, place
+from ee_surgery.training.processes import Processes, Shares
 
 
-def record(branched: EarlyExitModel, data: Data, *, batch_size: int = 128) -> ExitRecords:
+def record(
+    branched: EarlyExitModel, data: Data, *, batch_size: int = 128, accelerator: Accelerator | None = None
+) -> ExitRecords:
     """Run every exit on every sample, nobody leaving, and keep the logits.
+
+    With an accelerator, its processes share the work: call it in all of them. Each ends with all records, in the order
+    of the data. Without one, this process does all of it, whatever the others do.
 
     Args:
         data: held out: neither what trained the branches nor what will be reported. Without labels, the
@@ -28,14 +36,18 @@ def record(branched: EarlyExitModel, data: Data, *, batch_size: int = 128) -> Ex
     logits: list[Tensor] = []
     confidence: list[Tensor] = []
     labels: list[Tensor] = []
-    for x, y in batches(data, batch_size, *_home(branched)):
-        answers, original = branched.answers(x)
-        logits.append(torch.stack([*(answer.logits for answer in answers), original]).float().cpu())
+    processes = _processes(branched, accelerator)
+    home = _home(branched)
+    for share in Shares(loader(data, batch_size), processes):
+        answers, original = branched.answers(place(share.inputs, *home))
+        found = torch.stack([*(answer.logits for answer in answers), original], 1).float()  # (B, K, C)
+        logits.append(processes.rows(found, share.total).transpose(0, 1).cpu())
         units = [answer.confidence for answer in answers if answer.confidence is not None]
         if len(units) == len(answers):
-            confidence.append(torch.stack(units).float().cpu())
-        if y is not None:
-            labels.append(y.cpu())
+            found = torch.stack(units, 1).float()
+            confidence.append(processes.rows(found, share.total).transpose(0, 1).cpu())
+        if share.labels is not None:
+            labels.append(processes.rows(share.labels.to(home[0]), share.total).cpu())
     if not logits:
         raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
     if labels and len(labels) != len(logits):
@@ -58,6 +70,7 @@ def calibrate(
     policy: str = "search",
     scores: Iterable[str] | None = None,
     batch_size: int = 128,
+    accelerator: Accelerator | None = None,
 ) -> Frontier:
     """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
 
@@ -68,12 +81,13 @@ def calibrate(
         policy: how thresholds are chosen, by its name in `POLICIES`: `search`, or a paper's own way.
         scores: which scores `search` may use; by default `max_prob`, and `learned` where the branches have confidence
             units. More scores find a little more on this data and keep a little less of it on new data.
+        accelerator: as for `record`; every process then searches, and finds the same.
     Raises:
         ConfigError: `scores` beside a policy that has its own.
     """
     if scores is not None and policy != "search":
         raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
-    records = record(branched, data, batch_size=batch_size)
+    records = record(branched, data, batch_size=batch_size, accelerator=accelerator)
     if policy != "search":
         frontier = Frontier.trace(records, policy)
     else:
@@ -118,44 +132,51 @@ class Evaluation:
         return "\n".join([head, *rows])
 
 
-def evaluate(branched: EarlyExitModel, data: Data, *, batch_size: int = 128) -> Evaluation:
-    """Run a branched model, routed, and its original on the same samples.
+def evaluate(
+    branched: EarlyExitModel, data: Data, *, batch_size: int = 128, accelerator: Accelerator | None = None
+) -> Evaluation:
+    """Run a branched model, routed, and its original on the same samples; with an accelerator as `record` does.
+
+    The result is kept in `branched.provenance["evaluation"]`, with the operating point that it is of: the model card
+    states it.
 
     Raises:
         DataError: the data is empty.
     """
-    right: list[Tensor] = []
-    base: list[Tensor] = []
-    same: list[Tensor] = []
-    where: list[Tensor] = []
-    macs: list[Tensor] = []
+    found: list[Tensor] = []
     labelled = True
-    for x, y in batches(data, batch_size, *_home(branched)):
+    processes = _processes(branched, accelerator)
+    home = _home(branched)
+    for share in Shares(loader(data, batch_size), processes):
+        x = place(share.inputs, *home)
         output = branched.predict(x)
         with branched.exits_disabled():
             original = branched.predict(x).logits.argmax(-1)
         answer = output.logits.argmax(-1)
-        labelled &= y is not None
-        target = original if y is None else y
-        for rows, value in [(right, answer == target), (base, original == target), (same, answer == original),
-                            (where, output.exit_index), (macs, output.macs_fraction)]:  # fmt: skip
-            rows.append(value.cpu())
-    if not right:
+        labelled &= share.labels is not None
+        target = original if share.labels is None else share.labels.to(home[0])
+        of_sample = (answer == target, original == target, answer == original, output.exit_index, output.macs_fraction)
+        found.append(processes.rows(torch.stack([value.float() for value in of_sample], 1), share.total).cpu())
+    if not found:
         raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
-    correct, exit_index = torch.cat(right), torch.cat(where)
+    correct, base, same, exit_index, macs = torch.cat(found).unbind(1)
     names = (*branched.exits, "original")
     left = [exit_index == k for k in range(len(names))]
-    return Evaluation(
+    result = Evaluation(
         accuracy=_mean(correct),
-        original_accuracy=_mean(torch.cat(base)),
-        agreement=_mean(torch.cat(same)),
-        macs_fraction=_mean(torch.cat(macs)),
+        original_accuracy=_mean(base),
+        agreement=_mean(same),
+        macs_fraction=_mean(macs),
         exits=names,
         exit_shares=tuple(_mean(rows) for rows in left),
         exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
         samples=len(correct),
         labelled=labelled,
     )
+    point = None if branched.policy is None else branched.operating_point
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
+    branched.provenance["evaluation"] = {**plain, "operating_point": describe(point)}
+    return result
 
 
 def _mean(values: Tensor) -> float:
@@ -165,3 +186,10 @@ def _mean(values: Tensor) -> float:
 def _home(branched: EarlyExitModel) -> tuple[torch.device, torch.dtype]:
     weight = next(branched.branches.parameters())
     return weight.device, weight.dtype
+
+
+def _processes(branched: EarlyExitModel, accelerator: Accelerator | None) -> Processes:
+    """Those that share the work; the model is moved to where this one works."""
+    if accelerator is not None:
+        branched.to(accelerator.device)
+    return Processes(accelerator)

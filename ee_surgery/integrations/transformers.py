@@ -1,0 +1,399 @@
+"""Adapters as models of transformers: Auto classes, `pipeline`, `Trainer`.
+
+    model = AutoModelForImageClassification.from_pretrained("user/name")      # or a folder
+    model.branched.operate(budget=0.6)                                        # the EarlyExitModel inside
+    pipe = pipeline("image-classification", model="user/name")
+    pipe(pictures), pipe.model.exit_counts
+
+The module that transformers sees holds the branches alone: what it trains, saves, counts or wraps is never the
+original, which moves along between devices and keeps every bit and flag.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import make_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
+
+from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.model import EarlyExitModel
+from ee_surgery.pipeline import from_pretrained
+from ee_surgery.share.adapter import without_tensors
+from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.loss import batch_loss, relative_costs
+
+_UNSUPPORTED = ("output_attentions", "output_hidden_states")
+# What `from_pretrained` is handed and has no use for; nothing executable is read, whomever one trusts.
+_IGNORED = (
+    "trust_remote_code",
+    "adapter_kwargs",
+    "code_revision",
+    "use_safetensors",
+    "low_cpu_mem_usage",
+    "weights_only",
+)
+# Of `save_pretrained`: about weights files that an adapter does not have.
+_UNSAVED = ("max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format")
+
+
+class EarlyExitConfig(PreTrainedConfig):
+    """An adapter's `config.json` as attributes, and the names of the classes: the base's, where they are known."""
+
+    model_type = "ee_surgery"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "score", "macs"]  # Trainer gathers logits alone
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Take everything in `config.json`; class names given beside it win."""
+        base = kwargs.get("base", {})
+        if self.id2label is None:
+            names = kwargs.get("label_names") or _imagenet_names(base)
+            if names:
+                self.id2label = dict(enumerate(names))
+                self.label2id = {name: i for i, name in self.id2label.items()}
+            elif "num_labels" not in kwargs and base:
+                kwargs["num_labels"] = kwargs.get("head_classes") or base["num_classes"]
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def of(cls, branched: EarlyExitModel, name: str = "") -> EarlyExitConfig:
+        """Describe a model; `name` is where it was loaded from."""
+        data = without_tensors(branched.adapter_config().to_dict(), {})
+        return cls.from_dict(data, name_or_path=name)
+
+
+def _imagenet_names(base: Mapping[str, Any]) -> list[str] | None:
+    """timm states no names; transformers too takes those of ImageNet where the number of classes fits."""
+    if base.get("library") != "timm":
+        return None
+    from timm.data import ImageNetInfo, infer_imagenet_subset  # pyright: ignore[reportPrivateImportUsage]
+
+    subset = infer_imagenet_subset({"num_classes": base["num_classes"]})
+    return list(ImageNetInfo(subset).label_descriptions()) if subset else None
+
+
+class _EarlyExitForClassification(PreTrainedModel):
+    """What image and text classifiers share. The registered module is the bank of branches and nothing else."""
+
+    config_class = EarlyExitConfig
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides by accumulation steps
+    answers_with: type[ModelOutput]
+    """Output class where the base has none of its own."""
+
+    def __init__(self, config: EarlyExitConfig, branched: EarlyExitModel | None = None) -> None:
+        if branched is None:
+            raise ConfigError(
+                f"A configuration holds no branches: use {type(self).__name__}.from_pretrained(folder_or_repo), or "
+                f"{type(self).__name__}.of(branched) for a model from ee_surgery.augment."
+            )
+        super().__init__(config)
+        config.architectures = [type(self).__name__]
+        self.branches = branched.branches
+        self.branched: EarlyExitModel
+        """The model inside: `operate`, `receipt`, `backbone`, ..."""
+        object.__setattr__(self, "branched", branched)  # not registered: its original is not transformers' to train
+        self.train_config = TrainConfig()
+        """Objective and distillation of the loss in training mode; the rest of it is up to `TrainingArguments`."""
+        self._counts = torch.zeros(len(branched.exits) + 1, dtype=torch.long)
+        self.train(branched.branches.training)
+
+    @classmethod
+    def of(cls, branched: EarlyExitModel, train_config: TrainConfig | None = None) -> _EarlyExitForClassification:
+        """Wrap a branched model, which is shared, not copied."""
+        model = cls(EarlyExitConfig.of(branched), branched)
+        model.config.problem_type = getattr(getattr(branched.backbone, "config", None), "problem_type", None)
+        if train_config is not None:
+            model.train_config = train_config
+        return model
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: EarlyExitConfig | None = None,
+        base_model: nn.Module | None = None,
+        train_config: TrainConfig | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        **others: Any,
+    ) -> _EarlyExitForClassification:
+        """Load an adapter onto its base, as `ee_surgery.from_pretrained` does, ready to exit early.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository on the Hub.
+            config: with class names of yours, for example; as many as the base has.
+            base_model: the base, where it cannot be made by its name.
+            train_config: see the attribute.
+            revision, token, cache_dir, local_files_only: of the repository.
+            dtype: cast base and branches to it after the base was recognised; `auto`: as they are.
+            torch_dtype: older name of it.
+            device_map: a device, or `auto` for the accelerator that there is.
+            others: nothing else; `trust_remote_code` is not listened to, as nothing executable is ever read.
+        Raises:
+            ConfigError: an argument that has no meaning here, a base over several devices, another number of classes,
+                or a `base_model` that would have to be cast.
+            HubError, AdapterError, FingerprintError: see `ee_surgery.from_pretrained`.
+        """
+        unknown = [n for n, v in others.items() if v and not n.startswith("_") and n not in _IGNORED]
+        if unknown:
+            raise ConfigError(
+                f"Loading early exits takes no {unknown}: the base is loaded by its own library as it is."
+            )
+        branched = from_pretrained(
+            pretrained_model_name_or_path,
+            base_model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        model = cls.of(branched, train_config)
+        if config is not None:
+            if config.num_labels != model.config.num_labels:
+                raise ConfigError(
+                    f"{config.num_labels} class names for a base with {model.config.num_labels} classes. Early exits "
+                    "keep the base's classes."
+                )
+            config.problem_type = config.problem_type or model.config.problem_type
+            config.architectures = model.config.architectures
+            model.config = config
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        model._cast(torch_dtype if dtype is None else dtype, given=base_model is not None)
+        model.config.dtype = model.dtype
+        if device_map is not None:
+            model.to(device=_device(device_map))  # pyright: ignore[reportCallIssue]
+        return model
+
+    def _cast(self, dtype: str | torch.dtype | None, given: bool) -> None:
+        if dtype is None or dtype == "auto":
+            return
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+            raise ConfigError(f"dtype must be a floating type of torch or `auto`, got {dtype!r}.")
+        if wanted != self.dtype:
+            if given:
+                raise ConfigError(
+                    f"base_model is in {self.dtype}, and casting it to {wanted} would change your own module: leave "
+                    "dtype out, and call .to(dtype) if that is what you want."
+                )
+            self.to(dtype=wanted)  # pyright: ignore[reportCallIssue]
+
+    # --- the view that transformers has: branches alone
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _EarlyExitForClassification:
+        # Devices and dtypes hold for the original too, which is not among this module's own.
+        super()._apply(fn, recurse)
+        self.branched.original._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> _EarlyExitForClassification:
+        """Put the branches in train or eval mode; the original stays as it is."""
+        self.branched.train(mode)
+        return super().train(mode)
+
+    # --- running
+
+    def _answer(
+        self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None, return_dict: bool | None
+    ) -> ModelOutput | tuple[Any, ...]:
+        asked = [name for name in _UNSUPPORTED if named.pop(name, None)]
+        if asked:
+            raise DataError(
+                f"An early exit answers with logits alone: leave out {asked}, or call `.branched.backbone`."
+            )
+        if self.training and (labels is not None or self.train_config.teach == "original"):
+            fields = self._learn(main, named, labels)
+        else:
+            found = self.branched.predict(*main, **named)
+            loss = None if labels is None else F.cross_entropy(found.logits.float(), labels.to(found.logits.device))
+            self._counts = self._counts.to(found.exit_index.device)
+            self._counts.index_add_(0, found.exit_index, torch.ones_like(found.exit_index))
+            fields = {"loss": loss, "logits": found.logits, "exit_index": found.exit_index, "score": found.score}
+            fields["macs"] = found.macs
+        given = self.branched._backbone.answer(fields["logits"])
+        own = isinstance(given, ModelOutput) and "logits" in given and hasattr(given, "loss")
+        output = _with_exits(type(given) if own else self.answers_with)(**fields)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _learn(self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """The loss over all exits; logits are those of the original, as nobody leaves."""
+        config, bank = self.train_config, self.branches
+        if config.distill_from > 0 or config.exit_weights == "ramp":
+            raise ConfigError("`distill_from` and `ramp` follow the progress of training, which Trainer does not tell "
+                              "its model: use ee_surgery.train.")  # fmt: skip
+        told = {name: getattr(config, name) for name in ("objective", "teach", "distill", "temperature")}
+        self.branched.provenance["training"] = {"by": "a training loop of transformers", **told}
+        self.branched.provenance.pop("evaluation", None)  # it was of the weights before
+        features, original = self.branched.features(*main, **named)
+        exits, original = self.branched.split(bank(features), original)
+        costs = relative_costs(self.branched).to(original.device)
+        loss = batch_loss(exits, original, labels, costs, config, new_head=bank.head is not None)
+        last = torch.full((len(original),), len(bank), device=original.device)
+        return {"loss": loss, "logits": original.detach(), "exit_index": last}
+
+    @property
+    def exit_counts(self) -> dict[str, int]:
+        """How many samples left at each exit, by name, since loading or `reset_exit_counts`; the last is `original`."""
+        return dict(zip((*self.branched.exits, "original"), self._counts.tolist(), strict=True))
+
+    def reset_exit_counts(self) -> None:
+        """Count from 0."""
+        self._counts.zero_()
+
+    # --- sharing
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **about: Any,
+    ) -> None:
+        """Write the adapter folder, as `branched.save_pretrained` does: never the base.
+
+        In a `checkpoint-<step>` folder of Trainer the branches are also in `model.safetensors`, where Trainer looks
+        for them to resume, or to load the best.
+
+        Args:
+            is_main_process: others write nothing.
+            state_dict: not read: the branches are whole on each process.
+            push_to_hub: also to `repo_id`, or to a repository of the folder's name.
+            about: `processor`, and what the card shall say; settings of weights files are left aside.
+        """
+        if not is_main_process:
+            return
+        folder, token = Path(save_directory), about.pop("token", None)
+        about = {name: value for name, value in about.items() if name not in _UNSAVED}
+        self.branched.save_pretrained(folder, **about)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            partial = folder / "model.safetensors.partial"
+            save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, partial)
+            os.replace(partial, folder / "model.safetensors")
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, token=token, **about)
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        self, repo_id: str, *, commit_message: str | None = None, **hub: Any
+    ) -> str:
+        """Upload the adapter, as `branched.push_to_hub` does, with its arguments."""
+        hub = {name: value for name, value in hub.items() if name not in _UNSAVED}
+        if commit_message is not None:
+            hub["message"] = commit_message
+        return self.branched.push_to_hub(repo_id, **hub)
+
+
+class EarlyExitForImageClassification(_EarlyExitForClassification):
+    """An image classifier with early exits: a base of timm, transformers or plain torch under its branches."""
+
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    answers_with = ImageClassifierOutput
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Classify; samples leave where the operating point says so.
+
+        Args:
+            pixel_values: shape (B, 3, H, W), or whatever the base's main input is.
+            labels: class numbers (B,): the loss is returned; in training mode that of all exits, and nobody leaves.
+            return_dict: False: a tuple.
+            inputs: other inputs of the base, by name.
+        Returns:
+            The base's output class with `loss`, `logits` and in addition `exit_index`, `score` and `macs`, each (B,);
+            see `ExitOutput`.
+        """
+        return self._answer(() if pixel_values is None else (pixel_values,), inputs, labels, return_dict)
+
+
+class EarlyExitForSequenceClassification(_EarlyExitForClassification):
+    """A text classifier with early exits."""
+
+    main_input_name = "input_ids"
+    answers_with = SequenceClassifierOutput
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Classify; samples leave where the operating point says so.
+
+        Args:
+            input_ids: shape (B, T). A new length is captured on first use: pad to multiples of 16, say.
+            attention_mask, token_type_ids, position_ids: (B, T), as the base takes them.
+            labels, return_dict, inputs: as for images.
+        """
+        own = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        return self._answer(() if input_ids is None else (input_ids,), {**own, **inputs}, labels, return_dict)
+
+
+@cache
+def _with_exits(answer: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class of a base with three fields more, at its end."""
+    fields = [(name, "Tensor | None", None) for name in ("exit_index", "score", "macs")]
+    name = f"EarlyExit{answer.__name__}"
+    return make_dataclass(name, fields, bases=(answer,), namespace={"__module__": __name__})
+
+
+def _device(device_map: Any) -> torch.device:
+    """The one device that a device map names.
+
+    Raises:
+        ConfigError: it names several, or is to be worked out for several.
+    """
+    if isinstance(device_map, Mapping):
+        places = set(device_map.values())
+        device_map = places.pop() if len(places) == 1 else device_map
+    if device_map == "auto":
+        found = torch.accelerator.current_accelerator()
+        return torch.device("cpu") if found is None else found
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device_map={device_map!r}: early exits run on one device. Give it ('cuda:0'), or `auto`."
+        ) from error
+
+
+def register() -> None:
+    """Tell transformers' Auto classes; twice is once."""
+    AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
+    AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitForImageClassification, exist_ok=True)
+    AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True)

@@ -1,0 +1,269 @@
+"""The model card: what an adapter folder says of itself, as the README that the Hub shows.
+
+    README.md                       front matter for the Hub, usage, tables
+    assets/frontier.png             where there is a frontier, and matplotlib
+    .eval_results/ee_surgery.yaml   where the measured accuracy is that of a benchmark on the Hub
+
+A function of the folder's plain data: every number comes from `config.json` or `frontier.json`, and what was not
+measured is not there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from ee_surgery.errors import ConfigError
+from ee_surgery.policies.frontier import Frontier
+from ee_surgery.policies.operating import describe
+from ee_surgery.registry import suggest
+from ee_surgery.share import card_text as text
+from ee_surgery.share.adapter import CONFIG, AdapterConfig, load_adapter, whole_files
+from ee_surgery.share.processor import PROCESSOR
+
+CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
+MARKER = (
+    "<!-- Written by ee_surgery, and written anew with every save: delete this line to keep a card of your own. -->"
+)
+_TEMPLATE = Path(__file__).with_suffix(".md")
+_EVALUATION = {"accuracy", "original_accuracy", "agreement", "macs_fraction", "samples", "labelled", "operating_point",
+               "exits", "exit_shares", "exit_accuracies"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardInfo:
+    """What a card says beyond the folder's own data. All of it can be left out."""
+
+    license: str | None = None
+    """Of the branches, as the Hub writes it: `apache-2.0`."""
+    datasets: tuple[str, ...] = ()
+    """Hub ids of what the branches were trained on."""
+    language: tuple[str, ...] = ()
+    """Of the texts: `en`."""
+    tags: tuple[str, ...] = ()
+    """More of them."""
+    pipeline_tag: str | None = None
+    """In place of the one that the inputs suggest."""
+    repo_id: str | None = None
+    """Where it is on the Hub; the snippet names the local folder otherwise."""
+    eval_dataset: str | None = None
+    """Hub id of the data that `evaluate` was given."""
+    eval_name: str | None = None
+    """Its name in words."""
+    eval_split: str | None = None
+    """`test`, `validation`, ..."""
+    eval_task: str | None = None
+    """Task of a benchmark on the Hub, `eval_dataset`: the accuracy is offered to its leaderboard."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> CardInfo:
+        """Check keywords; a single word stands for a list of one, None for nothing.
+
+        Raises:
+            ConfigError: an unknown keyword, a value that is no text, or a name that no repository can have.
+        """
+        known = {field.name: field for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in known:
+                raise ConfigError(f"A model card knows no {name!r}. {suggest(name, known)} All: {', '.join(known)}.")
+            if value is None:
+                continue
+            several = isinstance(known[name].default, tuple)
+            words = tuple(value) if several and isinstance(value, (list, tuple)) else (value,)
+            if not all(isinstance(word, str) and word.strip() and "\n" not in word for word in words):
+                raise ConfigError(f"{name} of a model card is text{' or a list of it' * several}, got {value!r}.")
+            if name in ("datasets", "repo_id", "eval_dataset"):
+                for word in words:
+                    _check_id(name, word)
+            values[name] = words if several else value
+        info = cls(**values)
+        if info.eval_task and not info.eval_dataset:
+            raise ConfigError(f"eval_task={info.eval_task!r} is a task of a benchmark: name it too, eval_dataset=.")
+        return info
+
+    @classmethod
+    def stored(cls, config: AdapterConfig, given: Mapping[str, Any]) -> CardInfo:
+        """What an earlier card of this adapter was given, and what is given now, which wins."""
+        known = {field.name for field in fields(cls)}
+        earlier = config.provenance.get("card")
+        earlier = earlier if isinstance(earlier, Mapping) else {}
+        return cls.of({**{name: value for name, value in earlier.items() if name in known}, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what was given."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v}
+
+
+def write_card(
+    folder: Path, config: AdapterConfig, frontier: Frontier | None, receipt: str | None = None, **about: Any
+) -> Path:
+    """Write the card of an adapter folder and what it shows; all of it or, on an error, nothing.
+
+    A README that this package did not write is kept, with a warning; what a card shows is written beside it.
+
+    Args:
+        receipt: what `branched.receipt()` says; left out of the card when None.
+        about: fields of `CardInfo`; those of an earlier card are kept.
+    Raises:
+        ConfigError: see `CardInfo.of`.
+        AdapterError: the folder cannot be written.
+    """
+    info = CardInfo.stored(config, about)
+    path = folder / CARD
+    foreign = path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace")
+    measured = _measured(config)
+    files: dict[str, Callable[[Path], object]] = {}
+    if frontier is not None and importlib.util.find_spec("matplotlib") is not None:
+        files[PLOT] = lambda place: frontier.plot().savefig(place, dpi=150, format="png")
+    if entries := _leaderboard(info, measured):
+        results = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        files[RESULTS] = lambda place: place.write_text(results, encoding="utf-8")
+    if foreign:
+        warnings.warn(f"{path} is not a card of ee_surgery's: it is kept. Delete it to get one.", stacklevel=3)
+    else:
+        content = _render(folder, config, frontier, receipt, info, measured, plot=PLOT in files)
+        files[CARD] = lambda place: place.write_text(content, encoding="utf-8")
+    with whole_files(folder) as place:
+        for name, write in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write(place(name))
+    for name in {PLOT, RESULTS} - files.keys():  # of an earlier card
+        (folder / name).unlink(missing_ok=True)
+    return path
+
+
+def update_card(folder: Path, **about: Any) -> Path:
+    """Write the card of a saved folder anew, from the folder alone: the base is not needed.
+
+    What `about` says is kept in the folder's `config.json`; the receipt is the one of when the folder was saved.
+
+    Raises:
+        AdapterError: no adapter folder, a damaged one, or one that cannot be written.
+        ConfigError: see `CardInfo.of`.
+    """
+    config, _, frontier = load_adapter(folder)
+    if about:
+        config = replace(config, provenance={**config.provenance, "card": CardInfo.stored(config, about).to_dict()})
+        data = json.loads((folder / CONFIG).read_text())
+        with whole_files(folder) as place:
+            place(CONFIG).write_text(json.dumps({**data, "provenance": config.provenance}, indent=1) + "\n")
+    receipt = config.provenance.get("receipt")
+    return write_card(folder, config, frontier, receipt if isinstance(receipt, str) else None)
+
+
+def _check_id(name: str, given: str) -> None:
+    try:
+        validate_repo_id(given)
+    except HFValidationError as error:
+        raise ConfigError(f"{name} of a model card: {given!r} is no name on the Hub. {error}") from error
+
+
+# --- what is known
+
+
+def _measured(config: AdapterConfig) -> dict[str, Any] | None:
+    """What `evaluate` found at the very operating point that is stored; None otherwise."""
+    found = config.provenance.get("evaluation")
+    if not isinstance(found, Mapping) or not found.keys() >= _EVALUATION:
+        return None
+    if found["operating_point"] != describe(config.operating_point):
+        warnings.warn(
+            "The evaluation was made at another operating point than the one stored: it is left out of the card. Run "
+            "ee.evaluate again.",
+            stacklevel=4,
+        )
+        return None
+    return dict(found)
+
+
+def _front_matter(
+    config: AdapterConfig, info: CardInfo, measured: Mapping[str, Any] | None, name: str
+) -> ModelCardData:
+    base, task = config.base, info.pipeline_tag or text.pipeline_tag(config)
+    found = base.hub_id is not None and text.found_by_name(base, config.own_base)
+    own = {
+        "base_model": base.hub_id,
+        "base_model_relation": "finetune" if config.own_base else "adapter",
+    }
+    return ModelCardData(
+        license=info.license,
+        library_name="ee_surgery",
+        pipeline_tag=task,
+        tags=["early-exit", *([] if base.library == "torch" else [base.library]), "ee_surgery", *info.tags],
+        datasets=list(info.datasets) or None,
+        language=list(info.language) or None,
+        model_name=None if measured is None else name,
+        eval_results=None if measured is None else _results(info, measured, task or "other"),
+        **(own if found else {}),
+    )
+
+
+def _results(info: CardInfo, measured: Mapping[str, Any], task: str) -> list[EvalResult]:
+    """For `model-index`, which asks for a name of the data: unknown where nobody said it."""
+    labelled = measured["labelled"]
+    metrics = {
+        "accuracy": ("accuracy" if labelled else "agreement", text.accuracy_name(labelled)),
+        "macs_fraction": ("macs_fraction", "mean MACs, fraction of the original's"),
+    }
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=info.eval_dataset or "unknown",
+            dataset_name=info.eval_name or info.eval_dataset or "Unknown",
+            dataset_split=info.eval_split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=measured[key],
+        )
+        for key, (kind, name) in metrics.items()
+    ]
+
+
+def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None) -> list[EvalResultEntry]:
+    if measured is None or not measured["labelled"] or not info.eval_dataset or not info.eval_task:
+        return []
+    notes = f"early exit at {measured['macs_fraction']:.2%} of the original's mean MACs, {measured['samples']} samples"
+    return [EvalResultEntry(info.eval_dataset, info.eval_task, measured["accuracy"], notes=notes)]
+
+
+def _render(
+    folder: Path,
+    config: AdapterConfig,
+    frontier: Frontier | None,
+    receipt: str | None,
+    info: CardInfo,
+    measured: Mapping[str, Any] | None,
+    *,
+    plot: bool,
+) -> str:
+    where = info.repo_id or folder.resolve().name
+    name = where.rsplit("/", 1)[-1]
+    data = ", ".join(filter(None, [info.eval_name or info.eval_dataset or "data that were not named", info.eval_split]))
+    card = ModelCard.from_template(
+        _front_matter(config, info, measured, name),
+        template_path=str(_TEMPLATE),
+        marker=MARKER,
+        title=name,
+        summary=text.summary(config),
+        snippet=text.snippet(config, frontier, where),
+        usage=text.usage(config, frontier, where, processor=(folder / PROCESSOR).exists()),
+        measured=None if measured is None else text.measured(measured, data),
+        frontier=None if frontier is None else {**text.trade_offs(frontier), "plot": PLOT if plot else None},
+        exits=text.exits(config, frontier),
+        point=text.operating_point(config.operating_point, frontier),
+        training=text.settings(config.provenance.get("training")),
+        original=text.original(config, receipt),
+        limits=text.limits(config, frontier),
+    )
+    return str(card).rstrip() + "\n"

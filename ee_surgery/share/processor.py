@@ -1,0 +1,118 @@
+"""How pictures are prepared for a base: by timm's transforms, or by the base's own image processor in transformers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ee_surgery.backbone import Backbone
+from ee_surgery.errors import DataError
+
+PROCESSOR = "preprocessor_config.json"
+"""Where transformers looks for an image processor. timm's settings are in the adapter's own `config.json`."""
+
+
+@dataclass(frozen=True)
+class ProcessorTransform:
+    """An image processor of transformers as a transform: one PIL picture to what the model takes of it, no batch."""
+
+    processor: Any
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Any mode of picture; its pixels, usually (3, H, W)."""
+        return self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
+def picture_transform(
+    backbone: Backbone,
+    *,
+    preprocessing: dict[str, Any] | None = None,
+    processor: Any = None,
+    is_training: bool = False,
+) -> Callable[[Image.Image], Tensor]:
+    """A transform from a PIL picture to the base's input: timm's, or the base's image processor.
+
+    Args:
+        preprocessing: what `timm.data.create_transform` takes; the base's own for a timm model when left out.
+        processor: an image processor; the one that belongs to the base's name when left out.
+        is_training: with timm's random crops and flips.
+    Raises:
+        DataError: the base does not say how its pictures are prepared, or has no transform for training.
+    """
+    preprocessing = preprocessing or backbone.preprocessing
+    if preprocessing is not None and processor is None:
+        from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
+
+        return create_transform(**preprocessing, is_training=is_training)  # pyright: ignore[reportReturnType]
+    if is_training:
+        raise DataError(f"Nothing says how to augment pictures for {backbone.model_id}: use transforms of your own.")
+    if processor is None and backbone.library == "transformers" and not backbone.reads_tokens:
+        try:
+            processor = base_processor(backbone)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"The image processor of {backbone.model_id} cannot be had: {error} Give it when the adapter is saved, "
+                "save_pretrained(folder, processor=...), or use a transform of your own."
+            ) from error
+    if processor is None or not hasattr(processor, "preprocess"):
+        raise DataError(
+            f"{backbone.model_id} does not say how pictures are prepared for it: use a transform of your own."
+        )
+    return ProcessorTransform(processor)
+
+
+def base_processor(backbone: Backbone, *, cached: bool = False) -> Any:
+    """The image processor under the name of a transformers base; `cached`: without asking the Hub.
+
+    Raises:
+        OSError, ValueError: it cannot be had.
+    """
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(
+        backbone.model_id, revision=backbone.revision, local_files_only=cached, trust_remote_code=False
+    )
+
+
+def save_processor(folder: Path, backbone: Backbone, processor: Any) -> None:
+    """Write the files of an image processor or a tokenizer, each whole or not at all.
+
+    Args:
+        processor: None: the image processor of a transformers base, where the local cache or folder that the base
+            came from has it; nothing is written otherwise.
+    """
+    if processor is None:
+        named = backbone.library == "transformers" and backbone.model_id != type(backbone.model).__name__
+        if not named or backbone.reads_tokens or backbone.preprocessing is not None:
+            return
+        try:
+            processor = base_processor(backbone, cached=True)
+        except Exception:  # whatever is wrong with it: it is an extra
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as partial:
+        getattr(processor, "image_processor", processor).save_pretrained(partial)
+        for path in Path(partial).iterdir():
+            if path.suffix in (".json", ".txt", ".model"):  # what a processor of the Hub's own code brings stays out
+                os.replace(path, folder / path.name)
+
+
+def load_processor(folder: Path) -> Any:
+    """The image processor of an adapter folder; None where there is none, or with a warning none that can be read."""
+    if not (folder / PROCESSOR).exists():
+        return None
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the branches are fine without
+        warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {error}", stacklevel=3)
+        return None

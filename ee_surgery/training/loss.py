@@ -1,0 +1,70 @@
+"""The loss of one batch, as a training's settings say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ee_surgery.branches import ExitLogits
+from ee_surgery.errors import DataError
+from ee_surgery.model import EarlyExitModel
+from ee_surgery.policies.records import exit_costs
+from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
+
+
+def relative_costs(branched: EarlyExitModel) -> Tensor:
+    """MACs of leaving at each of the K exits, every branch on the way asked, as fractions of never leaving, (K,)."""
+    costs = exit_costs(branched.trunk_macs, branched.branch_macs, [True] * len(branched.branches))
+    return torch.tensor(costs) / costs[-1]
+
+
+def batch_loss(
+    exits: list[ExitLogits],
+    original: Tensor,
+    labels: Tensor | None,
+    costs: Tensor,
+    config: TrainConfig,
+    *,
+    new_head: bool = False,
+    joint: bool = False,
+    progress: float = 0.0,
+) -> Tensor:
+    """The loss of one batch as `config` says: the objective on labels, and the KL term towards the original.
+
+    Args:
+        exits: answers of the branches, with gradients.
+        original: logits of the original or, with `new_head`, of the head that stands in for the one it lacks, (B, C).
+        labels: class numbers (B,) or probabilities (B, C); not read where `config` does without.
+        costs: see `relative_costs`.
+        joint: the original learns too.
+        progress: share of the training that is done.
+    Raises:
+        DataError: no labels where they are needed, or other than class numbers or probabilities.
+    """
+    if new_head and (labels is None or config.teach == "original"):
+        raise DataError("The model has no head of its own to learn from: its new head needs labels.")
+    if config.teach == "original":
+        labels = original.argmax(-1)
+    elif config.objective == "kd" and not new_head:
+        labels = original.argmax(-1)  # not read
+    elif labels is None:
+        raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
+    labels = labels.to(original.device)
+    classes = exits[0].logits.shape[-1]
+    if labels.ndim == 1 and (labels.dtype.is_floating_point or not 0 <= int(labels.max()) < classes):
+        raise DataError(
+            f"Labels must be class numbers below {classes} (or probabilities of shape (B, C)); got "
+            f"{labels.dtype} up to {labels.max().item()}."
+        )
+    exits = [exit._replace(logits=exit.logits.float()) for exit in exits]
+    teacher = original.float() if joint else original.detach().float()
+    answers = Answers(exits, teacher, labels, costs, progress)
+    own = F.cross_entropy(original.float(), labels) if new_head else 0.0
+    if config.objective == "kd" or config.distill == 1:
+        return own + kd(answers, config)
+    loss = own + OBJECTIVES[config.objective](answers, config)
+    if config.distill == 0 or answers.progress < config.distill_from:
+        return loss
+    return (1 - config.distill) * loss + config.distill * kd(answers, config)

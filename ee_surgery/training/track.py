@@ -1,0 +1,56 @@
+"""Trackers: where the numbers of a training go besides the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, on_main_process
+
+
+class JsonLines(GeneralTracker):
+    """A file with one JSON object a line: the settings, then the numbers of each epoch. Needs no other package.
+
+    >>> accelerator = Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")
+
+    Args:
+        path: added to where it exists, so that a training that is resumed goes on in the same file.
+    """
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = Path(path)
+
+    @property
+    def tracker(self) -> Path:
+        """The file."""
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Write the settings."""
+        self._write({"settings": values})
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Write numbers; `step` is the epoch, counted from 1."""
+        self._write({"epoch": step, **values})
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def start(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Start the trackers that an accelerator was made with, unless its owner did so already."""
+    if accelerator.log_with and not accelerator.trackers:
+        plain = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in settings.items()}
+        accelerator.init_trackers("ee_surgery", config=plain)

@@ -1,0 +1,132 @@
+"""Any pictures with classes, as a Dataset: from the Hub, a local folder, or npz files."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import ee_surgery as ee
+from recipes import data
+from recipes.settings import Source
+
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
+
+
+class Rows(NamedTuple):
+    """A whole split, read row by row."""
+
+    size: int
+    row: Callable[[int], tuple[Image.Image, int]]
+
+
+class Pictures(Dataset):  # pyright: ignore[reportMissingTypeArgument]
+    """Some rows of a split, prepared for the model."""
+
+    def __init__(self, rows: Rows, index: Sequence[int], transform: Transform) -> None:
+        self.rows, self.index, self.transform = rows, index, transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        picture, label = self.rows.row(self.index[i])
+        return self.transform(picture.convert("RGB")), label
+
+
+def part(settings: Source, name: str, transform: Transform, classes: Sequence[str] | None = None) -> Pictures:
+    """A part of the data.
+
+    Args:
+        name: a split, or a range of one in a fixed random order, in rows or percent: `test[:50%]`, `train[1000:]`.
+        classes: names of the model's classes; a data set whose classes have the same names gets the model's numbers.
+    Raises:
+        ConfigError: the name is none, or the part is empty.
+        DataError: there is no such data.
+    """
+    found = re.fullmatch(r"([\w.-]+)(?:\[(\d*%?):(\d*%?)\])?", name)
+    if found is None:
+        raise ee.ConfigError(f"A part of the data must look like test, test[:50%] or test[1000:2000]; got {name!r}.")
+    split, *ends = found.groups()
+    rows = _rows(settings, split, classes)
+    index: Sequence[int] = range(rows.size)
+    if "[" in name:
+        start, stop = (rows.size * int(end[:-1]) // 100 if end.endswith("%") else int(end or 0) for end in ends)
+        order = torch.randperm(rows.size, generator=torch.Generator().manual_seed(0)).tolist()
+        index = order[start : stop if ends[1] else None]
+    if not index:
+        raise ee.ConfigError(f"{name} is empty: {split} of {settings.source} has {rows.size} pictures.")
+    return Pictures(rows, index, transform)
+
+
+def _rows(settings: Source, split: str, classes: Sequence[str] | None) -> Rows:
+    if settings.source == "synthetic":
+        return _synthetic(split)
+    folder = Path(settings.source) if Path(settings.source).is_dir() else data.folder() / settings.source
+    if settings.source and (folder / f"{split}.npz").exists():
+        return _npz(folder, split)
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ee.DataError(
+            f"No npz file of split {split!r} in {folder}; data sets of the Hub and folders of pictures or parquet "
+            "files are read by the package datasets: pip install 'ee-surgery[data]'."
+        ) from None
+    try:
+        found = datasets.load_dataset(settings.source, split=split)
+    except Exception as error:
+        raise ee.DataError(f"No split {split!r} of {settings.source!r}: {type(error).__name__}: {error}") from error
+    image = settings.image or _first(found.features, datasets.Image)
+    label = settings.label or _first(found.features, datasets.ClassLabel)
+    if image not in found.features or label not in found.features:
+        raise ee.DataError(
+            f"{settings.source} has the columns {list(found.features)}. Which hold pictures and class numbers? Say so "
+            "in data: image and label."
+        )
+    numbers = _numbers(getattr(found.features[label], "names", None), classes)
+
+    def row(i: int) -> tuple[Image.Image, int]:
+        picked = found[i]
+        return picked[image], picked[label] if numbers is None else numbers[picked[label]]
+
+    return Rows(len(found), row)
+
+
+def _first(features: Any, kind: type) -> str:
+    return next((name for name, feature in features.items() if isinstance(feature, kind)), "")
+
+
+def _numbers(names: Sequence[str] | None, classes: Sequence[str] | None) -> list[int] | None:
+    """The model's number of each class of the data, where names tell it."""
+    if names and classes and set(names) <= set(classes):
+        return [classes.index(name) for name in names]
+    if names and all(name.isdigit() for name in names):  # folders, sorted as text: 0, 1, 10, 2
+        return [int(name) for name in names]
+    return None
+
+
+def _npz(folder: Path, split: str) -> Rows:
+    """The two layouts of the recipes' own data."""
+    if folder.name == "imagenette160":
+        photos = data.imagenette(split, folder)
+        return Rows(len(photos.images), lambda i: (photos.images[i], int(photos.imagenet_index[i])))
+    images, labels = data.cifar10(split, folder)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    return Rows(len(pixels), lambda i: (Image.fromarray(pixels[i]), int(labels[i])))
+
+
+def _synthetic(split: str) -> Rows:
+    """64 pictures of 32 pixels: ten colours under noise."""
+    generator = torch.Generator().manual_seed(len(split))
+    labels = torch.randint(10, (64,), generator=generator)
+    colours = torch.randint(256, (10, 1, 1, 3), generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(-64, 65, (64, 32, 32, 3), generator=generator)
+    pixels = (colours[labels] + noise).clamp(0, 255).to(torch.uint8).numpy()
+    return Rows(64, lambda i: (Image.fromarray(pixels[i]), int(labels[i])))
