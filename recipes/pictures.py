@@ -6,7 +6,7 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from PIL import Image
@@ -20,11 +20,44 @@ from recipes.settings import Source
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 
-class Rows(NamedTuple):
-    """A whole split, read row by row."""
+class Rows(Protocol):
+    """A whole split: (picture, class number) by row."""
 
-    size: int
-    row: Callable[[int], tuple[Image.Image, int]]
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> tuple[Image.Image, int]: ...
+
+
+class Arrays:
+    """Rows in memory: uint8 (N, H, W, 3), RGB, and labels (N,)."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels.numpy(), labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[i]), int(self.labels[i])
+
+
+class Columns:
+    """Two columns of a data set, decoded as they are read.
+
+    Args:
+        numbers: the model's number of each of its classes; None where they are the same.
+    """
+
+    def __init__(self, found: Any, image: str, label: str, numbers: list[int] | None) -> None:
+        self.found, self.image, self.label, self.numbers = found, image, label, numbers
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        row = self.found[i]
+        label = row[self.label]
+        return row[self.image], label if self.numbers is None else self.numbers[label]
 
 
 class Pictures(Dataset):  # pyright: ignore[reportMissingTypeArgument]
@@ -37,7 +70,7 @@ class Pictures(Dataset):  # pyright: ignore[reportMissingTypeArgument]
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = self.rows.row(self.index[i])
+        picture, label = self.rows[self.index[i]]
         return self.transform(picture.convert("RGB")), label
 
 
@@ -56,13 +89,13 @@ def part(settings: Source, name: str, transform: Transform, classes: Sequence[st
         raise ee.ConfigError(f"A part of the data must look like test, test[:50%] or test[1000:2000]; got {name!r}.")
     split, *ends = found.groups()
     rows = _rows(settings, split, classes)
-    index: Sequence[int] = range(rows.size)
+    index: Sequence[int] = range(len(rows))
     if "[" in name:
-        start, stop = (rows.size * int(end[:-1]) // 100 if end.endswith("%") else int(end or 0) for end in ends)
-        order = torch.randperm(rows.size, generator=torch.Generator().manual_seed(0)).tolist()
+        start, stop = (len(rows) * int(end[:-1]) // 100 if end.endswith("%") else int(end or 0) for end in ends)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         index = order[start : stop if ends[1] else None]
     if not index:
-        raise ee.ConfigError(f"{name} is empty: {split} of {settings.source} has {rows.size} pictures.")
+        raise ee.ConfigError(f"{name} is empty: {split} of {settings.source} has {len(rows)} pictures.")
     return Pictures(rows, index, transform)
 
 
@@ -90,13 +123,7 @@ def _rows(settings: Source, split: str, classes: Sequence[str] | None) -> Rows:
             f"{settings.source} has the columns {list(found.features)}. Which hold pictures and class numbers? Say so "
             "in data: image and label."
         )
-    numbers = _numbers(getattr(found.features[label], "names", None), classes)
-
-    def row(i: int) -> tuple[Image.Image, int]:
-        picked = found[i]
-        return picked[image], picked[label] if numbers is None else numbers[picked[label]]
-
-    return Rows(len(found), row)
+    return Columns(found, image, label, _numbers(getattr(found.features[label], "names", None), classes))
 
 
 def _first(features: Any, kind: type) -> str:
@@ -116,10 +143,9 @@ def _npz(folder: Path, split: str) -> Rows:
     """The two layouts of the recipes' own data."""
     if folder.name == "imagenette160":
         photos = data.imagenette(split, folder)
-        return Rows(len(photos.images), lambda i: (photos.images[i], int(photos.imagenet_index[i])))
+        return list(zip(photos.images, photos.imagenet_index.tolist(), strict=True))
     images, labels = data.cifar10(split, folder)
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    return Rows(len(pixels), lambda i: (Image.fromarray(pixels[i]), int(labels[i])))
+    return Arrays(images.permute(0, 2, 3, 1), labels)
 
 
 def _synthetic(split: str) -> Rows:
@@ -128,5 +154,4 @@ def _synthetic(split: str) -> Rows:
     labels = torch.randint(10, (64,), generator=generator)
     colours = torch.randint(256, (10, 1, 1, 3), generator=torch.Generator().manual_seed(0))
     noise = torch.randint(-64, 65, (64, 32, 32, 3), generator=generator)
-    pixels = (colours[labels] + noise).clamp(0, 255).to(torch.uint8).numpy()
-    return Rows(64, lambda i: (Image.fromarray(pixels[i]), int(labels[i])))
+    return Arrays((colours[labels] + noise).clamp(0, 255).to(torch.uint8), labels)

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,10 @@ def _model(settings: Model) -> tuple[nn.Module, torch.Tensor | None]:
     return model, None if size is None else torch.zeros(2, 3, size, size)
 
 
+def _pixels(processor: Any, picture: Any) -> torch.Tensor:
+    return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
 def _about(settings: Source) -> dict[str, str]:
     """What the model card says of the data."""
     if "/" not in settings.source or Path(settings.source).exists():
@@ -153,10 +158,8 @@ def _transforms(settings: Model, model: nn.Module, augment: bool) -> tuple[Any, 
 
         processor = AutoImageProcessor.from_pretrained(settings.name)
         flip = v2.RandomHorizontalFlip(0.5 if augment else 0)
-        return (
-            lambda picture: processor(flip(picture), return_tensors="pt")["pixel_values"][0],
-            lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0],
-        )
+        plain = v2.Lambda(partial(_pixels, processor))
+        return v2.Compose([flip, plain]), plain
     from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
 
     config = Backbone(model).preprocessing or {}
