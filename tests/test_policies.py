@@ -545,7 +545,14 @@ def test_every_policy_traces_points_that_a_replay_confirms(name: str, broken: bo
     assert list(costs) == sorted(set(costs))
     assert list(expected) == sorted(set(expected))
     assert frontier.at(max_accuracy_drop=0.0).macs_fraction <= 1 + 1e-12
-    assert all((point.fallback == "most_confident") == (name == "most_confident") for point in points)
+    if name not in ("search", "stopping"):  # which choose
+        assert all((point.fallback == "most_confident") == (name == "most_confident") for point in points)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_stays_with_the_original_where_branches_cost_more_than_all_of_it(name: str) -> None:
+    records = replace(with_units(), branch_macs=(150, 150))
+    assert ee.Frontier.trace(records, name).at(max_accuracy_drop=0.0).macs_fraction == 1
 
 
 def test_a_policy_by_name_traces_the_frontier_of_its_points() -> None:
