@@ -555,6 +555,14 @@ def test_every_policy_stays_with_the_original_where_branches_cost_more_than_all_
     assert ee.Frontier.trace(records, name).at(max_accuracy_drop=0.0).macs_fraction == 1
 
 
+def test_an_operating_point_prints_as_a_line_without_tensors() -> None:
+    point = ee.Frontier.trace(with_units(), "eenet")[0]
+    assert str(point).startswith(f"accuracy {point.accuracy:.2%} ({point.expected_accuracy:.2%} expected) at ")
+    assert "score eenet" in str(point)
+    assert "tensor" not in repr(point)
+    assert str(ee.OperatingPoint.by_hand((0.5,), "max_prob")) == "thresholds (0.5,) of max_prob, by hand"
+
+
 def test_a_policy_by_name_traces_the_frontier_of_its_points() -> None:
     records = with_units()
     assert ee.Frontier.trace(records, "shared") == ee.Frontier.of(records, POLICIES["shared"](records))
