@@ -29,8 +29,9 @@ from ee_surgery.policies.outlook import ChanceOfBeingRight, known
 from ee_surgery.policies.policy import Fallback
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import FITTED_SCORES, FittedScore
-from ee_surgery.policies.search import ThresholdSearch, search
+from ee_surgery.policies.search import search
 from ee_surgery.policies.temperature import expected_calibration_error, scale_temperatures
+from ee_surgery.policies.thresholds import ThresholdSearch
 
 PRICES = np.geomspace(1e-3, 30, 64)
 
@@ -544,7 +545,22 @@ def test_every_policy_traces_points_that_a_replay_confirms(name: str, broken: bo
     assert list(costs) == sorted(set(costs))
     assert list(expected) == sorted(set(expected))
     assert frontier.at(max_accuracy_drop=0.0).macs_fraction <= 1 + 1e-12
-    assert all((point.fallback == "most_confident") == (name == "most_confident") for point in points)
+    if name not in ("search", "stopping"):  # which choose
+        assert all((point.fallback == "most_confident") == (name == "most_confident") for point in points)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_stays_with_the_original_where_branches_cost_more_than_all_of_it(name: str) -> None:
+    records = replace(with_units(), branch_macs=(150, 150))
+    assert ee.Frontier.trace(records, name).at(max_accuracy_drop=0.0).macs_fraction == 1
+
+
+def test_an_operating_point_prints_as_a_line_without_tensors() -> None:
+    point = ee.Frontier.trace(with_units(), "eenet")[0]
+    assert str(point).startswith(f"accuracy {point.accuracy:.2%} ({point.expected_accuracy:.2%} expected) at ")
+    assert "score eenet" in str(point)
+    assert "tensor" not in repr(point)
+    assert str(ee.OperatingPoint.by_hand((0.5,), "max_prob")) == "thresholds (0.5,) of max_prob, by hand"
 
 
 def test_a_policy_by_name_traces_the_frontier_of_its_points() -> None:
@@ -584,6 +600,28 @@ def test_most_confident_only_changes_the_answers_of_who_never_left() -> None:
         assert torch.equal(best.answer_index[stayed], sure[stayed])
     with pytest.raises(ee.ConfigError, match="fallback must be"):
         ee.ThresholdPolicy((0.5,), "max_prob", "first")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("original_is_best", [False, True])
+def test_search_falls_back_on_the_most_confident_where_exits_err_differently_and_only_there(
+    original_is_best: bool,
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (1000,), generator=g)
+    rows = []
+    for last in (False, False, True):
+        sure = 0.2 + 0.8 * torch.rand(1000, generator=g)  # the largest probability, and as often right
+        right = torch.rand(1000, generator=g) < sure
+        if original_is_best:  # branches are too sure of themselves
+            right, sure = (right | last), (0.2 + 0.1 * sure if last else sure)
+        said = torch.where(right, labels, (labels + 1) % 5)
+        odds = (4 * sure / (1 - sure)).log()
+        rows.append(odds[:, None] * torch.nn.functional.one_hot(said, 5))
+    records = ee.ExitRecords(("a", "b"), torch.stack(rows), (30, 60, 100), (1, 1), labels)
+    frontier = ee.Frontier.trace(records, "search")
+    fallbacks = {point.fallback for point in frontier if math.isfinite(min(point.thresholds))}
+    assert fallbacks == {"last" if original_is_best else "most_confident"}
+    assert frontier[-1].accuracy >= (1.0 if original_is_best else records.base_accuracy + 0.1)
 
 
 # --- optimal stopping

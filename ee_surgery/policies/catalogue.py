@@ -112,7 +112,10 @@ def geometric(records: ExitRecords) -> list[OperatingPoint]:
 def eenet(records: ExitRecords) -> list[OperatingPoint]:
     """The learned scheduler of EENet (arXiv:2301.07099), for budgets; at the rate that does best for a middle one."""
     middle = (_cheapest(records) + 1) / 2
-    tried = {rate: eenet_scheduler(records, middle, rates=[rate]) for rate in SCORE_RATES}
+    try:
+        tried = {rate: eenet_scheduler(records, middle, rates=[rate]) for rate in SCORE_RATES}
+    except OperatingPointError:  # leaving first costs as much as never leaving
+        return []
     rate = max(tried, key=lambda rate: tried[rate].accuracy)
     return [tried[rate], *_within(records, 5, functools.partial(eenet_scheduler, rates=[rate]))]
 

@@ -15,7 +15,7 @@ from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
 
 
 @fitted("classwise")
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClassThresholds(FittedScore):
     """By how much the largest softmax probability is above the threshold of its class; leave from 0 on."""
 

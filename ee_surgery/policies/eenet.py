@@ -29,7 +29,7 @@ def _inputs(logits: Tensor) -> Tensor:
 
 
 @fitted("eenet")
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EENetScore(FittedScore):
     """q_k = w_k . [p_k, max p_k, 1 - H(p_k) / log C, q_1 .. q_{k-1}], earlier scores clipped to [0, 1]."""
 

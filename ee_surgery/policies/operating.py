@@ -51,6 +51,14 @@ class OperatingPoint:
         """Thresholds that no calibration stands behind: accuracy and cost are not known, NaN."""
         return cls(thresholds, score, math.nan, math.nan, math.nan, (), samples=0, rule="by hand")
 
+    def __str__(self) -> str:
+        if not self.samples:
+            return f"thresholds {self.thresholds} of {self.score}, by hand"
+        shares = " ".join(f"{share:.0%}" for share in self.exit_shares)
+        expected = f" ({self.expected_accuracy:.2%} expected)" if math.isfinite(self.expected_accuracy) else ""
+        found = f"accuracy {self.accuracy:.2%}{expected} at {self.macs_fraction:.1%} of the MACs"
+        return f"{found}, leaving {shares}: {self.rule}, score {self.score}, {self.samples} samples"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, and the tensors of a fitted score; JSON has no number for `inf` and NaN: a string and null."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -49,7 +49,7 @@ def _odds(log_p: Tensor) -> Tensor:
 
 
 @fitted("chance")
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChanceOfBeingRight(FittedScore):
     """The estimated probability, as log-odds, that an exit is right, given its answer and the one before."""
 

@@ -69,7 +69,7 @@ class FittedScore(ABC):
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"}
         return FITTED_SCORES[data["kind"]](**values)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # tensors are nothing to look at
         return self.kind
 
 

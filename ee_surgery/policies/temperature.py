@@ -16,7 +16,7 @@ from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
 
 
 @fitted("temperature")
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScaledScore(FittedScore):
     """A named score of logits divided by their exit's temperature, so that one threshold means the same everywhere."""
 
