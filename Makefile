@@ -7,7 +7,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-all coverage check fmt clean
+.PHONY: setup demo test test-slow test-all coverage docs check fmt clean
 
 setup: $(VENV)/ready
 
@@ -31,6 +31,10 @@ test-all: test test-slow
 coverage: setup
 	$(BIN)/python -m benchmarks.coverage
 	$(BIN)/python -m benchmarks.coverage --architectures
+
+# The site, in runs/site; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: setup
 	$(BIN)/ruff check .

@@ -201,4 +201,4 @@ in so few steps. Policies that look at confidence units learned in so short a tr
 several branches to agree (`patience`), are far behind. Heavy branches (`conv2` ten times, a convolution behind every
 block) cost more than they save on networks as small as these. And the smaller static networks beat every method at
 their cost: branches on frozen features need a longer training than this to come near
-([recipes](../recipes/README.md))."""
+([recipes](results.md))."""

@@ -14,7 +14,7 @@ from PIL import Image
 import ee_surgery as ee
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -39,20 +39,23 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def processor(picture: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.rand(1, 3, 32, 32)}
 
-    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name: processor)
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name, **options: processor)
+    monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # tests/test_hub.py pushes
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 @pytest.mark.usefixtures("photos")
 def test_snippets_run(path: Path) -> None:
     namespace: dict[str, object] = {}
-    registered = set(ee.BRANCHES)
+    registries = (ee.BRANCHES, ee.SCORES, ee.POLICIES)
+    before = [set(registry) for registry in registries]
     try:
         for i, code in enumerate(SNIPPET.findall(path.read_text())):
             exec(compile(code, f"{path.name}[{i}]", "exec"), namespace)
     finally:
-        for name in set(ee.BRANCHES) - registered:
-            del ee.BRANCHES._items[name]
+        for registry, known in zip(registries, before, strict=True):
+            for name in set(registry) - known:
+                del registry._items[name]
     branched = namespace.get("branched")
     if path.name in ("README.md", "guide.md"):
         assert isinstance(branched, ee.EarlyExitModel)
@@ -68,6 +71,11 @@ def test_every_public_name_is_mentioned_in_the_docs() -> None:
     text = "\n".join(path.read_text() for path in FILES)
     functions = [name for name in ee.__all__ if name.islower()]
     assert [name for name in functions if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_every_public_name_has_its_place_in_the_api_reference() -> None:
+    listed = re.findall(r"^::: ee_surgery\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(ee.__all__)
 
 
 def test_links_lead_somewhere() -> None:

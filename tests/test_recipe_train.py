@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -16,7 +17,7 @@ import ee_surgery as ee
 from ee_surgery.presets import PRESETS
 from recipes.pictures import Pictures, part
 from recipes.settings import Source, load
-from recipes.train import CONFIGS
+from recipes.train import CONFIGS, main
 
 TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 SMOKE = CONFIGS / "smoke.yaml"
@@ -160,3 +161,29 @@ def test_a_folder_of_pictures_and_parquet_files_are_read(folder: Path, monkeypat
         part(Source(source=source.source, label="class"), "train", TENSOR)
     with pytest.raises(ee.DataError, match="No split 'test'"):
         part(source, "test", TENSOR)
+
+
+def test_a_transformers_model_goes_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        num_labels=10,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    capsys.readouterr()
+    text = f"model: {{name: {tmp_path / 'vit'}, library: transformers}}\nexits: 2\ntrain: {{validation: 0}}"
+    settings = ["--set", "train.epochs=1", "--set", "data.augment=true"]
+    path = written(tmp_path, text)
+    main(["--config", str(path), "--data", "synthetic", "--out", str(tmp_path / "out"), *settings])
+    printed = capsys.readouterr().out
+    assert "epoch 1: loss" in printed
+    assert "Original unchanged" in printed
+    assert (tmp_path / "out" / "report.md").read_text() in printed
+    loaded = ee.from_pretrained(tmp_path / "out" / "adapter")
+    training = loaded.provenance["training"]
+    assert (training["epochs"], training["samples"], training["device"]) == (1, 64, "cpu")
+    assert loaded.provenance["card"]["eval_name"] == "synthetic, test[50%:]"
+    with pytest.raises(SystemExit, match="UnknownNameError: No preset 'sdnn'"):
+        main(["--smoke", "--set", "preset=sdnn"])
+    with pytest.raises(SystemExit):
+        main([])
