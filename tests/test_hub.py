@@ -130,6 +130,16 @@ def test_a_push_is_one_commit_and_replaces_the_adapter_before_it(hub: Hub, model
     _same(_load(revision=first), model)
 
 
+def test_a_card_that_was_written_by_hand_on_the_hub_is_kept(hub: Hub) -> None:
+    plain = make()
+    plain.push_to_hub(REPO)
+    hub.put(REPO, {"README.md": b"# Mine\n"})
+    with pytest.warns(UserWarning, match="card of its own"):
+        plain.push_to_hub(REPO, license="mit")
+    assert hub.files(REPO)["README.md"] == b"# Mine\n"
+    assert json.loads(hub.files(REPO)["config.json"])["provenance"]["card"]["license"] == "mit"
+
+
 def test_pushing_the_same_again_commits_nothing(hub: Hub, model: ee.EarlyExitModel) -> None:
     link = model.push_to_hub(REPO)
     assert model.push_to_hub(REPO) == link

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 
 from ee_surgery.errors import HubError
 from ee_surgery.share.adapter import BASE, CONFIG, FRONTIER, WEIGHTS
-from ee_surgery.share.card import PLOT, RESULTS
+from ee_surgery.share.card import CARD, MARKER, PLOT, RESULTS
 from ee_surgery.share.processor import PROCESSOR
 
 FILES = [CONFIG, WEIGHTS, FRONTIER, BASE, PROCESSOR]
@@ -57,11 +58,11 @@ def push_folder(
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
-        add = [
-            CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.suffix != ".partial"
-        ]
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+        add = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        if CARD in there and MARKER not in Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text():
+            warnings.warn(f"{repo_id} has a card of its own: it is kept. Delete it there to get one.", stacklevel=3)
+            add = [operation for operation in add if operation.path_in_repo != CARD]
         # of an earlier version of this adapter, what the new one no longer has
         stale = [name for name in (FRONTIER, BASE, PLOT, RESULTS) if name in there and not (folder / name).exists()]
         # Not `upload_folder`, which may commit in parts, and again where the answer to a commit is lost.
