@@ -98,10 +98,8 @@ def make_model(
         return timm.create_model(model_id, pretrained=pretrained, checkpoint_path=checkpoint or None, **options).eval()
     import transformers
 
-    cls: Any = transformers.AutoModelForImageClassification
-    if architecture:
-        cls = getattr(transformers, architecture, None)
-    if architecture and not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    cls: Any = getattr(transformers, architecture or "AutoModelForImageClassification", None)
+    if architecture and transformers.PreTrainedModel not in getattr(cls, "__mro__", ()):
         raise DataError(f"transformers {transformers.__version__} has no model class {architecture!r}.")
     # False, not the default, which asks at the terminal whether to run code from the repository.
     return cls.from_pretrained(model_id, revision=revision, trust_remote_code=False, **hub)
