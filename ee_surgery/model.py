@@ -183,8 +183,7 @@ class EarlyExitModel(nn.Module):
 
         For a copy whose original was trained, `train(..., joint=True)`; never for an original that is shared.
         """
-        self._before, self.own_base, self.frontier = self._backbone.digests(), True, None
-        self.operate(None)
+        self._before, self.own_base = self._backbone.digests(), True
 
     # --- when to leave
 

@@ -13,12 +13,14 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ee_surgery as ee
 from ee_surgery.training import loop
 from ee_surgery.training.track import JsonLines
+from recipes import train
 
 CONV, VECTOR = ee.BranchSpec("conv"), ee.BranchSpec("mlp", options={"norm": True})  # both with BatchNorm
 SURE, CHAINED = ee.BranchSpec("mlp", confidence=True), ee.BranchSpec("ztw")
@@ -167,9 +169,10 @@ def main(folder: Path, other: Path) -> None:
     except ee.TrainingError as error:
         results["another original"] = str(error)
     results["processes"] = accelerator.num_processes
-    # last: another precision is another accelerator
     results["bf16"] = trained(model(CONV, CONV), blobs(30), None, batch_size=7, epochs=1, mixed_precision="bf16")
     torch.save(results, folder / f"process{accelerator.process_index}.pt")
+    AcceleratorState._reset_state()  # another precision is another accelerator
+    train.main(["--smoke", "--out", str(folder / "recipe")])  # last: at its end it parts from the other processes
 
 
 if __name__ == "__main__":

@@ -144,30 +144,40 @@ def test_another_original_in_another_process_is_refused(two: list[dict[str, Any]
 
 def test_one_process_prints_and_writes(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     printed = two[0]["printed"]
-    assert printed.count("epoch 1: loss") == 1  # of the one training that shows its progress
+    assert printed.count("epoch 2: loss") == 2  # of the training that shows its progress, and the recipe's
     assert printed.count("not finite; skipped") == 1
     logs = [[json.loads(line) for line in (run["folder"] / "log.jsonl").open()] for run in (one, two[0])]
     assert [line.get("epoch") for line in logs[0]] == [line.get("epoch") for line in logs[1][: len(logs[0])]]
     assert "settings" in logs[0][0]
     assert logs[0][3]["accuracy/4"] == logs[1][3]["accuracy/4"]  # the first epoch of the second training
     assert logs[0][3]["lr"] > logs[0][4]["lr"]
-    files = {path.name for path in two[0]["folder"].rglob("*") if path.is_file()}
+    files = {path.name for path in two[0]["folder"].rglob("*") if path.is_file() and "recipe" not in path.parts}
     assert files == {"log.jsonl", "training.pt", "process0.pt", "process1.pt"}
 
 
-def test_the_recipe_gives_one_adapter_on_two_processes(tmp_path: Path) -> None:
+def test_the_recipe_gives_one_adapter_on_two_processes(two: list[dict[str, Any]], tmp_path: Path) -> None:
+    check_recipe(two[0]["folder"] / "recipe", two[0]["printed"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_recipe_can_be_launched_by_its_path(tmp_path: Path) -> None:
     printed = launch("recipes/train.py", "--smoke", "--out", str(tmp_path / "two"), "--threads", "1")
-    assert printed.count("epoch 2: loss") == 1
+    check_recipe(tmp_path / "two", printed, tmp_path)
+
+
+def check_recipe(out: Path, printed: str, folder: Path) -> None:
+    """The recipe on two processes printed once, and saved what it saves on one."""
     assert printed.count("Original unchanged") == 1
     assert "2 process(es)" in printed
-    train.main(["--smoke", "--out", str(tmp_path / "one")])
-    weights = [load_file(tmp_path / name / "adapter" / "ee_adapter.safetensors") for name in ("one", "two")]
-    assert differ(*weights) < 1e-5
-    frontiers = [json.loads((tmp_path / name / "adapter" / "frontier.json").read_text()) for name in ("one", "two")]
+    train.main(["--smoke", "--out", str(folder / "one")])
+    adapters = [out / "adapter", folder / "one" / "adapter"]
+    assert differ(*(load_file(adapter / "ee_adapter.safetensors") for adapter in adapters)) < 1e-5
+    frontiers = [json.loads((adapter / "frontier.json").read_text()) for adapter in adapters]
     assert len(frontiers[0]["points"]) == len(frontiers[1]["points"])
-    config = json.loads((tmp_path / "two" / "adapter" / "config.json").read_text())
-    assert config["provenance"]["training"]["processes"] == 2
-    assert config["provenance"]["evaluation"]["samples"] == 32
+    provenance = json.loads((adapters[0] / "config.json").read_text())["provenance"]
+    assert provenance["training"]["processes"] == 2
+    assert provenance["evaluation"]["samples"] == 32
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
 
 
 def _several(kind: DistributedType = DistributedType.MULTI_CPU) -> Accelerator:

@@ -170,6 +170,18 @@ def _run(folder: Path, delay: float) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def test_training_drops_thresholds_that_were_found_with_other_weights() -> None:
+    model = small()
+    data = DataLoader(blobs(16), 8)
+    ee.calibrate(model, data)
+    model.operate(thresholds=0.1)
+    ee.evaluate(model, data)
+    ee.train(model, data, ee.TrainConfig(epochs=1))
+    assert model.frontier is None
+    assert model.operating_point is None
+    assert "evaluation" not in model.provenance
+
+
 def test_a_killed_training_ends_in_the_same_weights(tmp_path: Path) -> None:
     whole = _run(tmp_path / "whole", 0)
     out, _ = whole.communicate(timeout=240)

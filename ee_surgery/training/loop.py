@@ -87,8 +87,9 @@ def train(
 ) -> TrainReport:
     """Train the branches. The original runs in eval mode without gradients and keeps every bit.
 
-    The model is moved to the accelerator's device. With `config.checkpoint_dir`, the same call after a kill goes on
-    where the last checkpoint stood and ends in the same weights, bit for bit, as an uninterrupted run on a CPU.
+    Frontier and operating point, which were found with other weights, are dropped: calibrate afterwards. The model is
+    moved to the accelerator's device. With `config.checkpoint_dir`, the same call after a kill goes on where the last
+    checkpoint stood and ends in the same weights, bit for bit, as an uninterrupted run on a CPU.
 
     In a program that `accelerate launch` started as several processes, call it in all of them: each runs its piece of
     every batch, and all end with the same weights, those of one process but for float rounding. How it was trained is
@@ -116,6 +117,10 @@ def train(
         if config.teach == "original":
             raise ConfigError('teach="original" has a teacher that does not learn: not with joint=True.')
         branched = branched.copy()
+    # thresholds, and what was measured, were of the weights before
+    branched.operate(None)
+    branched.frontier = None
+    branched.provenance.pop("evaluation", None)
     try:
         return _Run(branched, data, config, validation, accelerator or _accelerator(config), joint).run()
     finally:
@@ -197,7 +202,6 @@ class _Run:
             )
         if self.config.ensemble_epochs and ensembles(self.branched.branches):
             self._fit_ensembles()
-        self.branched.provenance.pop("evaluation", None)  # it was of the weights before
         self.branched.provenance["training"] = self._provenance()
         self.accelerator.wait_for_everyone()
         return self.report
