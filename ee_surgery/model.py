@@ -33,7 +33,7 @@ from ee_surgery.runtime.verify import verify
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
 from ee_surgery.share.card import CardInfo, write_card
 from ee_surgery.share.hub import push_folder
-from ee_surgery.share.processor import picture_transform, save_processor
+from ee_surgery.share.processor import find_processor, picture_transform, save_processor
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
@@ -441,7 +441,7 @@ class EarlyExitModel(nn.Module):
         config = replace(config, provenance={**self.provenance, "receipt": receipt})
         base = self.original if self.own_base else None
         self.processor = self.processor if processor is None else processor
-        save_processor(Path(folder), self._backbone, self.processor)
+        save_processor(Path(folder), self.processor or find_processor(self._backbone, cached=True))
         saved = save_adapter(Path(folder), config, self.branches.state_dict(), self.frontier, base)
         write_card(saved, config, self.frontier, receipt)
         return saved
@@ -459,12 +459,15 @@ class EarlyExitModel(nn.Module):
     ) -> str:
         """Upload what `save_pretrained` writes, in one commit; see `push_folder`.
 
+        The image processor of a transformers base goes along, downloaded where it is not in the cache.
+
         Returns:
             Where to look at the commit, or at the pull request.
         Raises:
             HubError: no such user, no right to write, no connection; the repository holds what it held before.
         """
         hub = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}
+        self.processor = self.processor or find_processor(self._backbone, cached=False)
         with tempfile.TemporaryDirectory() as folder:
             return push_folder(self.save_pretrained(folder, **{"repo_id": repo_id, **card}), repo_id, **hub)
 

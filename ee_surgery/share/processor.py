@@ -82,21 +82,21 @@ def base_processor(backbone: Backbone, *, cached: bool = False) -> Any:
     )
 
 
-def save_processor(folder: Path, backbone: Backbone, processor: Any) -> None:
-    """Write the files of an image processor or a tokenizer, each whole or not at all.
+def find_processor(backbone: Backbone, *, cached: bool) -> Any:
+    """The image processor of a transformers base by its name; None where there is none to be had."""
+    named = backbone.library == "transformers" and backbone.model_id != type(backbone.model).__name__
+    if not named or backbone.reads_tokens or backbone.preprocessing is not None:
+        return None
+    try:
+        return base_processor(backbone, cached=cached)
+    except Exception:  # whatever is wrong with it: it is an extra
+        return None
 
-    Args:
-        processor: None: the image processor of a transformers base, where the local cache or folder that the base
-            came from has it; nothing is written otherwise.
-    """
+
+def save_processor(folder: Path, processor: Any) -> None:
+    """Write the files of an image processor or a tokenizer, each whole or not at all; nothing for None."""
     if processor is None:
-        named = backbone.library == "transformers" and backbone.model_id != type(backbone.model).__name__
-        if not named or backbone.reads_tokens or backbone.preprocessing is not None:
-            return
-        try:
-            processor = base_processor(backbone, cached=True)
-        except Exception:  # whatever is wrong with it: it is an extra
-            return
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as partial:
         getattr(processor, "image_processor", processor).save_pretrained(partial)
