@@ -20,10 +20,10 @@ demo: setup
 	$(BIN)/ee-surgery demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 test-all: test test-slow
 
