@@ -29,7 +29,15 @@ def run(processes: int, pictures: int, out: Path) -> float:
     """Train; seconds of the last epoch."""
     # `accelerate launch --cpu` starts one process, whatever --num_processes says, unless there is MPI
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
-    settings = [f"data.train=train[:{pictures}]", "train.epochs=2", "train.checkpoint_dir=null", "train.progress=false"]
+    settings = [
+        f"data.train=train[:{pictures}]",
+        "data.augment=false",
+        "train.optimizer=sgd",
+        "train.lr=0.03",
+        "train.epochs=2",
+        "train.checkpoint_dir=null",
+        "train.progress=false",
+    ]
     subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *several, "--main_process_port", "0", "--mixed_precision",
          "no", "recipes/train.py", "--config", "recipes/configs/cifar10_resnet20.yaml", "--out", str(out),

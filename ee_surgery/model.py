@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
@@ -422,7 +423,7 @@ class EarlyExitModel(nn.Module):
         """Write the adapter folder: branches, plan, operating points and a model card; never the original's weights.
 
         Only a base of its own, which `train(..., joint=True)` made, is stored along. Every file is written whole or
-        not at all. A folder that is there already is updated.
+        not at all. A folder that is there already is updated. Of several processes, the main one alone writes.
 
         Args:
             processor: the original's image processor or tokenizer in transformers, saved along so that `pipeline`
@@ -434,6 +435,8 @@ class EarlyExitModel(nn.Module):
         Raises:
             ConfigError: a card keyword that is unknown, or no text.
         """
+        if _beside_the_main_process():
+            return Path(folder)
         config = self.adapter_config()
         if about := CardInfo.stored(config, card).to_dict():
             self.provenance["card"] = about
@@ -462,14 +465,21 @@ class EarlyExitModel(nn.Module):
         The image processor of a transformers base goes along, downloaded where it is not in the cache.
 
         Returns:
-            Where to look at the commit, or at the pull request.
+            Where to look at the commit, or at the pull request; nothing in processes beside the main one, which alone
+            uploads.
         Raises:
             HubError: no such user, no right to write, no connection; the repository holds what it held before.
         """
+        if _beside_the_main_process():
+            return ""
         hub = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}
         self.processor = self.processor or find_processor(self._backbone, cached=False)
         with tempfile.TemporaryDirectory() as folder:
             return push_folder(self.save_pretrained(folder, **{"repo_id": repo_id, **card}), repo_id, **hub)
+
+
+def _beside_the_main_process() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
 
 
 def _values(arguments: Arguments) -> tuple[Tensor, ...]:

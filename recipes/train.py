@@ -107,10 +107,10 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
     console.print(f"Original {branched.receipt()}.")
     seconds = sum(epoch.seconds for epoch in report.epochs)
     console.print(f"{seconds:.0f} s of training, {accelerator.num_processes} process(es), {accelerator.device.type}.")
-    if accelerator.is_main_process:
-        console.print(f"Saved in {branched.save_pretrained(out / 'adapter', **_about(recipe.data))}.")
-        if recipe.push:
-            console.print(f"Pushed: {branched.push_to_hub(recipe.push)}")
+    console.print(f"Saved in {branched.save_pretrained(out / 'adapter', **_about(recipe.data))}.")
+    if recipe.push:
+        console.print(f"Pushed: {branched.push_to_hub(recipe.push)}")
+    if accelerator.is_main_process:  # who alone saves and pushes, too
         console.save_text(str(out / "report.md"))
     accelerator.wait_for_everyone()
     accelerator.end_training()

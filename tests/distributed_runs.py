@@ -169,6 +169,7 @@ def main(folder: Path, other: Path) -> None:
     except ee.TrainingError as error:
         results["another original"] = str(error)
     results["processes"] = accelerator.num_processes
+    results["saved"] = str(model(SURE, SURE).save_pretrained(folder / f"saved{accelerator.process_index}"))
     results["bf16"] = trained(model(CONV, CONV), blobs(30), None, batch_size=7, epochs=1, mixed_precision="bf16")
     torch.save(results, folder / f"process{accelerator.process_index}.pt")
     AcceleratorState._reset_state()  # another precision is another accelerator

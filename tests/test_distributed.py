@@ -151,7 +151,10 @@ def test_one_process_prints_and_writes(one: dict[str, Any], two: list[dict[str, 
     assert "settings" in logs[0][0]
     assert logs[0][3]["accuracy/4"] == logs[1][3]["accuracy/4"]  # the first epoch of the second training
     assert logs[0][3]["lr"] > logs[0][4]["lr"]
-    files = {path.name for path in two[0]["folder"].rglob("*") if path.is_file() and "recipe" not in path.parts}
+    saved = [Path(results["saved"]) for results in two]
+    assert [(folder.name, folder.exists()) for folder in saved] == [("saved0", True), ("saved1", False)]
+    others = {"recipe", "saved0"}
+    files = {path.name for path in two[0]["folder"].rglob("*") if path.is_file() and not others & {*path.parts}}
     assert files == {"log.jsonl", "training.pt", "process0.pt", "process1.pt"}
 
 
