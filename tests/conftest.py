@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 import os
-import threading
 
 import pytest
 import torch
 from hypothesis import settings
-from tqdm import tqdm
 
 from recipes import data
 from tests.hub_server import hub as hub  # a fixture, for every test file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COLUMNS"] = "200"  # rich breaks lines at the width of a terminal, and there is none
-tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and stays taken where one is killed
 torch.set_num_threads(1)  # two busy processes on few cores slow each other down badly
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")

@@ -473,6 +473,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     import huggingface_hub
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
+    from transformers.utils import hub as hub_of_transformers
 
     server, home = Hub(), tmp_path / "hf_home"
     # For processes that the test starts: the client reads these at import.
@@ -501,11 +502,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
-    # `huggingface_hub.create_repo` and its like are methods of an object made at import.
+    # `huggingface_hub.create_repo` and its like are methods of an object made at import, those of transformers of one
+    # made when first used.
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(hub_of_transformers, "_hf_api", None)
     for module in (file_download, _http):  # between attempts they wait 1 to 8 seconds
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    # A bar that cannot write, as in tests of full disks, keeps tqdm's lock for good, and later threads wait for it.
+    huggingface_hub.utils.disable_progress_bars()
     huggingface_hub.close_session()  # connections to another test's Hub
     yield server
     server.stop()
     huggingface_hub.close_session()
+    huggingface_hub.utils.enable_progress_bars()

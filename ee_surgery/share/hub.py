@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +60,7 @@ def push_folder(
         there = api.list_repo_files(repo_id, revision=revision)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".partial"]
         add = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        if CARD in there and MARKER not in _text(api, repo_id, CARD, revision):
+        if CARD in there and MARKER not in _text(api.hf_hub_download(repo_id, CARD, revision=revision)):
             warnings.warn(f"{repo_id} has a card of its own: it is kept. Delete it there to get one.", stacklevel=3)
             add = [operation for operation in add if operation.path_in_repo != CARD]
         # of an earlier version of this adapter, what the new one no longer has
@@ -75,12 +74,6 @@ def push_folder(
             create_pr=create_pr,
         )
     return commit.pr_url or str(commit)
-
-
-def _text(api: HfApi, repo_id: str, name: str, revision: str | None) -> str:
-    # Not through the user's cache: it would take the commit of now for the newest one for a while.
-    with tempfile.TemporaryDirectory() as cache:
-        return Path(api.hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_text(errors="replace")
 
 
 def fetch(
@@ -114,6 +107,10 @@ def fetch(
     if not (folder / CONFIG).exists():
         raise HubError(f"Cannot load {repo_id}: it holds no {CONFIG}, so there are no early exits in it.")
     return folder
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
