@@ -21,14 +21,14 @@ from ee_surgery.training import checkpoint
 PROGRAM = Path(__file__).parent / "killed_training.py"
 
 
-def small(confidence: bool = False) -> ee.EarlyExitModel:
+def small(confidence: bool = False, branch: str = "mlp") -> ee.EarlyExitModel:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
     ).eval()  # fmt: skip
-    branch = ee.BranchSpec("mlp", confidence=confidence)
-    return ee.augment(model, ["2", "4"], branch=branch, sample=torch.randn(3, 3, 8, 8))
+    spec = ee.BranchSpec(branch, confidence=confidence)
+    return ee.augment(model, ["2", "4"], branch=spec, sample=torch.randn(3, 3, 8, 8))
 
 
 def blobs(n: int = 256) -> TensorDataset:
@@ -109,15 +109,19 @@ def test_an_iterator_cannot_be_trained_on_twice() -> None:
         ee.train(small(), stream(), ee.TrainConfig(epochs=2, schedule="constant", progress=False))
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    branched = small()
+@pytest.mark.parametrize("branch", ["mlp", "bnpool"])
+def test_a_step_that_is_not_finite_is_skipped_and_said(branch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    branched = small(branch=branch)
     bad = torch.randn(4, 3, 8, 8)
     bad[0] = torch.nan
     good = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 3
     report = ee.train(branched, [*good, (bad, torch.arange(4)), *good], ee.TrainConfig(epochs=1, progress=False))
     assert report.epochs[0].skipped == 1
     assert "not finite; skipped" in capsys.readouterr().out
-    assert all(torch.isfinite(parameter).all() for parameter in branched.branches.parameters())
+    state = branched.branches.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    steps = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
+    assert set(steps) == ({6} if branch == "bnpool" else set())
 
 
 def test_a_loss_that_stays_not_finite_stops_training() -> None:

@@ -256,6 +256,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self._progress(), self.total)
         self.optimizer.zero_grad()
+        before = [buffer.clone() for buffer in self.learner.buffers()]
         total = sum(share.total for share in shares)
         value, good = 0.0, True
         for share in shares:
@@ -276,6 +277,8 @@ class _Run:
             )
         if not good:
             self.optimizer.zero_grad()
+            for buffer, old in zip(self.learner.buffers(), before, strict=True):  # a NaN in BatchNorm's would stay
+                buffer.copy_(old)
             self.skipped += 1
             self.in_a_row += 1
             self.console.print(f"step {self.step}: loss {value} or its gradient is not finite; skipped")
