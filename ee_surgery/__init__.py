@@ -1,5 +1,6 @@
 """Early exit for any pretrained vision model: inspect -> place -> attach -> train -> calibrate -> run -> save."""
 
+from ee_surgery.attach import attach
 from ee_surgery.branches import BRANCHES, Branch, BranchSpec, ExitLogits
 from ee_surgery.errors import (
     AdapterError,
@@ -17,7 +18,7 @@ from ee_surgery.errors import (
 )
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
 from ee_surgery.integrations import register as _register
-from ee_surgery.model import EarlyExitModel, Receipt, attach
+from ee_surgery.model import EarlyExitModel
 from ee_surgery.pipeline import augment, from_pretrained
 from ee_surgery.placement import PLACEMENTS, ExitPlan, place
 from ee_surgery.policies.budget import geometric_budget
@@ -35,6 +36,7 @@ from ee_surgery.policies.scores import FITTED_SCORES, SCORES, FittedScore
 from ee_surgery.policies.search import realised_drop
 from ee_surgery.policies.temperature import scale_temperatures
 from ee_surgery.presets import PRESETS, Preset
+from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import batches

@@ -8,26 +8,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Output, Sample, eval_mode
-from ee_surgery.branches import BranchSpec, resolve
-from ee_surgery.branches.base import Branch, ExitLogits, ask, build
-from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
-from ee_surgery.graph.features import Layout
+from ee_surgery.backbone import Output, eval_mode
+from ee_surgery.branches import BranchSpec
+from ee_surgery.branches.bank import BranchBank
+from ee_surgery.branches.base import ExitLogits
+from ee_surgery.errors import DataError, OperatingPointError
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.program import Program, build_program
 from ee_surgery.runtime.routed import ExitOutput, Router
 from ee_surgery.runtime.verify import verify
@@ -38,63 +39,6 @@ from ee_surgery.share.processor import find_processor, picture_transform, save_p
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof that the original was not touched: SHA-256 of every parameter and buffer, then and now."""
-
-    before: dict[str, str]
-    after: dict[str, str]
-
-    @property
-    def changed(self) -> list[str]:
-        """Names of the tensors that differ, are new or are gone."""
-        return sorted(n for n in self.before.keys() | self.after.keys() if self.before.get(n) != self.after.get(n))
-
-    @property
-    def unchanged(self) -> bool:
-        """True when every parameter and buffer is equal bit for bit."""
-        return not self.changed
-
-    def __str__(self) -> str:
-        if self.unchanged:
-            return f"unchanged: all {len(self.before)} parameters and buffers of the original, bit for bit (SHA-256)"
-        return f"CHANGED: {len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
-
-
-class BranchBank(nn.Module):
-    """The trainable part: a branch an exit, and a head where the original has none.
-
-    Called on the features of all at once, so that DDP can wrap it; a sequence of the branches otherwise.
-    """
-
-    def __init__(self, branches: Sequence[Branch], head: Branch | None = None) -> None:
-        super().__init__()
-        self.exits = nn.ModuleList(branches)
-        self.head = head
-        self.chained = any(branch.chained for branch in branches)
-        """Whether a branch reads the answers of those before it."""
-
-    def __len__(self) -> int:
-        return len(self.exits)
-
-    def __iter__(self) -> Iterator[Branch]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> Branch:
-        branch = self.exits[index]
-        assert isinstance(branch, Branch)
-        return branch
-
-    def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
-        """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each, the head's last."""
-        answers: list[ExitLogits] = []
-        previous: Tensor | None = None
-        for branch, given in zip(self, features, strict=False):
-            answers.append(ask(branch, given, previous) if self.chained else branch(*given))
-            previous = answers[-1].handed
-        return answers if self.head is None else [*answers, self.head(*features[-1])]
 
 
 class EarlyExitModel(nn.Module):
@@ -174,8 +118,7 @@ class EarlyExitModel(nn.Module):
         classes = mine.num_classes if mine.headless else None
         graph = inspect(deepcopy(self.original), mine.sample, opaque=mine.opaque, num_classes=classes)
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
-        other = attach(graph, plan, self.specs)
-        other.branches.load_state_dict(self.branches.state_dict())
+        other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches))
         other.preprocessing, other.processor = self.preprocessing, self.processor
         return other
 
@@ -484,51 +427,3 @@ def _beside_the_main_process() -> bool:
 
 def _values(arguments: Arguments) -> tuple[Tensor, ...]:
     return tuple([value for value in arguments.values() if isinstance(value, Tensor)])
-
-
-def attach(
-    model: nn.Module | ModelGraph,
-    plan: ExitPlan,
-    branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
-    *,
-    sample: Sample | None = None,
-    opaque: Sequence[str] = (),
-    num_classes: int | None = None,
-    seed: int = 0,
-) -> EarlyExitModel:
-    """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
-
-    Args:
-        model: the model, or the graph that `inspect` gave (spares capturing it again).
-        branch: `auto`, a registered name or a `BranchSpec`; or one for each exit.
-        sample: see `inspect`.
-        opaque: see `inspect`.
-        num_classes: see `inspect`.
-        seed: of the branches' first weights; the global random state is left alone.
-    Raises:
-        ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
-        BranchError: a branch does not fit its features, or their number is not that of the exits.
-    """
-    graph = model if isinstance(model, ModelGraph) else inspect(model, sample, opaque=opaque, num_classes=num_classes)
-    given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
-    if len(given) != len(plan.points):
-        raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
-    for point in plan.points:
-        if graph[point.name].shape != point.shape:
-            raise ExitPointError(
-                f"The plan has features of shape {point.shape} at {point.name!r}, this model "
-                f"{graph[point.name].shape}: make the plan from this model's own graph."
-            )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = [
-            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth)
-            for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
-        ]
-        head = None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)
-    bank = BranchBank([made for _, made in built], head)
-    return EarlyExitModel(graph, plan, [spec for spec, _ in built], bank)
-
-
-# A linear layer on what the model gives: what it was made for.
-_HEAD = {layout: BranchSpec("pool" if layout in ("nchw", "vector") else "token") for layout in get_args(Layout)}

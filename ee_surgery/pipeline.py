@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ee_surgery.attach import attach
 from ee_surgery.backbone import Backbone, Identity, Sample, make_model
 from ee_surgery.branches import BranchSpec
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
 from ee_surgery.graph.points import inspect, read
-from ee_surgery.model import EarlyExitModel, attach
+from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.presets import PRESETS
 from ee_surgery.share.adapter import check_tensors, load_adapter, load_base

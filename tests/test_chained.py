@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ee_surgery as ee
+from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import ask, build, hand_on
 from ee_surgery.branches.chained import Ensemble, ZtwBranch
 from ee_surgery.graph.points import ExitPoint
-from ee_surgery.model import BranchBank
 from ee_surgery.policies.operating import realise
 from ee_surgery.policies.policy import Fallback, certainty
 from ee_surgery.policies.records import exit_costs

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.chained import Ensemble
-from ee_surgery.model import BranchBank
 
 _BATCH = 512
 _LR = 5e-4

@@ -1,0 +1,43 @@
+"""All branches of a model, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from ee_surgery.branches.base import Branch, ExitLogits, ask
+
+
+class BranchBank(nn.Module):
+    """The trainable part: a branch an exit, and a head where the original has none.
+
+    Called on the features of all at once, so that DDP can wrap it; a sequence of the branches otherwise.
+    """
+
+    def __init__(self, branches: Sequence[Branch], head: Branch | None = None) -> None:
+        super().__init__()
+        self.exits = nn.ModuleList(branches)
+        self.head = head
+        self.chained = any(branch.chained for branch in branches)
+        """Whether a branch reads the answers of those before it."""
+
+    def __len__(self) -> int:
+        return len(self.exits)
+
+    def __iter__(self) -> Iterator[Branch]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Branch:
+        branch = self.exits[index]
+        assert isinstance(branch, Branch)
+        return branch
+
+    def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
+        """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each, the head's last."""
+        answers: list[ExitLogits] = []
+        previous: Tensor | None = None
+        for branch, given in zip(self, features, strict=False):
+            answers.append(ask(branch, given, previous) if self.chained else branch(*given))
+            previous = answers[-1].handed
+        return answers if self.head is None else [*answers, self.head(*features[-1])]

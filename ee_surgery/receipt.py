@@ -1,0 +1,28 @@
+"""The proof that the original is what it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that the original was not touched: SHA-256 of every parameter and buffer, then and now."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that differ, are new or are gone."""
+        return sorted(n for n in self.before.keys() | self.after.keys() if self.before.get(n) != self.after.get(n))
+
+    @property
+    def unchanged(self) -> bool:
+        """True when every parameter and buffer is equal bit for bit."""
+        return not self.changed
+
+    def __str__(self) -> str:
+        if self.unchanged:
+            return f"unchanged: all {len(self.before)} parameters and buffers of the original, bit for bit (SHA-256)"
+        return f"CHANGED: {len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
