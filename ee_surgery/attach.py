@@ -55,7 +55,7 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = [
-            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth)
+            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth, graph)
             for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
         ]
         head = None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)

@@ -99,6 +99,11 @@ class EarlyExitModel(nn.Module):
         """Names of the exit points, in program order; the original's own head comes after them."""
         return self.plan.names
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes it tells apart."""
+        return self._backbone.num_classes
+
     def receipt(self) -> Receipt:
         """Hash every parameter and buffer of the original again and compare with when it was augmented."""
         return Receipt(self._before, self._backbone.digests())
@@ -262,7 +267,7 @@ class EarlyExitModel(nn.Module):
     def _nobody(self, device: torch.device) -> ExitOutput:
         """For an empty batch, which many models do not take."""
         dtype = next(self.branches.parameters()).dtype
-        logits = torch.empty((0, self._backbone.num_classes), dtype=dtype, device=device)
+        logits = torch.empty((0, self.num_classes), dtype=dtype, device=device)
         index, score = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
         return ExitOutput(logits, index, score, torch.tensor(self.trunk_macs, device=device), self.trunk_macs[-1])
 
@@ -288,7 +293,14 @@ class EarlyExitModel(nn.Module):
     def features(self, *inputs: Inputs, **named: Any) -> tuple[list[tuple[Tensor, ...]], Tensor]:
         """What every branch reads, its features (B, *shape) first, and the original's answer; without gradients."""
         program, values, _ = self.prepare(*inputs, **named)
-        return program.run(values)
+        found, original = program.run(values)
+        assert original is not None
+        return found, original
+
+    def features_alone(self, *inputs: Inputs, **named: Any) -> list[tuple[Tensor, ...]]:
+        """`features` without the original's answer, for which all behind the last exit would have to run."""
+        program, values, _ = self.prepare(*inputs, **named)
+        return program.run(values, whole=False)[0]
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""
@@ -337,9 +349,9 @@ class EarlyExitModel(nn.Module):
     def _compile(self, graph: ModelGraph, sample: Arguments) -> tuple[Program, list[int]]:
         head = self.branches.head
         head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
-        program = build_program(graph, self.exits, head_macs)
+        program = build_program(graph, self.exits, [branch.reads_all for branch in self.branches], head_macs)
         verify(program, self._backbone, sample)
-        return program, [b.macs(p.shape) for b, p in zip(self.branches, program.points, strict=True)]
+        return program, [b.prepare(graph, p) for b, p in zip(self.branches, program.points, strict=True)]
 
     # --- sharing
 
@@ -349,7 +361,7 @@ class EarlyExitModel(nn.Module):
             identity=self._backbone.identity(self._before),
             inputs=self._backbone.sample,
             opaque=self._backbone.opaque,
-            head_classes=self._backbone.num_classes if self._backbone.headless else None,
+            head_classes=self.num_classes if self._backbone.headless else None,
             points=self.plan.points,
             specs=self.specs,
             rule=self.plan.rule,

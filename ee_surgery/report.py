@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ee_surgery.errors import SurgeryError
 from ee_surgery.graph.points import ModelGraph
+from ee_surgery.graph.shortcut import shortest
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.share.adapter import AdapterConfig
 
@@ -25,11 +26,13 @@ def graph_table(graph: ModelGraph, everything: bool = False) -> Table:
         caption=_caption(graph, everything),
     )
     for name, justify in [("exit point", "left"), ("features", "right"), ("layout", "left"), ("live", "right"),
-                          ("MACs", "right"), ("", "left")]:  # fmt: skip
+                          ("MACs", "right"), ("shortcut from", "right"), ("", "left")]:  # fmt: skip
         table.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
+    shortcuts = shortest(graph)
     for p in rows:
-        shape = "x".join(map(str, p.shape))
-        table.add_row(p.name, shape, p.layout if p.legal else "", str(p.live), f"{p.macs_fraction:.1%}", p.reason)
+        shape, least = "x".join(map(str, p.shape)), f"{shortcuts[p.name]:.1%}" if p.name in shortcuts else ""
+        layout = p.layout if p.legal else ""
+        table.add_row(p.name, shape, layout, str(p.live), f"{p.macs_fraction:.1%}", least, p.reason)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ee_surgery.branches.base import Branch, BranchSpec, build, channels, grid
-from ee_surgery.graph.points import ExitPoint
+from ee_surgery.graph.points import ExitPoint, ModelGraph
 
 BUDGET = 0.025
 """Largest share of the original's MACs that an `auto` branch may cost."""
@@ -13,7 +13,7 @@ _WEIGHTS = 10**8  # of one convolution: wider ones are not even built to be coun
 
 
 def resolve(
-    spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int, depth: int = 0
+    spec: BranchSpec, point: ExitPoint, num_classes: int, macs: int, depth: int = 0, graph: ModelGraph | None = None
 ) -> tuple[BranchSpec, Branch]:
     """Build the branch for an exit, choosing one for `auto`.
 
@@ -23,11 +23,13 @@ def resolve(
     Args:
         macs: of the whole original, one sample.
         depth: how many branches come before it.
+        graph: of the original, for branches that are cut from it.
     Returns:
         The spec with a registered name and every choice in its options, and the branch.
     """
     if spec.name != "auto":
-        return spec, build(spec, point, num_classes, depth)
+        branch = build(spec, point, num_classes, depth, graph)
+        return replace(spec, options=branch.chosen() or spec.options), branch
     if point.layout in ("tokens", "sequence", "nhwc"):
         chosen = replace(spec, name="token")
         return chosen, build(chosen, point, num_classes)

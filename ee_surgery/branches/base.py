@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ee_surgery.errors import BranchError, ConfigError
 from ee_surgery.graph.cost import module_macs
-from ee_surgery.graph.points import ExitPoint
+from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
 
 Option = int | float | str | bool
@@ -64,6 +64,8 @@ class Branch(nn.Module, ABC):
     """
 
     chained: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = False
+    """Is made with `graph=`, and reads every tensor that crosses the exit in place of the features alone."""
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool, width: int) -> None:
         super().__init__()
@@ -93,6 +95,14 @@ class Branch(nn.Module, ABC):
         """MACs for the features of one sample, shape without the batch."""
         return module_macs(self, shape)
 
+    def prepare(self, graph: ModelGraph, point: ExitPoint) -> int:
+        """Get ready for inputs of the size, dtype and device that `graph` was read for; MACs of one sample."""
+        return self.macs(point.shape)
+
+    def chosen(self) -> Mapping[str, Option]:
+        """Options that build this very branch again, where it made up its mind by itself."""
+        return {}
+
 
 def hand_on(logits: Tensor, previous: Tensor | None) -> Tensor:
     """What the next branch of a chain reads: log p of these logits (B, C) behind those before, (B, so far, C)."""
@@ -112,18 +122,25 @@ BRANCHES: Registry[type[Branch]] = Registry("branch")
 """Name -> class taking (point, num_classes, confidence=..., **options). Register your own."""
 
 
-def build(spec: BranchSpec, point: ExitPoint, num_classes: int, depth: int = 0) -> Branch:
+def build(
+    spec: BranchSpec, point: ExitPoint, num_classes: int, depth: int = 0, graph: ModelGraph | None = None
+) -> Branch:
     """Build the branch of `spec` for one exit.
 
     Args:
         depth: how many branches come before it; a chained branch is made for that many.
+        graph: of the original, for branches that are cut from it.
     Raises:
         UnknownNameError: no branch of that name.
-        BranchError: it does not fit the features there.
+        BranchError: it does not fit the features there, or needs the graph.
         ConfigError: an option it does not know.
     """
     cls = BRANCHES[spec.name]
-    place = {"before": depth} if cls.chained else {}
+    place: dict[str, object] = {"before": depth} if cls.chained else {}
+    if cls.reads_all:
+        if graph is None:
+            raise BranchError(f"Branch {spec.name!r} is cut from a model's graph: put it there with `attach`.")
+        place["graph"] = graph
     try:
         return cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
     except TypeError as error:

@@ -65,6 +65,17 @@ class Reading:
         return (tensor,) if self.mask is None else (tensor, live[self.mask])
 
 
+@dataclass(frozen=True)
+class Everything:
+    """Takes all live tensors at an exit, `count` of them, as they are."""
+
+    count: int
+
+    def __call__(self, live: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a branch cut from the graph goes on from."""
+        return tuple(live[: self.count])
+
+
 def choose(
     program: Capture, liveness: Liveness, crossing: list[fx.Node], paths: list[str], backbone: Backbone
 ) -> Features | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from ee_surgery.backbone import Backbone, Sample
 from ee_surgery.errors import CaptureError, ExitPointError
@@ -63,6 +63,10 @@ class ModelGraph:
     """Calls that may carry multiply-adds but have no formula, with how often they occur."""
     head: ExitPoint | None
     """Where a model without a head of its own ends: what the head that is put there reads."""
+    live: list[list[fx.Node]]
+    """Behind each call of the program, what was made up to there from the inputs and is read later."""
+    call_macs: list[int]
+    """MACs of each call, one sample."""
     _features: dict[int, Features]
 
     @property
@@ -152,14 +156,25 @@ def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
     program = capture(backbone, arguments)
     liveness = analyse(program)
     macs, uncounted = count(program, liveness.needed)
-    points, features = _points(program, liveness, macs, backbone)
+    live = live_after(program, liveness)
+    points, features = _points(program, liveness, live, macs, backbone)
     legal = [point for point in points if point.legal]
     illegal = [point for point in points if not point.legal]
     head = _head(program, liveness, backbone, sum(macs)) if backbone.headless else None
     if head is not None:
         features[head[0].index] = head[1]
     return ModelGraph(
-        backbone, program, liveness, legal, illegal, sum(macs), uncounted, head[0] if head else None, features
+        backbone=backbone,
+        capture=program,
+        liveness=liveness,
+        points=legal,
+        illegal=illegal,
+        macs=sum(macs),
+        uncounted=uncounted,
+        head=head[0] if head else None,
+        live=live,
+        call_macs=macs,
+        _features=features,
     )
 
 
@@ -172,9 +187,8 @@ def _head(program: Capture, liveness: Liveness, backbone: Backbone, macs: int) -
 
 
 def _points(
-    program: Capture, liveness: Liveness, macs: list[int], backbone: Backbone
+    program: Capture, liveness: Liveness, live: list[list[fx.Node]], macs: list[int], backbone: Backbone
 ) -> tuple[list[ExitPoint], dict[int, Features]]:
-    live = live_after(program, liveness)
     ends = _module_ends(program, liveness)
     narrow = _narrow([len(nodes) for nodes in live])
     total = sum(macs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils._sympy.printers import PythonPrinter
 
 from ee_surgery.graph.axes import Axis
@@ -68,31 +69,38 @@ class _Reference:
     key: str
 
 
+@dataclass(frozen=True, eq=False)
+class Code:
+    """A piece of a program written out; a `Stage` runs it."""
+
+    source: str
+    scope: dict[str, object]
+    """Operators and constants by the names they have in the source."""
+    tensors: dict[str, str]
+    """Parameters and buffers: name in the source -> name in the model."""
+    axes: list[Axis | None]
+    """Where each tensor that goes in keeps its batch; None for one that all samples share."""
+    mutates_input: bool
+    """True when a call writes in place to a tensor that goes in."""
+
+
 class Stage:
     """A piece of a program: live tensors in, live tensors out (the logits at the end).
 
-    The parameters are the original's own, found by name and bound again whenever the original's tables hold other
-    objects (after `.to(device)`, `load_state_dict(assign=True)`, a replaced parameter).
+    The parameters are found by name, in the original or wherever `find` says, and bound again whenever the tables there
+    hold other objects (after `.to(device)`, `load_state_dict(assign=True)`, a replaced parameter).
     """
 
-    def __init__(
-        self,
-        source: str,
-        scope: dict[str, object],
-        references: dict[str, _Reference],
-        axes: list[Axis | None],
-        mutates_input: bool,
-    ) -> None:
-        self.source = source
-        self.axes = axes
-        """Where each tensor that goes in keeps its batch; None for one that all samples share."""
-        self.mutates_input = mutates_input
-        """True when a call of this stage writes in place to a tensor that goes in."""
-        self._scope = scope
-        self._bound = [(ref.table, ref.key, name) for name, ref in references.items()]
+    def __init__(self, code: Code, find: Callable[[str], nn.Module]) -> None:
+        self.source = code.source
+        self.axes = code.axes
+        self.mutates_input = code.mutates_input
+        self._scope = dict(code.scope)
+        references = [(_reference(find(path), path), name) for name, path in code.tensors.items()]
+        self._bound = [(reference.table, reference.key, name) for reference, name in references]
         self._values: list[Tensor | None] = []
-        exec(compile(source, "<stage>", "exec"), scope)
-        self._run: Callable[..., tuple[Tensor, ...]] = scope["stage"]  # pyright: ignore[reportAttributeAccessIssue]
+        exec(compile(code.source, "<stage>", "exec"), self._scope)
+        self._run: Callable[..., tuple[Tensor, ...]] = self._scope["stage"]  # pyright: ignore[reportAttributeAccessIssue]
 
     def __call__(self, *live: Tensor) -> tuple[Tensor, ...]:
         """Run the stage on live tensors, each with the batch in its own dimension."""
@@ -101,6 +109,10 @@ class Stage:
             self._scope.update(zip((name for *_, name in self._bound), current, strict=True))
             self._values = current
         return self._run(*live)
+
+    def learn(self, training: bool) -> None:
+        """Let the BatchNorms of a `learning` piece take their statistics from the batch, or from what they kept."""
+        self._scope["op_training"] = training
 
 
 def _same(left: Sequence[object], right: Sequence[object]) -> bool:
@@ -135,13 +147,25 @@ def cut(
     given = [*capture.inputs.values()]
     borders = [given, *(crossing(live[i], along) for i in positions), [capture.output]]
     starts, stops = [0, *(i + 1 for i in positions)], [*(i + 1 for i in positions), len(capture.nodes)]
-    carried = [node for node in capture.nodes if node in liveness.carried]
-    stages = []
-    for entering, wanted, start, stop in zip(borders[:-1], borders[1:], starts, stops, strict=True):
-        done = {*given} | {node for node in carried if capture.position[node] < start}
-        calls = closure(capture, liveness.root, wanted, done, stop)
-        stages.append(_write([n for n in capture.nodes if n in calls], entering, wanted, capture, liveness, model))
-    return stages
+    pieces = zip(borders[:-1], borders[1:], starts, stops, strict=True)
+    return [
+        Stage(write(calls(capture, liveness, *piece), *piece[:2], capture, liveness, model), lambda path: model)
+        for piece in pieces
+    ]
+
+
+def calls(
+    capture: Capture,
+    liveness: Liveness,
+    given: Sequence[fx.Node],
+    wanted: Sequence[fx.Node],
+    start: int,
+    stop: int,
+) -> list[fx.Node]:
+    """The calls from index `start` up to `stop` that `wanted` needs, and earlier ones that no data goes into."""
+    done = {*given} | {n for n in capture.nodes[:start] if n in liveness.carried}
+    needed = closure(capture, liveness.root, wanted, done, stop)
+    return [node for node in capture.nodes if node in needed]
 
 
 def crossing(live: Sequence[fx.Node], along: Sequence[fx.Node]) -> list[fx.Node]:
@@ -149,16 +173,22 @@ def crossing(live: Sequence[fx.Node], along: Sequence[fx.Node]) -> list[fx.Node]
     return [*live, *(node for node in along if node not in live)]
 
 
-def _write(
+def write(
     calls: list[fx.Node],
-    given: list[fx.Node],
-    wanted: list[fx.Node],
+    given: Sequence[fx.Node],
+    wanted: Sequence[fx.Node],
     capture: Capture,
     liveness: Liveness,
     model: nn.Module,
-) -> Stage:
-    scope: dict[str, object] = {"torch": torch}
-    references: dict[str, _Reference] = {}
+    learning: bool = False,
+) -> Code:
+    """Write calls out as a function from `given` to `wanted`.
+
+    Args:
+        learning: BatchNorms can be told to take their statistics from the batch, and to keep a running mean of them.
+    """
+    scope: dict[str, object] = {"torch": torch, "op_training": False}
+    used: dict[str, str] = {}
     names: dict[fx.Node, str] = {node: f"live{i}" for i, node in enumerate(given)}
     axes = [axis for node in given if not isinstance(axis := liveness.axis[node], str)]
     assert len(axes) == len(given), given
@@ -169,7 +199,7 @@ def _write(
         if node not in names:
             names[node] = node.name
             if node in capture.tensors:
-                references[node.name] = _reference(model, capture.tensors[node])
+                used[node.name] = capture.tensors[node]
             else:
                 scope[node.name] = capture.constants[node]
         return names[node]
@@ -199,6 +229,11 @@ def _write(
     for i, node in enumerate(calls):
         if getattr(node.target, "__name__", "") == "getitem":
             lines.append(f"{node.name} = {text(node.args[0])}[{text(node.args[1])}]")
+        elif learning and statistics(node):
+            x, weight, bias, mean, var, _, momentum, eps, *_ = map(text, node.args)
+            scope["op_norm"] = F.batch_norm  # by its public name: training on many processes looks for it
+            arguments = [x, mean, var, weight, bias, "op_training", momentum, eps]
+            lines.append(f"{node.name} = op_norm({', '.join(arguments)})")
         else:
             operator, given_to = f"op_{getattr(node.target, '__name__', 'call').replace('.', '_')}", node.args
             if is_opaque(node):
@@ -216,7 +251,14 @@ def _write(
     outputs = "".join(f"{name_of(node)}, " for node in wanted)
     head = [_batch_size(axes)] if any("B" in line for line in lines) else []
     body = "\n".join(f"    {line}" for line in [*head, *lines, f"return ({outputs})"])
-    return Stage(f"def stage({inputs}):\n{body}\n", scope, references, axes, mutates)
+    return Code(f"def stage({inputs}):\n{body}\n", scope, used, axes, mutates)
+
+
+def statistics(node: fx.Node) -> list[fx.Node]:
+    """The running mean and variance that a BatchNorm uses; nothing for other calls."""
+    if node.target is not _aten.batch_norm.default or node.args[5] is not False:
+        return []
+    return [arg for arg in node.args[3:5] if isinstance(arg, fx.Node)]
 
 
 def _batch_size(axes: Sequence[Axis | None]) -> str:

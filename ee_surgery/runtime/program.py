@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_surgery.graph.features import Reading
-from ee_surgery.graph.liveness import live_after
+from ee_surgery.graph.features import Everything, Reading
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.graph.stages import Stage, crossing, cut
 
@@ -20,15 +19,19 @@ class Program:
 
     stages: list[Stage]
     points: tuple[ExitPoint, ...]
-    readers: tuple[Reading, ...]
+    readers: tuple[Reading | Everything, ...]
     """What the branch of each exit reads of the live tensors there."""
     head: Reading | None
     """What a head reads of the last stage's answer, where the original has none of its own."""
     trunk_macs: tuple[int, ...]
     """MACs of the original up to each exit, the whole last (with such a head); K numbers."""
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """What every branch reads, a new head last, and the original's answer, nobody leaving; without gradients."""
+    def run(self, inputs: Sequence[Tensor], whole: bool = True) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+        """What every branch reads, a new head last, and the original's answer, nobody leaving; without gradients.
+
+        Args:
+            whole: run the last stage, too; else there is no answer.
+        """
         found: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
             live = self.stages[0](*inputs)
@@ -38,23 +41,30 @@ class Program:
                     # a branch may look at them only after later stages ran: keep them from being written to
                     features = tuple(tensor.clone() for tensor in features)
                 found.append(features)
+                if not whole and k == len(self.readers) - 1:
+                    return found, None
                 live = stage(*live)
             if self.head is not None:
                 found.append(self.head(live))
         return found, live[0]
 
 
-def build_program(graph: ModelGraph, names: Sequence[str], head_macs: int = 0) -> Program:
+def build_program(graph: ModelGraph, names: Sequence[str], whole: Sequence[bool] = (), head_macs: int = 0) -> Program:
     """Cut a graph at the named exit points, in program order.
 
     Args:
+        whole: of each exit, whether its branch reads all that crosses there; none does when left out.
         head_macs: of a head put on a model that has none, one sample.
     """
     points = tuple(graph[name] for name in names)
     found = [graph.features(point) for point in points]
     masks = list(dict.fromkeys(features.mask for features in found if features.mask is not None))
     stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points], masks)
-    live = live_after(graph.capture, graph.liveness)
-    readers = tuple(f.reader(crossing(live[p.index], masks)) for f, p in zip(found, points, strict=True))
+    readers = tuple(
+        Everything(len(graph.live[point.index]))
+        if all_of_it
+        else features.reader(crossing(graph.live[point.index], masks))
+        for features, point, all_of_it in zip(found, points, whole or [False] * len(points), strict=True)
+    )
     head = None if graph.head is None else graph.features(graph.head).reader([graph.capture.output])
     return Program(stages, points, readers, head, (*(point.macs for point in points), graph.macs + head_macs))

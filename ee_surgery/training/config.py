@@ -31,6 +31,12 @@ class TrainConfig:
     """Weigh samples by how likely they get to each exit: a threshold in [0, 1] of those before; None for no weights."""
     teach: Literal["labels", "original"] = "labels"
     """`original`: no labels are read; the original's own answer stands for them."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, which pastes a patch of another picture of the batch and shares the label; 0 for none."""
+    mixup: float = 0.0
+    """Alpha of Mixup, which blends two pictures and their labels; 0 for none. With both, either is drawn."""
+    mix_share: float = 0.5
+    """Share of the batches that CutMix or Mixup changes."""
     exit_weights: tuple[float, ...] | Literal["uniform", "falling", "linear", "ramp"] = "uniform"
     """For `weighted_ce`: one weight an exit that learns, falling with depth (BranchyNet), growing with depth
     (`linear`, EENet), or growing with time (`ramp`, Shallow-Deep Networks); scaled to sum 1."""
@@ -73,7 +79,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "patience_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("distill", "distill_from", "warmup", "survivor"):
+        for name in ("distill", "distill_from", "warmup", "survivor", "mix_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {value}.")
@@ -81,6 +87,9 @@ class TrainConfig:
             raise ConfigError(f"milestones must be shares of the training in [0, 1], got {self.milestones}.")
         if self.ensemble_epochs < 0:
             raise ConfigError(f"ensemble_epochs must be at least 0, got {self.ensemble_epochs}.")
+        for name in ("cutmix", "mixup"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")

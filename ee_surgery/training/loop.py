@@ -23,14 +23,17 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.errors import ConfigError, DataError, TrainingError
+from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.training import checkpoint, track
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data, is_samples, loader, place
+from ee_surgery.training.data import Data, count, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs
+from ee_surgery.training.mixing import Mixing
+from ee_surgery.training.objectives import LABELS_ALONE
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.processes import OneBatch, Processes, Share, Shares
 
@@ -179,6 +182,7 @@ class _Run:
             branched.branches.load_state_dict(start)
         self.learner: nn.Module = JointModel(branched) if joint else branched.branches
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
+        self.mixing = Mixing(config, branched.num_classes)
         self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
         self.console = Console(quiet=not self.processes.main)
@@ -294,8 +298,9 @@ class _Run:
 
     def _loss(self, share: Share) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
-        exits, original = self._answers(share)
-        labels = None if share.labels is None else share.labels.to(self.accelerator.device)
+        inputs, labels = self.mixing(place(share.inputs, self.accelerator.device, self.dtype), share.labels)
+        exits, original = self._answers(inputs, share.own)
+        labels = None if labels is None else labels.to(self.accelerator.device)
         return batch_loss(
             [self._of_all(exit, share.total) for exit in exits],
             self.processes.rows(original, share.total),
@@ -307,16 +312,26 @@ class _Run:
             progress=self._progress(),
         )
 
-    def _answers(self, share: Share) -> tuple[list[ExitLogits], Tensor]:
+    def _answers(self, inputs: Inputs, own: int) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
-        inputs = place(share.inputs, self.accelerator.device, self.dtype)
-        one_batch = OneBatch(self.processes, share.own) if self.processes.number > 1 else nullcontext()
+        one_batch = OneBatch(self.processes, own) if self.processes.number > 1 else nullcontext()
         if self.joint:
             with self.accelerator.autocast(), one_batch:
                 return self.learner(self.branched.normal(inputs))
-        features, original = self.branched.features(inputs)
+        if self._reads_original():
+            features, original = self.branched.features(inputs)
+        else:
+            features = self.branched.features_alone(inputs)
+            original = torch.zeros(count(inputs), self.branched.num_classes, device=self.accelerator.device)
         with self.accelerator.autocast(), one_batch:
             return self.branched.split(self.learner(features), original)
+
+    def _reads_original(self) -> bool:
+        """Whether the loss does; where it does not, what lies behind the last exit need not run."""
+        config = self.config
+        distills = config.distill > 0 and self._progress() >= config.distill_from
+        labels_alone = config.teach == "labels" and config.objective in LABELS_ALONE
+        return self.branched.branches.head is not None or distills or not labels_alone
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -379,8 +394,8 @@ class _Run:
     def _provenance(self) -> dict[str, Any]:
         """How it was trained, as plain data."""
         told = (
-            "objective", "teach", "distill", "optimizer", "lr", "weight_decay", "schedule", "epochs", "accumulate",
-            "seed",
+            "objective", "teach", "distill", "cutmix", "mixup", "optimizer", "lr", "weight_decay", "schedule", "epochs",
+            "accumulate", "seed",
         )  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in told},

@@ -68,6 +68,10 @@ class Objective(Protocol):
 OBJECTIVES: Registry[Objective] = Registry("objective")
 
 
+LABELS_ALONE = frozenset({"sum_ce", "weighted_ce"})
+"""Objectives that do not read what a frozen original answers."""
+
+
 @OBJECTIVES.register("sum_ce")
 def sum_ce(answers: Answers, config: Weights) -> Tensor:
     """Sum over the exits that learn of their cross-entropies.

@@ -1,0 +1,130 @@
+"""The shortcut branch: trainable copies of some of the original's own remaining blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option
+from ee_surgery.errors import BranchError
+from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.graph.shortcut import Key, Shortcut, key, named, pieces, within, write_shortcut
+from ee_surgery.graph.stages import Stage
+
+BUDGET = 0.25
+"""Share of the original's MACs that a shortcut may cost where nothing else is said."""
+
+
+@BRANCHES.register("shortcut")
+class ShortcutBranch(Branch):
+    """Copies of some of the remaining blocks, from the original's own weights on, to its own head.
+
+    From the exit the features jump over blocks to one that takes tensors of the same kind, and so on to the logits.
+    Where the original has BatchNorm, the copies have it, with statistics of their own.
+
+    Args:
+        graph: of the original.
+        budget: the largest share of the original's MACs that it may cost.
+        blocks: names of the blocks to keep, separated by blanks, beside those that cannot be jumped over; in place of
+            a budget.
+    Raises:
+        BranchError: the shortest way costs more than the budget, or the original has no head to copy.
+    """
+
+    reads_all: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        point: ExitPoint,
+        num_classes: int,
+        confidence: bool = False,
+        budget: float = BUDGET,
+        blocks: str | None = None,
+        *,
+        graph: ModelGraph,
+    ) -> None:
+        super().__init__(point, num_classes, confidence, num_classes)
+        self.classifier = nn.Identity()  # the original's own comes with its tail
+        if graph.head is not None:
+            raise BranchError(f"No shortcut in {graph.backbone.model_id}: it has no head of its own to copy.")
+        given = pieces(graph, point)
+        if blocks is None:
+            kept = within(given, budget * graph.macs)
+            if kept is None:
+                least = sum(piece.macs for piece in given if not piece.optional) / graph.macs
+                raise BranchError(
+                    f"The shortest way from {point.name!r} to the logits costs {least:.1%} of the MACs, more than "
+                    f"the budget of {budget:.1%}: choose a later exit, a larger budget or another branch."
+                )
+        else:
+            kept = named(given, blocks.split())
+        self.blocks = [piece.name for piece in kept if piece.optional]
+        """Names of the blocks it keeps of those that it could jump over."""
+        self.weights = nn.Module()
+        model = graph.backbone.model
+        tables = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+        for name in write_shortcut(graph, point, kept).learned:
+            _put(self.weights, name, tables[name])
+        self._ready: dict[Key, tuple[Stage, ...]] = {}
+
+    def prepare(self, graph: ModelGraph, point: ExitPoint) -> int:
+        """Get ready for inputs as this graph was read for.
+
+        Returns:
+            MACs of one sample.
+        """
+        found: Shortcut = write_shortcut(graph, point, named(pieces(graph, point), self.blocks))
+        learned = set(found.learned)
+        self._ready[found.key] = tuple(
+            Stage(code, lambda name: self.weights if name in learned else graph.backbone.model) for code in found.codes
+        )
+        return found.macs
+
+    def chosen(self) -> Mapping[str, Option]:
+        """The blocks it keeps."""
+        return {"blocks": " ".join(self.blocks)}
+
+    def forward(self, *live: Tensor) -> ExitLogits:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """All tensors that cross the exit, in the graph's order, to logits (B, C)."""
+        return self.answer(self.vector(*live))
+
+    def vector(self, *live: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits, which are the vector that a confidence unit reads: (B, C)."""
+        stages = self._stages(live)
+        if stages[0].mutates_input:
+            live = tuple(tensor.clone() for tensor in live)
+        for stage in stages:
+            stage.learn(self.training)
+            live = stage(*live)
+        return live[0]
+
+    def _stages(self, live: tuple[Tensor, ...]) -> tuple[Stage, ...]:
+        if len(self._ready) == 1:  # nothing else was ever seen
+            return next(iter(self._ready.values()))
+        for stages in self._ready.values():
+            if (found := self._ready.get(key(live, stages[0].axes))) is not None:
+                return found
+        raise BranchError(
+            f"A shortcut runs only behind its original, but is not ready for {[tuple(t.shape) for t in live]}."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Stages are functions over these very tables: a copy is prepared anew.
+        return {**self.__dict__, "_ready": {}}
+
+
+def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """A copy of a tensor under its dotted name; a parameter as one that learns."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(last, nn.Parameter(tensor.detach().clone(), tensor.is_floating_point()))
+    else:
+        root.register_buffer(last, tensor.detach().clone())
