@@ -89,6 +89,8 @@ def trainings(accelerator: Accelerator) -> Iterator[tuple[str, dict[str, Any]]]:
         yield objective, run(model(SURE, SURE), blobs(30), epochs=1, batch_size=9, objective=objective, survivor=0.5)
     yield "accumulate", run(model(SURE, SURE), blobs(30), epochs=2, batch_size=3, accumulate=3)
     yield "joint", run(model(CONV, VECTOR), blobs(30), epochs=2, batch_size=7, joint=True, optimizer="sgd", lr=0.02)
+    cut = ee.attach(graph(), ee.place(graph(), ["0"]), ee.BranchSpec("shortcut", options={"budget": 1.0}))
+    yield "shortcut", run(cut, blobs(30), epochs=2, batch_size=7, optimizer="sgd", lr=0.02)
     yield "ensembles", run(model(CHAINED, CHAINED), blobs(30), epochs=1, batch_size=7, ensemble_epochs=5)
     x, y = blobs(30).tensors
     batches = [{"pixel_values": a, "labels": b} for a, b in zip(x.split(7), y.split(7), strict=True)]

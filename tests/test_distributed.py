@@ -62,8 +62,8 @@ def differ(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-TRAININGS = ["sgd", "adamw", "tagged", "normalized", "accumulate", "joint", "ensembles", "iterable", "a bad sample",
-             "a loader", "uninterrupted"]  # fmt: skip
+TRAININGS = ["sgd", "adamw", "tagged", "normalized", "accumulate", "joint", "shortcut", "ensembles", "iterable",
+             "a bad sample", "a loader", "uninterrupted"]  # fmt: skip
 
 
 def test_there_are_two_processes(two: list[dict[str, Any]]) -> None:

@@ -78,6 +78,11 @@ class JointModel(nn.Module):
         taps: list[int] = []
         masks: list[str | None] = []
         for name, (wanted, *mask) in zip(branched.exits, features, strict=False):
+            if len(mask) > 1:
+                raise ExitPointError(
+                    f"joint=True reads one tensor at an exit, but {1 + len(mask)} cross {name!r}, and its branch reads "
+                    "them all. Choose an exit where one does (`inspect` shows how many are live)."
+                )
             taps.append(_which(wanted, dict(enumerate(self._seen.get(name, []))), name))
             masks.append(_which(mask[0], sample, name) if mask else None)
         self._forget()
