@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -26,7 +27,8 @@ from ee_surgery.runtime.measure import environment, interleave, measure
 from recipes import data
 from recipes.networks import CifarResNet
 
-REQUESTS: dict[str, dict[str, Any]] = {
+Requests: TypeAlias = Mapping[str, Mapping[str, Any]]
+REQUESTS: Requests = {
     "drop 0.5 points": {"max_accuracy_drop": 0.005},
     "drop 1 point": {"max_accuracy_drop": 0.01},
     "drop 2 points": {"max_accuracy_drop": 0.02},
@@ -68,30 +70,47 @@ class Varied(Dataset):  # pyright: ignore[reportMissingTypeArgument]
 
 def main() -> None:
     """Train, record, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("runs/cifar10_resnet56"))
-    parser.add_argument("--threads", type=int, default=2, help="to train; speed is measured with one")
-    parser.add_argument("--smoke", action="store_true", help="a few images, one epoch")
-    options = parser.parse_args()
-    few = 256 if options.smoke else None
-    torch.set_num_threads(options.threads)
-    console = Console(width=160, record=True)
-
-    networks = {depth: _network(depth) for depth in (20, 32, 56)}
-    _, mean, std = data.weights("cifar10_resnet56")
-    images, labels = (tensor[:few] for tensor in data.cifar10("train"))
-    branched = ee.augment(networks[56], 6, "linear", sample=torch.zeros(1, 3, 32, 32))
+    options = arguments(__doc__, Path("runs/cifar10_resnet56"), epochs=10)
+    original = network(56)
+    images, mean, std = pictures("train", options.few)
+    branched = ee.augment(original, 6, "linear", sample=torch.zeros(1, 3, 32, 32))
     config = ee.TrainConfig(
-        epochs=1 if options.smoke else options.epochs,
+        epochs=options.epochs,
         lr=3e-3,
         weight_decay=5e-3,
         validation=0,
         checkpoint_dir=str(options.out / "training"),
     )
-    trained = ee.train(branched, Varied(images, labels, mean, std), config)
+    trained = ee.train(branched, Varied(*images, mean, std), config)
+    report(trained, REQUESTS, options)
 
-    test, truth = (tensor[:few] for tensor in data.cifar10("test"))
+
+def arguments(about: str | None, out: Path, epochs: int) -> argparse.Namespace:
+    """What these recipes take; torch has its threads, `few` pictures are read, all of them where it is None."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--threads", type=int, default=2, help="to train; speed is measured with one")
+    parser.add_argument("--smoke", action="store_true", help="a few images, one epoch")
+    options = parser.parse_args()
+    options.few = 256 if options.smoke else None
+    options.epochs = 1 if options.smoke else options.epochs
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def pictures(split: str, few: int | None) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Pictures (N, 3, 32, 32) of whole numbers and labels (N,); mean and deviation that the networks take."""
+    _, mean, std = data.weights("cifar10_resnet56")
+    images, labels = data.cifar10(split)
+    return (images[:few], labels[:few]), mean, std
+
+
+def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namespace) -> None:
+    """Thresholds from one half of the test set, results on the other, 20 times, beside the smaller networks."""
+    branched, original = trained.model, trained.model.backbone
+    console = Console(width=160, record=True)
+    (test, truth), mean, std = pictures("test", options.few)
     test = (test.float() / 255 - mean) / std
     records = ee.record(branched, list(zip(test.split(250), truth.split(250), strict=True)))
     records.save(options.out / "test_records.safetensors")
@@ -105,17 +124,18 @@ def main() -> None:
         table.add_column(column, justify="right", overflow="fold")
     base = [records.take(reported).base_accuracy for _, reported in splits]
     table.add_row("original", _spread(base), "", "", "100", "", "1", "1")
-    for name, (accuracy, cost, shares, luck) in _splits(records, splits).items():
-        branched.operate(frontier.at(**REQUESTS[name]))
+    for name, (accuracy, cost, shares, luck) in _splits(records, splits, requests).items():
+        branched.operate(frontier.at(**requests[name]))
         speed = _speed(branched, test[splits[0][1]], rounds)
         shown = " ".join(f"{statistics.mean(column):.0%}" for column in zip(*shares, strict=True))
         lucky = f"{100 * statistics.mean(luck):.2f}"
         table.add_row(name, _spread(accuracy), _below(accuracy, base), lucky, _spread(cost), shown, *speed)
     for depth in (20, 32):
-        right = _right(networks[depth], test, truth)
+        smaller = network(depth)
+        right = _right(smaller, test, truth)
         accuracy = [right[reported].double().mean().item() for _, reported in splits]
-        cost = f"{100 * ee.inspect(networks[depth], test[:3]).macs / records.base_macs:.1f}"
-        speed = _against(networks[depth], networks[56], test, 5 * rounds)
+        cost = f"{100 * ee.inspect(smaller, test[:3]).macs / records.base_macs:.1f}"
+        speed = _against(smaller, original, test, 5 * rounds)
         table.add_row(f"static ResNet-{depth}", _spread(accuracy), _below(accuracy, base), "", cost, "", *speed)
 
     console.print(table)
@@ -134,25 +154,26 @@ def main() -> None:
     console.save_text(str(options.out / "report.md"))
 
 
-def _network(depth: int) -> CifarResNet:
+def network(depth: int) -> CifarResNet:
+    """A pretrained one."""
     model = CifarResNet(depth)
     model.load_state_dict(data.weights(f"cifar10_resnet{depth}")[0], strict=False)  # no BatchNorm counters in the file
     return model.eval()
 
 
-def _right(model: CifarResNet, images: Tensor, labels: Tensor) -> Tensor:
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([model(batch).argmax(-1) for batch in images.split(250)]) == labels
 
 
 def _splits(
-    records: ee.ExitRecords, splits: list[tuple[Tensor, ...]]
+    records: ee.ExitRecords, splits: list[tuple[Tensor, ...]], requests: Requests
 ) -> dict[str, tuple[list[float], list[float], list[list[float]], list[float]]]:
     """Of every request, split by split: accuracy, mean MACs and exit shares on the reported half, luck on the other."""
-    rows = {name: ([], [], [], []) for name in REQUESTS}
+    rows = {name: ([], [], [], []) for name in requests}
     for chosen, reported in splits:
         frontier, test = ee.Frontier.search(records.take(chosen)), records.take(reported)
-        for name, request in REQUESTS.items():
+        for name, request in requests.items():
             point = frontier.at(**request)
             replay = test.replay(point.policy)
             accuracy, cost, shares, luck = rows[name]
@@ -178,7 +199,7 @@ def _speed(branched: ee.EarlyExitModel, images: Tensor, rounds: int) -> tuple[st
     return f"{one.latency_ratio:.3f}", f"{1 / many.latency_ratio:.3f}"
 
 
-def _against(model: CifarResNet, original: CifarResNet, images: Tensor, rounds: int) -> tuple[str, str]:
+def _against(model: nn.Module, original: nn.Module, images: Tensor, rounds: int) -> tuple[str, str]:
     """Latency ratio at batch 1 and throughput ratio at batch 64."""
     ratios = []
     for batch in (1, 64):

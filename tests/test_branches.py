@@ -28,7 +28,7 @@ POINTS = {
     "sequence": replace(_POINT, shape=(11, 8), layout="sequence"),
     "vector": replace(_POINT, shape=(8,), layout="vector"),
 }
-NEEDS_GRID = {"conv", "conv2", "conv3", "eenet", "msd", "branchy", "strided", "sdn"}
+NEEDS_GRID = {"conv", "conv2", "conv3", "eenet", "msd", "branchy", "strided", "sdn", "residual"}
 NEEDS_SIZE = {"plain"}
 ANYWHERE = {"pool", "bnpool", "mlp", "token", "ztw"}
 NEEDS_GRAPH = {"shortcut"}  # tests/test_shortcut.py
@@ -145,6 +145,26 @@ def test_conv_branches_are_so_many_units_at_full_width_and_resolution(name: str,
     assert branch.macs(point.shape) == pytest.approx(conv2 * depth / 2, rel=1e-3)
     asked = build(ee.BranchSpec("conv", options={"depth": depth}), point, 10)
     assert _convs(asked) == _convs(branch)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.3])
+def test_residual_branches_are_as_large_as_the_budget_allows(budget: float, depthwise: bool) -> None:
+    total = 126_000_000
+    point = replace(_at(16, 32, 32), macs=total // 10, macs_fraction=0.1)
+    given = ee.BranchSpec("residual", options={"budget": budget, "depthwise": depthwise})
+    spec, branch = resolve(given, point, 10, total)
+    macs = branch.macs(point.shape)
+    assert macs <= budget * total + 10**4  # the linear layer is not budgeted
+    if not depthwise:
+        assert macs > 0.7 * budget * total
+    assert branch.body(torch.randn(2, 16, 32, 32)).shape == (2, 2 * int(spec.options["width"]), 8, 8)
+    assert "budget" not in spec.options
+    assert resolve(spec, point, 10, total)[1].macs(point.shape) == macs
+    deeper, wider = (build(replace(spec, options=dict(spec.options) | more), point, 10) for more in (
+        {"depth": int(spec.options["depth"]) + 1}, {"width": 2 * int(spec.options["width"])}
+    ))  # fmt: skip
+    assert min(deeper.macs(point.shape), wider.macs(point.shape)) > macs
 
 
 @pytest.mark.parametrize(("channels", "side", "widths"), [(64, 32, 16), (128, 16, 32)])

@@ -9,13 +9,16 @@ from ee_surgery.branches.base import BRANCHES, Branch, channels, require_grid, t
 from ee_surgery.graph.points import ExitPoint
 
 
-def _unit(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+def unit(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    """3x3 convolution, BatchNorm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
     )
 
 
-class _MapBranch(Branch):
+class MapBranch(Branch):
+    """A body of convolutions, the average of its map, a linear layer."""
+
     body: nn.Sequential
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -24,7 +27,7 @@ class _MapBranch(Branch):
 
 
 @BRANCHES.register("conv")
-class ConvBranch(_MapBranch):
+class ConvBranch(MapBranch):
     """(3x3 conv -> BatchNorm -> ReLU) x depth at full resolution and width -> global average -> linear.
 
     Args:
@@ -37,7 +40,7 @@ class ConvBranch(_MapBranch):
         c = channels(point)
         super().__init__(point, num_classes, confidence, c)
         require_grid("conv", point)
-        self.body = nn.Sequential(*(_unit(c, c, 1) for _ in range(depth)))
+        self.body = nn.Sequential(*(unit(c, c, 1) for _ in range(depth)))
 
 
 @BRANCHES.register("conv2")
@@ -57,7 +60,7 @@ class Conv3Branch(ConvBranch):
 
 
 @BRANCHES.register("eenet")
-class EENetBranch(_MapBranch):
+class EENetBranch(MapBranch):
     """Three 3x3 convolutions with BatchNorm and ReLU, the first narrowing the features -> global average -> linear.
 
     Args:
@@ -71,11 +74,11 @@ class EENetBranch(_MapBranch):
         width = max(1, c // (narrow or (4 if c >= 256 else 1)))
         super().__init__(point, num_classes, confidence, width)
         require_grid("eenet", point)
-        self.body = nn.Sequential(_unit(c, width, 1), _unit(width, width, 1), _unit(width, width, 1))
+        self.body = nn.Sequential(unit(c, width, 1), unit(width, width, 1), unit(width, width, 1))
 
 
 @BRANCHES.register("msd")
-class MsdBranch(_MapBranch):
+class MsdBranch(MapBranch):
     """Two 3x3 convolutions of stride 2 with BatchNorm and ReLU -> average -> linear.
 
     Args:
@@ -87,7 +90,7 @@ class MsdBranch(_MapBranch):
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 128) -> None:
         super().__init__(point, num_classes, confidence, width)
         require_grid("msd", point)
-        self.body = nn.Sequential(_unit(channels(point), width, 2), _unit(width, width, 2))
+        self.body = nn.Sequential(unit(channels(point), width, 2), unit(width, width, 2))
 
 
 @BRANCHES.register("branchy")
@@ -109,7 +112,7 @@ class BranchyBranch(Branch):
         super().__init__(point, num_classes, confidence, width * cells**2)
         self.cells = cells
         depth = depth or 3 - min(2, int(3 * point.macs_fraction))
-        self.body = nn.Sequential(*(_unit(channels(point) if i == 0 else width, width, 1) for i in range(depth)))
+        self.body = nn.Sequential(*(unit(channels(point) if i == 0 else width, width, 1) for i in range(depth)))
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, width * cells^2)."""
@@ -118,7 +121,7 @@ class BranchyBranch(Branch):
 
 
 @BRANCHES.register("strided")
-class StridedBranch(_MapBranch):
+class StridedBranch(MapBranch):
     """(3x3 conv of stride 2 -> BatchNorm -> ReLU) x depth, the width doubling up to `width` -> average -> linear.
 
     A few percent of the cost of `conv2` on large maps for more depth. Maps that are down to 4 cells a side keep
@@ -141,6 +144,6 @@ class StridedBranch(_MapBranch):
         for i in range(depth):
             out = width if i == depth - 1 else min(width, 2 * c)
             stride = 2 if side > 4 else 1
-            units.append(_unit(c, out, stride))
+            units.append(unit(c, out, stride))
             c, side = out, -(-side // stride)
         self.body = nn.Sequential(*units)
