@@ -1,6 +1,7 @@
 """Shortcut branches on a pretrained CIFAR-10 ResNet-56 against the smaller networks a user would pick instead.
 
     python -m recipes.cifar10_shortcuts
+    python -m recipes.cifar10_shortcuts --smoke    a few images, one epoch
 
 Two exits behind the first blocks, whose branches are copies of every fourth or eighth of the later ones. Thresholds are
 chosen on 5,000 test images and reported on the other 5,000, over 20 random splits.
