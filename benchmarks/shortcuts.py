@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 import warnings
 from typing import Any
@@ -77,6 +78,7 @@ def main() -> None:
         except Exception as error:
             row = {"why": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         gc.collect()
+        print(name, row, file=sys.stderr, flush=True)  # the table comes at the end
         if "why" in row:
             table.add_row(name, row["why"])
             continue
