@@ -167,6 +167,13 @@ def test_residual_branches_are_as_large_as_the_budget_allows(budget: float, dept
     assert min(deeper.macs(point.shape), wider.macs(point.shape)) > macs
 
 
+def test_a_residual_branch_in_front_of_all_macs_needs_a_width() -> None:
+    point = replace(_at(16, 32, 32), macs=0, macs_fraction=0.0)
+    with pytest.raises(ee.BranchError, match="give width= instead"):
+        build(ee.BranchSpec("residual"), point, 10)
+    assert build(ee.BranchSpec("residual", options={"width": 8}), point, 10).macs(point.shape) > 0
+
+
 @pytest.mark.parametrize(("channels", "side", "widths"), [(64, 32, 16), (128, 16, 32)])
 def test_eenet_costs_what_its_resnet56_3_says(channels: int, side: int, widths: int) -> None:
     point = _at(channels, side, side)

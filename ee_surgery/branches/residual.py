@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ee_surgery.branches.base import BRANCHES, Option, channels, require_grid
 from ee_surgery.branches.conv import MapBranch, unit
+from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint
 
 DEPTHS = (1, 2, 3, 4)
@@ -27,6 +28,8 @@ class ResidualBranch(MapBranch):
         width: channels of the first level, in place of the budget.
         depth: blocks a level, with `width`.
         depthwise: blocks of depthwise and 1x1 convolutions in place of 3x3 ones.
+    Raises:
+        BranchError: the features are no map, or no MACs before the exit tell what a budget is.
     Source: residual blocks of He et al. (CVPR 2016, arXiv:1512.03385), separable ones of MobileNet (Howard et al.,
         arXiv:1704.04861).
     """
@@ -47,6 +50,10 @@ class ResidualBranch(MapBranch):
         while sides[-1] >= 2 * _LEAST_SIDE:
             sides.append(-(-sides[-1] // 2))
         if width == 0:
+            if not point.macs:
+                raise BranchError(
+                    f"Nothing before {point.name!r} counts MACs to tell a budget by: give width= instead."
+                )
             most = budget * point.macs / point.macs_fraction
             sizes = [(_macs(c, max(1, int(f * c)), d, sides, depthwise), d, f) for d, f in product(DEPTHS, WIDTHS)]
             _, depth, factor = max([size for size in sizes if size[0] <= most] or [min(sizes)])
