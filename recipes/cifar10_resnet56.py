@@ -3,7 +3,8 @@
     python -m recipes.cifar10_resnet56
 
 The branches learn from the training set; thresholds are chosen on 5,000 test images and reported on the other 5,000,
-over 20 random splits, because the pretrained network has seen all training images (it is 99.98 % right there).
+and the other way round, over 10 random splits: the pretrained network has seen all training images, and is 99.98 %
+right there.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     test = (test.float() / 255 - mean) / std
     records = ee.record(branched, list(zip(test.split(250), truth.split(250), strict=True)))
     records.save(options.out / "test_records.safetensors")
-    splits = [torch.randperm(len(test), generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(20)]
+    pairs = [torch.randperm(len(test), generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(10)]
+    # each half chooses once and is reported once: the luck of one is the other's bad luck, and cancels
+    splits = [split for first, second in pairs for split in ((first, second), (second, first))]
     frontier = ee.Frontier.search(records.take(splits[0][0]))
     torch.set_num_threads(1)
     rounds = 2 if options.smoke else 10
@@ -141,7 +144,7 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     console.print(table)
     alone = ", ".join(f"{accuracy:.2%}" for accuracy in records.accuracies)
     costs = ", ".join(f"{macs / records.base_macs:.1%}" for macs in records.branch_macs)
-    console.print(f"Exits at {', '.join(branched.exits)}, 20 splits of {len(test)} test images in halves.")
+    console.print(f"Exits at {', '.join(branched.exits)}, 10 splits of {len(test)} test images in halves, both ways.")
     console.print(f"Each exit alone on the whole test set: {alone}; the branches cost {costs} of the original.")
     minutes = sum(epoch.seconds for epoch in trained.epochs) / 60
     console.print(f"Training: seed 0, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s).")
@@ -167,7 +170,7 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def _splits(
-    records: ee.ExitRecords, splits: list[tuple[Tensor, ...]], requests: Requests
+    records: ee.ExitRecords, splits: list[tuple[Tensor, Tensor]], requests: Requests
 ) -> dict[str, tuple[list[float], list[float], list[list[float]], list[float]]]:
     """Of every request, split by split: accuracy, mean MACs and exit shares on the reported half, luck on the other."""
     rows = {name: ([], [], [], []) for name in requests}

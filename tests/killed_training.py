@@ -36,7 +36,13 @@ def main(folder: Path, delay: float) -> None:
     model = timm.create_model("test_resnet", num_classes=10)
     branched = ee.augment(model, 2, sample=torch.randn(3, 3, 32, 32))
     config = ee.TrainConfig(
-        epochs=3, batch_size=4, validation=0.25, checkpoint_dir=str(folder / "training"), checkpoint_steps=2, lr=1e-2
+        epochs=3,
+        batch_size=4,
+        validation=0.25,
+        ema=0.9,
+        checkpoint_dir=str(folder / "training"),
+        checkpoint_steps=2,
+        lr=1e-2,
     )
     report = ee.train(branched, Slow(delay), config)
     assert branched.receipt().unchanged

@@ -60,6 +60,41 @@ def test_branches_learn_and_report_validation_accuracy() -> None:
     assert not branched.training
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_an_average_of_the_weights_is_what_remains(joint: bool) -> None:
+    steps: list[list[Tensor]] = []
+
+    def batches():  # each step's weights are there when the next batch is asked for
+        for batch in blobs(64).tensors[0].split(16):
+            yield batch, torch.arange(16) % 4
+            steps.append([p.detach().clone() for p in learner.parameters()])
+
+    class Data:
+        def __len__(self) -> int:
+            return 4
+
+        __iter__ = staticmethod(batches)
+
+    for ema in (0.0, 0.7):
+        steps.clear()
+        torch.manual_seed(0)
+        model = small()
+        learner = model.branches
+        if joint and not ema:
+            continue
+        report = ee.train(model, Data(), ee.TrainConfig(epochs=2, ema=ema, validation=0, progress=False), joint=joint)
+        if joint:
+            assert all(torch.isfinite(p).all() for p in report.model.parameters())
+            assert model.receipt().unchanged
+            continue
+        expected = steps[0]
+        for after in steps[1:]:
+            expected = [torch.lerp(a, b, 1 - ema) for a, b in zip(expected, after, strict=True)]
+        assert len(steps) == 8
+        for found, wanted in zip(learner.parameters(), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_teaching_from_the_original_needs_no_labels() -> None:
     branched = small()
     inputs = [batch for batch, _ in DataLoader(blobs(), 32)]

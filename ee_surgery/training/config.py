@@ -37,6 +37,8 @@ class TrainConfig:
     """Alpha of Mixup, which blends two pictures and their labels; 0 for none. With both, either is drawn."""
     mix_share: float = 0.5
     """Share of the batches that CutMix or Mixup changes."""
+    ema: float = 0.0
+    """Decay in [0, 1), a step, of the moving average of the weights that the branches end with; 0 for the last ones."""
     exit_weights: tuple[float, ...] | Literal["uniform", "falling", "linear", "ramp"] = "uniform"
     """For `weighted_ce`: one weight an exit that learns, falling with depth (BranchyNet), growing with depth
     (`linear`, EENet), or growing with time (`ramp`, Shallow-Deep Networks); scaled to sum 1."""
@@ -93,8 +95,9 @@ class TrainConfig:
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
-        if not 0 <= self.validation < 1:
-            raise ConfigError(f"validation must be in [0, 1), got {self.validation}.")
+        for name in ("validation", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.training import checkpoint, track
+from ee_surgery.training.averaging import Average
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, count, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
@@ -35,48 +36,8 @@ from ee_surgery.training.loss import batch_loss, relative_costs
 from ee_surgery.training.mixing import Mixing
 from ee_surgery.training.objectives import LABELS_ALONE
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
+from ee_surgery.training.outcome import Epoch, TrainReport, describe
 from ee_surgery.training.processes import OneBatch, Processes, Share, Shares
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one pass over the training data gave."""
-
-    epoch: int
-    loss: float
-    """Mean over the steps that were taken; NaN when none was."""
-    accuracies: tuple[float, ...]
-    """Of each branch and the original on the validation split; empty without one."""
-    seconds: float
-    skipped: int
-    """Steps left out because their loss or gradient was not finite."""
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What training did."""
-
-    exits: tuple[str, ...]
-    model: EarlyExitModel = field(repr=False)
-    """What was trained: the model that was given, or with `joint=True` a new one."""
-    epochs: list[Epoch] = field(default_factory=list)
-
-    @property
-    def accuracies(self) -> dict[str, float]:
-        """Last validation accuracy by exit, the original's head as `original`."""
-        last = self.epochs[-1].accuracies if self.epochs else ()
-        return dict(zip((*self.exits, "original"), last)) if last else {}  # noqa: B905 (same length by construction)
-
-    def __str__(self) -> str:
-        return "\n".join(describe(epoch) for epoch in self.epochs)
-
-
-def describe(epoch: Epoch) -> str:
-    """One line about an epoch."""
-    accuracies = " ".join(f"{accuracy:.2%}" for accuracy in epoch.accuracies)
-    skipped = f", {epoch.skipped} steps skipped" if epoch.skipped else ""
-    shown = f", validation accuracy by exit {accuracies}" if accuracies else ""
-    return f"epoch {epoch.epoch + 1}: loss {epoch.loss:.4f}{shown}, {epoch.seconds:.0f} s{skipped}"
 
 
 def train(
@@ -182,6 +143,7 @@ class _Run:
             branched.branches.load_state_dict(start)
         self.learner: nn.Module = JointModel(branched) if joint else branched.branches
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
+        self.average = Average(self.learner, config.ema)
         self.mixing = Mixing(config, branched.num_classes)
         self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
@@ -199,6 +161,7 @@ class _Run:
         while self.epoch < self.config.epochs:
             self._one_epoch(folder, state)
             state = None
+        self.average.settle()
         if self.joint:
             self.branched.rebase()
             self._say(
@@ -237,7 +200,8 @@ class _Run:
             raise DataError("No batches: the training data is empty.")
         self.learner.eval()
         mean = self.loss_sum / self.taken if self.taken else math.nan
-        accuracies = self._validate()
+        with self.average.in_place():
+            accuracies = self._validate()
         epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped)
         self.report.epochs.append(epoch)
         self._say(describe(epoch))
@@ -293,6 +257,7 @@ class _Run:
                 )
             return
         self.optimizer.step()
+        self.average.update()
         self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
         self.loss_sum += value
 
@@ -394,8 +359,8 @@ class _Run:
     def _provenance(self) -> dict[str, Any]:
         """How it was trained, as plain data."""
         told = (
-            "objective", "teach", "distill", "cutmix", "mixup", "optimizer", "lr", "weight_decay", "schedule", "epochs",
-            "accumulate", "seed",
+            "objective", "teach", "distill", "cutmix", "mixup", "ema", "optimizer", "lr", "weight_decay", "schedule",
+            "epochs", "accumulate", "seed",
         )  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in told},
@@ -422,6 +387,7 @@ class _Run:
                 "counters": {name: getattr(self, name) for name in _COUNTERS},
                 "history": [asdict(epoch) for epoch in self.report.epochs],
                 "learner": self.learner.state_dict(),
+                "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "random": random,
@@ -430,6 +396,7 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

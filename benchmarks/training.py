@@ -1,0 +1,135 @@
+"""Every part of a training recipe alone, on one shortcut branch of the CIFAR-10 ResNet-56.
+
+    python -m benchmarks.training run       # an hour or two; goes on where it stopped
+    python -m benchmarks.training page      # docs/training.md from benchmarks/results
+
+All settings start from the same branch and see the same images in the same order for the same number of steps; the
+original stays frozen. Answers to the test images decide: thresholds from one half, results from the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+
+import ee_surgery as ee
+from benchmarks.methods_compare import append, measure, read
+from recipes.cifar10_resnet56 import network, pictures
+from recipes.cifar10_shortcuts import SIZE, Batches
+
+RESULTS = Path("benchmarks/results/training.jsonl")
+PAGE = Path("docs/training.md")
+EXIT, BLOCKS = "layer1.1", "layer2.4 layer2 layer3.4 layer3"
+UNSEEN = 5_000
+"""Test images that one setting learns from, without their labels; no setting is judged by them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs from learning the labels alone."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    rand_augment: bool = False
+    unseen: bool = False
+
+
+SETTINGS = {
+    "labels alone": Setting(),
+    "CutMix": Setting({"cutmix": 1.0}),
+    "Mixup": Setting({"mixup": 0.2}),
+    "RandAugment (m9, n2)": Setting(rand_augment=True),
+    "average of the weights (0.998)": Setting({"ema": 0.998}),
+    "distillation, half of the loss": Setting({"distill": 0.5}),
+    "distillation at temperature 4": Setting({"distill": 0.5, "temperature": 4.0}),
+    "distillation and CutMix": Setting({"distill": 0.5, "cutmix": 1.0}),
+    "the original's answers, 5,000 unseen images": Setting({"teach": "original", "distill": 0.5}, unseen=True),
+}
+
+
+class Augmented(Batches):
+    """With RandAugment before the images are shifted."""
+
+    change = staticmethod(rand_augment_transform("rand-m9-n2", {}))
+
+    def vary(self, images: Tensor) -> Tensor:
+        """Whole numbers (B, 3, 32, 32) to what the networks take."""
+        changed = [np.asarray(self.change(Image.fromarray(image))) for image in images.permute(0, 2, 3, 1).numpy()]
+        return super().vary(torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2))
+
+
+def run(name: str, epochs: int, few: int | None) -> dict[str, Any]:
+    """Train by one setting; what it gives on the test images that none learned from."""
+    setting = SETTINGS[name]
+    (images, labels), mean, std = pictures("train", few)
+    (test, truth), _, _ = pictures("test", few)
+    unseen, (test, truth) = test[:UNSEEN], (test[len(test) // 2 :], truth[len(truth) // 2 :])
+    steps = len(images) // SIZE
+    if setting.unseen:
+        images, labels = torch.cat([images, unseen]), torch.cat([labels, torch.zeros(len(unseen), dtype=labels.dtype)])
+    original = network(56).to(memory_format=torch.channels_last)
+    spec = ee.BranchSpec("shortcut", options={"blocks": BLOCKS})
+    branched = ee.augment(original, EXIT, branch=spec, sample=torch.zeros(2, 3, 32, 32))
+    config = ee.TrainConfig(
+        **{
+            "epochs": epochs,
+            "distill": 0.0,
+            "lr": 3e-3,
+            "weight_decay": 5e-3,
+            "mixed_precision": "bf16",
+            "validation": 0,
+            **setting.config,
+        }
+    )
+    batches = (Augmented if setting.rand_augment else Batches)(images, labels, mean, std, steps)
+    started = time.perf_counter()
+    ee.train(branched, batches, config)
+    seconds = time.perf_counter() - started
+    test = (test.float() / 255 - mean) / std
+    records = ee.record(branched, list(zip(test.split(250), truth.split(250), strict=True)))
+    if not branched.receipt().unchanged:
+        raise SystemExit(str(branched.receipt()))
+    return {
+        "key": name,
+        "epochs": epochs,
+        "images": len(images),
+        "steps": steps * epochs,
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "alone": records.accuracies[0],
+        "original": records.base_accuracy,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        **measure(records, "search", 20),
+    }
+
+
+def main() -> None:
+    """Train what is missing, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "page"])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--few", type=int, help="images, to try it")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.verb == "page":
+        raise SystemExit("later")
+    for name in options.settings:
+        if name not in {line["key"] for line in read(options.results)}:
+            append(options.results, run(name, options.epochs, options.few))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A moving average of the weights that learn, which often does better than the last of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class Average:
+    """Exponential moving average of a module's parameters and buffers; with a decay of 0, the module itself.
+
+    Source: Polyak & Juditsky (SIAM J. Control Optim. 1992); exponential as in Tarvainen & Valpola (arXiv:1703.01780).
+    """
+
+    def __init__(self, learner: nn.Module, decay: float) -> None:
+        self.learner = learner
+        self.mean = (
+            AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+        )
+
+    def update(self) -> None:
+        """Take in the weights of now."""
+        if self.mean is not None:
+            self.mean.update_parameters(self.learner)
+
+    def settle(self) -> None:
+        """Leave the average in the module: training is over."""
+        if self.mean is not None:
+            self.learner.load_state_dict(self.mean.module.state_dict())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average in the module, for a while."""
+        own = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()} if self.mean else None
+        self.settle()
+        try:
+            yield
+        finally:
+            if own is not None:
+                self.learner.load_state_dict(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {} if self.mean is None else self.mean.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        if self.mean is not None:
+            self.mean.load_state_dict(state)

@@ -1,0 +1,48 @@
+"""What training did, epoch by epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ee_surgery.model import EarlyExitModel
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training data gave."""
+
+    epoch: int
+    loss: float
+    """Mean over the steps that were taken; NaN when none was."""
+    accuracies: tuple[float, ...]
+    """Of each branch and the original on the validation split; empty without one."""
+    seconds: float
+    skipped: int
+    """Steps left out because their loss or gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training did."""
+
+    exits: tuple[str, ...]
+    model: EarlyExitModel = field(repr=False)
+    """What was trained: the model that was given, or with `joint=True` a new one."""
+    epochs: list[Epoch] = field(default_factory=list)
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Last validation accuracy by exit, the original's head as `original`."""
+        last = self.epochs[-1].accuracies if self.epochs else ()
+        return dict(zip((*self.exits, "original"), last)) if last else {}  # noqa: B905 (same length by construction)
+
+    def __str__(self) -> str:
+        return "\n".join(describe(epoch) for epoch in self.epochs)
+
+
+def describe(epoch: Epoch) -> str:
+    """One line about an epoch."""
+    accuracies = " ".join(f"{accuracy:.2%}" for accuracy in epoch.accuracies)
+    skipped = f", {epoch.skipped} steps skipped" if epoch.skipped else ""
+    shown = f", validation accuracy by exit {accuracies}" if accuracies else ""
+    return f"epoch {epoch.epoch + 1}: loss {epoch.loss:.4f}{shown}, {epoch.seconds:.0f} s{skipped}"
