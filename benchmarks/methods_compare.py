@@ -126,12 +126,9 @@ def _cheapest(costs: _Floats, accuracies: _Floats, floor: float) -> float:
 
 def oracle(records: ee.ExitRecords) -> dict[str, Any]:
     """Leave at the first right exit, or at the cheapest one where none is right: no policy can do better."""
-    k = len(records.exits)
-    right = records.correct
-    first = torch.where(right.any(0), right.int().argmax(0), 0)
-    costs = exit_costs(records.trunk_macs, records.branch_macs, [True] * k)
-    cost = torch.tensor(costs, dtype=torch.float64)[first].mean().item() / records.base_macs
-    return {"cost": cost, "accuracy": right.any(0).double().mean().item(), "base": records.base_accuracy,
+    accuracy, cost = records.best_case()
+    costs = exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))
+    return {"cost": cost, "accuracy": accuracy, "base": records.base_accuracy,
             "exit_accuracies": records.accuracies, "exit_costs": [c / records.base_macs for c in costs]}  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.risk import RISKS, check_certificate, risk_control
 from ee_surgery.policies.scores import FITTED_SCORES, SCORES, FittedScore
 from ee_surgery.policies.search import realised_drop
+from ee_surgery.policies.subset import Subset, cheapest_exits
 from ee_surgery.policies.temperature import scale_temperatures
 from ee_surgery.presets import PRESETS, Preset
 from ee_surgery.receipt import Receipt
@@ -42,7 +43,9 @@ from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import batches
 from ee_surgery.training.loop import TrainReport, train
 from ee_surgery.training.objectives import OBJECTIVES
+from ee_surgery.training.placing import ExitSearch, prune_exits, search_exits
 from ee_surgery.training.record import Evaluation, calibrate, evaluate, record
+from ee_surgery.training.verdict import Verdict, verdict
 
 __version__ = "0.1.0"
 
@@ -71,6 +74,7 @@ __all__ = [
     "ExitPoint",
     "ExitPointError",
     "ExitRecords",
+    "ExitSearch",
     "FingerprintError",
     "FittedScore",
     "Frontier",
@@ -80,17 +84,20 @@ __all__ = [
     "OperatingPointError",
     "Preset",
     "Receipt",
+    "Subset",
     "SurgeryError",
     "ThresholdPolicy",
     "TrainConfig",
     "TrainReport",
     "TrainingError",
     "UnknownNameError",
+    "Verdict",
     "accuracy_drop_rule",
     "attach",
     "augment",
     "batches",
     "calibrate",
+    "cheapest_exits",
     "check_certificate",
     "class_thresholds",
     "eenet_scheduler",
@@ -99,11 +106,14 @@ __all__ = [
     "geometric_budget",
     "inspect",
     "place",
+    "prune_exits",
     "realised_drop",
     "record",
     "risk_control",
     "scale_temperatures",
+    "search_exits",
     "train",
+    "verdict",
 ]
 
 _register()  # with transformers, as soon as it is imported

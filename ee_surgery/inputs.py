@@ -53,6 +53,14 @@ def select(arguments: Arguments, dims: Mapping[str, int | None], rows: Tensor) -
     return {name: value.index_select(own[name], rows) if name in own else value for name, value in arguments.items()}
 
 
+def take(inputs: Inputs, rows: Tensor) -> Inputs:
+    """The samples `rows` of a batch of inputs of either form."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows]
+    arguments = dict(inputs)
+    return select(arguments, batch_dims(arguments), rows)
+
+
 def as_sample(arguments: Arguments, dims: Mapping[str, int | None]) -> Arguments:
     """Exactly four samples: the first ones, and variations of them where there are fewer."""
     found: Arguments = dict(arguments)

@@ -21,10 +21,10 @@ from ee_surgery.backbone import Output, eval_mode
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import ExitLogits
-from ee_surgery.errors import DataError, OperatingPointError
+from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key
-from ee_surgery.placement import ExitPlan
+from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
@@ -125,6 +125,29 @@ class EarlyExitModel(nn.Module):
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
         other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches))
         other.preprocessing, other.processor = self.preprocessing, self.processor
+        return other
+
+    def with_exits(self, exits: Sequence[str]) -> EarlyExitModel:
+        """A model on the same original that has some of these branches only, the very same ones; never leaving yet.
+
+        Raises:
+            ExitPointError: no exit of that name, or none at all.
+            BranchError: the branches read each other's answers.
+        """
+        if self.branches.chained:
+            raise BranchError("These branches read each other's answers: none of them can do without the others.")
+        graph = read(self._backbone, self.sample)
+        points = place(graph, list(exits)).points
+        missing = [point.name for point in points if point.name not in self.exits]
+        if missing:
+            raise ExitPointError(f"No exits at {missing}, only at {self.exits}.")
+        kept = [self.exits.index(point.name) for point in points]
+        plan = ExitPlan(self.plan.model_id, self.plan.rule, points)
+        bank = BranchBank([self.branches[k] for k in kept], self.branches.head)
+        other = EarlyExitModel(graph, plan, [self.specs[k] for k in kept], bank)
+        for name in ("own_base", "preprocessing", "processor", "_before"):
+            setattr(other, name, getattr(self, name))
+        other.provenance = {name: value for name, value in self.provenance.items() if name != "evaluation"}
         return other
 
     def rebase(self) -> None:

@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from torch import nn
 
 from ee_surgery.attach import attach
 from ee_surgery.backbone import Backbone, Identity, Sample, make_model
 from ee_surgery.branches import BranchSpec
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
-from ee_surgery.graph.points import inspect, read
+from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
+from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.records import ExitRecords
 from ee_surgery.presets import PRESETS
 from ee_surgery.share.adapter import check_tensors, load_adapter, load_base
 from ee_surgery.share.hub import fetch
 from ee_surgery.share.processor import load_processor
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data
+from ee_surgery.training.data import Data, halves
 from ee_surgery.training.loop import train as train_branches
+from ee_surgery.training.placing import prune_exits, search_exits
 from ee_surgery.training.record import calibrate as calibrate_exits
+from ee_surgery.training.record import record
 
 
 def augment(
@@ -43,6 +48,7 @@ def augment(
     train: Data | None = None,
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
+    max_accuracy_drop: float = 0.01,
     seed: int = 0,
 ) -> EarlyExitModel:
     """Give a pretrained model early exits: inspect -> place -> attach, and train and calibrate where data is given.
@@ -52,9 +58,11 @@ def augment(
 
     Args:
         model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
-        exits: how many, `all`, names of exit points (`inspect` lists them), or a plan; 3 when left out.
+        exits: how many, `all`, names of exit points (`inspect` lists them), or a plan; 3 when left out. `auto`: their
+            number and places by search, which needs `train=` and `calibrate=`; see below.
         placement: rule for a number of exits: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
-        branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit.
+        branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit; with `exits="auto"`,
+            one or several to choose among at each point.
         preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and policy, in place of the
             defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
         joint: train the original along, on a copy; needs `train=`; see `train`.
@@ -66,12 +74,28 @@ def augment(
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
+        max_accuracy_drop: with `exits="auto"`: the accuracy drop that exits are to be cheapest at; any other can still
+            be asked for later.
         seed: of the branches' first weights.
+
+    With `exits="auto"`, branches at many points learn for a few steps (`search_exits`), those that are chosen are
+    trained anew, and what then costs more than it saves is left out (`prune_exits`). Both look at one half of the
+    calibration data; thresholds, and what is certified of them, come from the other. `provenance["placement"]` keeps
+    what was tried.
     """
     if joint and train is None:
         raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
     method = None if preset is None else PRESETS[preset]
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes)
+    config = config or (TrainConfig() if method is None else method.config)
+    policy = "search" if method is None else method.policy
+    if exits == "auto":
+        if train is None or calibrate is None or placement is not None:
+            raise ConfigError(
+                'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'
+            )
+        kinds = branch or ("auto" if method is None else method.branch)
+        return _by_search(graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed)
     if isinstance(exits, ExitPlan):
         plan = exits
     elif method is not None and exits is None and placement is None:
@@ -83,12 +107,48 @@ def augment(
         branch = "auto" if method is None else method.branches(plan.points)
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
-        if config is None and method is not None:
-            config = method.config
         branched = train_branches(branched, train, config, joint=joint).model
     if calibrate is not None:
-        calibrate_exits(branched, calibrate, policy="search" if method is None else method.policy)
+        calibrate_exits(branched, calibrate, policy=policy)
     return branched
+
+
+def _by_search(
+    graph: ModelGraph,
+    kinds: str | BranchSpec | Sequence[str | BranchSpec],
+    train: Data,
+    held_out: Data,
+    config: TrainConfig,
+    policy: str,
+    joint: bool,
+    drop: float,
+    seed: int,
+) -> EarlyExitModel:
+    """`augment(exits="auto")`: what chooses exits never chooses thresholds."""
+    searching, thresholds = halves(held_out, config.batch_size)
+    found = search_exits(graph, train, searching, branch=kinds, config=config, seed=seed, max_accuracy_drop=drop)
+    branched = attach(graph, found.plan, found.branches, seed=seed)
+    branched = train_branches(branched, train, config, joint=joint).model
+    records = record(branched, searching, batch_size=config.batch_size)
+    branched = prune_exits(branched, records, drop)
+    left = [name for name in found.plan.names if name not in branched.exits]
+    branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
+    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=config.batch_size)
+    if config.progress and PartialState().is_main_process:
+        print(found)
+        if left:
+            print(f"left out after training, they cost more than they save: {', '.join(left)}")
+        print(_outcome(frontier.at(max_accuracy_drop=drop), records))
+    return branched
+
+
+def _outcome(point: OperatingPoint, records: ExitRecords) -> str:
+    """Whether exits pay on this model, in two lines."""
+    accuracy, cost = records.best_case()
+    best = f"best case, leaving at the first right exit: {accuracy:.2%} at {cost:.1%} of the MACs"
+    if point.policy.closed:
+        return f"{best}\nno-go: trained, no exit saves anything at this drop; take the original, or a smaller model"
+    return f"{best}\ntrained: {point}; whether a smaller model is cheaper, ee.verdict tells"
 
 
 def from_pretrained(

@@ -150,6 +150,17 @@ class ExitRecords:
         """What `most_confident` compares exits by, (K, N): the largest softmax probability; -inf where not finite."""
         return torch.stack([certainty(row) for row in self.logits])
 
+    def best_case(self) -> tuple[float, float]:
+        """Accuracy, and mean MACs by the original's, of leaving at the first right exit, every branch on the way paid.
+
+        Samples that no exit gets right leave at the first. No thresholds reach that accuracy for less.
+        """
+        right = self.correct
+        first = torch.where(right.any(0), right.int().argmax(0), 0)
+        costs = exit_costs(self.trunk_macs, self.branch_macs, [True] * len(self.exits))
+        cost = torch.tensor(costs, dtype=torch.float64)[first].mean().item() / self.base_macs
+        return right.any(0).double().mean().item(), cost
+
     def take(self, rows: Tensor) -> ExitRecords:
         """The records of some samples: indices, shape (M,)."""
         return ExitRecords(
@@ -160,6 +171,27 @@ class ExitRecords:
             None if self.labels is None else self.labels[rows],
             None if self.confidence is None else self.confidence[:, rows],
             self.chained,
+        )
+
+    def keep(self, exits: Sequence[int]) -> ExitRecords:
+        """The records of a model that has some of these exits only: their numbers, in program order.
+
+        Raises:
+            DataError: the branches read each other's answers, or the numbers are none of rising exits.
+        """
+        if self.chained:
+            raise DataError("These branches read each other's answers: none of them answers alike without the others.")
+        kept = list(exits)
+        if kept != sorted(set(kept)) or not all(0 <= k < len(self.exits) for k in kept):
+            raise DataError(f"{kept} are no rising numbers of the {len(self.exits)} exits.")
+        rows = [*kept, len(self.exits)]
+        return ExitRecords(
+            tuple(self.exits[k] for k in kept),
+            self.logits[rows],
+            tuple(self.trunk_macs[k] for k in rows),
+            tuple(self.branch_macs[k] for k in kept),
+            self.labels,
+            None if self.confidence is None else self.confidence[kept],
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

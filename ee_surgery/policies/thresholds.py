@@ -62,6 +62,16 @@ class ThresholdSearch:
         other.fallback = fallback
         return other
 
+    def only(self, exits: Sequence[int]) -> ThresholdSearch:
+        """The search of a model that has some of these exits only; their numbers, in program order."""
+        other, rows, kept = copy.copy(self), [*exits, self.exits], list(exits)
+        for name in ("trunk", "branch", "outcomes", "correct", "certainty"):
+            setattr(other, name, getattr(self, name)[rows])
+        for name in ("scores", "order", "ranked", "ends", "position"):
+            setattr(other, name, getattr(self, name)[kept])
+        other.exits, other._surest = len(kept), {}
+        return other
+
     def policy(self, ranks: Ranks) -> ThresholdPolicy:
         """What these ranks stand for."""
         return ThresholdPolicy(self.thresholds(ranks), self.score, self.fallback)

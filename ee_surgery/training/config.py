@@ -15,6 +15,8 @@ class TrainConfig:
 
     epochs: int = 5
     """Passes over the training set."""
+    max_steps: int | None = None
+    """Steps after which training ends in any case, and over which the schedule then runs; None for all epochs."""
     batch_size: int = 128
     """Samples a batch, of which each process runs its piece; not used when the data comes in batches already."""
     accumulate: int = 1
@@ -81,6 +83,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "patience_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps must be at least 1, or None, got {self.max_steps}.")
         for name in ("distill", "distill_from", "warmup", "survivor", "mix_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
 
@@ -10,13 +11,57 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ee_surgery.errors import DataError
-from ee_surgery.inputs import Inputs, tensors
+from ee_surgery.inputs import Inputs, take, tensors
 
 Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Iterable[Any]
 """A Dataset of samples, or a DataLoader or iterable of batches; each (inputs, labels), a dict, or inputs alone."""
 
 _INPUTS = ("pixel_values", "image", "images", "x")
 _LABELS = ("labels", "label", "y")
+
+
+def halves(data: Data, batch_size: int) -> tuple[Half, Half]:
+    """Two halves of the data that have no sample in common, drawn at random; each can be read many times.
+
+    Raises:
+        DataError: it can be read once only; or, when read again, it gives other samples or another order.
+    """
+    if isinstance(data, Iterator):
+        raise DataError("An iterator is used up after one pass, but has to be read again: give a Dataset or a list.")
+    batches = loader(data, batch_size)
+    known: list[int] = []
+    return Half(batches, 0, known), Half(batches, 1, known)
+
+
+class Half:
+    """One of two halves of the samples of every batch.
+
+    Args:
+        known: a checksum of every batch that was read before, shared by both halves.
+    """
+
+    def __init__(self, batches: Iterable[Any], which: int, known: list[int]) -> None:
+        self.batches, self.which, self.known = batches, which, known
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor] | Inputs]:
+        for number, batch in enumerate(self.batches):
+            inputs, labels = unpack(batch)
+            self._compare(number, inputs)
+            order = torch.randperm(count(inputs), generator=torch.Generator().manual_seed(number))
+            rows = order[(self.which + number) % 2 :: 2]  # of odd batches, the halves have the larger part in turn
+            if len(rows):
+                yield take(inputs, rows) if labels is None else (take(inputs, rows), labels[rows])
+
+    def _compare(self, number: int, inputs: Inputs) -> None:
+        main = inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values()))
+        found = zlib.crc32(main.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if number == len(self.known):
+            self.known.append(found)
+        elif self.known[number] != found:
+            raise DataError(
+                "The held-out data gives other samples, or another order, when it is read again: its halves would mix. "
+                "Give a Dataset or a DataLoader that neither shuffles nor augments."
+            )
 
 
 def is_samples(data: Data) -> bool:

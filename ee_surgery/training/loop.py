@@ -86,13 +86,14 @@ def train(
     branched.frontier = None
     branched.provenance.pop("evaluation", None)
     try:
-        return _Run(branched, data, config, validation, accelerator or _accelerator(config), joint).run()
+        return _Run(branched, data, config, validation, accelerator or make_accelerator(config), joint).run()
     finally:
         branched.eval()
         checkpoint.set_random_state(before)
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """One with the precision that the settings ask for."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision
     return Accelerator(mixed_precision=config.mixed_precision)
@@ -130,9 +131,13 @@ class _Run:
         self.batches = Shares(batches, self.processes)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
         """A pass over the data."""
-        if self.steps is None and config.schedule != "constant":
-            raise DataError('The training data has no length: set TrainConfig(schedule="constant", warmup=0).')
-        self.total = config.epochs * (self.steps or 0)
+        if self.steps is None and config.max_steps is None and config.schedule != "constant":
+            raise DataError(
+                "The training data has no length: set TrainConfig(max_steps=...), or schedule='constant' and warmup=0."
+            )
+        lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
+        self.total = min((length for length in lengths if length is not None), default=0)
+        """Steps of the whole training; 0 where that is not known."""
         self.validation = None if validation is None else Shares(loader(validation, config.batch_size), self.processes)
         self.joint = joint
         identity = branched.adapter_config()
@@ -150,7 +155,7 @@ class _Run:
         self.console = Console(quiet=not self.processes.main)
 
     def run(self) -> TrainReport:
-        self.epoch = self.step = self.taken = self.skipped = self.in_a_row = self.samples = 0
+        self.epoch = self.step = self.all_steps = self.taken = self.skipped = self.in_a_row = self.samples = 0
         self.loss_sum = 0.0
         folder = Path(self.config.checkpoint_dir) if self.config.checkpoint_dir else None
         state = checkpoint.load(folder, self.settings) if folder else None
@@ -158,7 +163,7 @@ class _Run:
             self._restore(state)
         self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
         track.start(self.accelerator, self.settings)
-        while self.epoch < self.config.epochs:
+        while self.epoch < self.config.epochs and not self._at_the_end():
             self._one_epoch(folder, state)
             state = None
         self.average.settle()
@@ -190,9 +195,9 @@ class _Run:
             task = bar.add_task(
                 f"epoch {self.epoch + 1}/{self.config.epochs}", total=self.steps, completed=self.step, loss=math.nan
             )
-            while group := list(islice(shares, self.config.accumulate)):
+            while not self._at_the_end() and (group := list(islice(shares, self.config.accumulate))):
                 self._one_step(group)
-                self.step += 1
+                self.step, self.all_steps = self.step + 1, self.all_steps + 1
                 bar.update(task, advance=1, loss=self.loss_sum / max(1, self.taken))
                 if folder and self.step % self.config.checkpoint_steps == 0:
                     self._save(folder)
@@ -311,7 +316,10 @@ class _Run:
 
     def _progress(self) -> float:
         """Share of the training that is done; 0 where its length is not known."""
-        return (self.epoch * (self.steps or 0) + self.step) / self.total if self.total else 0.0
+        return self.all_steps / self.total if self.total else 0.0
+
+    def _at_the_end(self) -> bool:
+        return self.config.max_steps is not None and self.all_steps >= self.config.max_steps
 
     def _fit_ensembles(self) -> None:
         """On the validation split where there is one: answers to what the branches learned from are too sure."""
@@ -418,4 +426,4 @@ def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterCon
 
 _ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
 _APART = 1_000_003  # between the seeds of two processes: more than there are epochs
-_COUNTERS = ("epoch", "step", "taken", "skipped", "in_a_row", "samples", "loss_sum")
+_COUNTERS = ("epoch", "step", "all_steps", "taken", "skipped", "in_a_row", "samples", "loss_sum")

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from ee_surgery.errors import ConfigError, DataError, TrainingError
-from ee_surgery.inputs import Inputs, batch_dims, select
+from ee_surgery.inputs import Inputs, take
 from ee_surgery.training.data import count, unpack
 
 T = TypeVar("T")
@@ -184,11 +184,7 @@ class Shares:
             inputs, labels = given
             total = count(inputs)
             rows = torch.tensor(self.processes.piece(list(range(total))))
-            if isinstance(inputs, Tensor):
-                inputs = inputs[rows]
-            else:
-                inputs = select(dict(inputs), batch_dims(dict(inputs)), rows)
-            yield Share(inputs, None if labels is None else labels[rows], total, self.processes.own(total))
+            yield Share(take(inputs, rows), None if labels is None else labels[rows], total, self.processes.own(total))
 
 
 def _next(iterator: Iterator[Any]) -> tuple[Inputs, Tensor | None] | None:

@@ -1,0 +1,142 @@
+"""Placement by search beside the rules: the same branches at every block, trained alike, then some of them kept.
+
+    python -m benchmarks.placement run      # half an hour on one core; goes on where it stopped
+    python -m benchmarks.placement page     # docs/placement.md from benchmarks/results
+
+With the original frozen a branch learns the same whatever others learn beside it, so one training of branches at all
+blocks stands for every placement with the same steps. The search sees other branches, probes with a quarter of the
+steps. Of the images that neither network nor branches have seen, one half chooses (exits, their number, thresholds) and
+the other is reported, over 10 random splits and both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import ee_surgery as ee
+from benchmarks.methods import BATCH, COMMON, PASSES, TASKS
+from benchmarks.methods_compare import append, read, realised
+from ee_surgery.policies.subset import Costs
+from ee_surgery.training.placing import shortlist
+
+RUNS = Path("runs/placement")
+RESULTS = Path("benchmarks/results/placement.jsonl")
+SEEDS = (0, 1, 2)
+DROP = 0.01
+MOST = 6
+SHARE = 4
+"""A probe learns for one step where a branch learns for so many."""
+
+
+def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dict[str, Any]:
+    """Train probes and branches, choose exits in each way, and see what they cost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = TASKS[backbone](seed, passes)
+    graph = ee.inspect(task.model, task.sample)
+    every = ee.place(graph, "all")
+    held = list(zip(task.test.split(250), task.labels.split(250), strict=True))
+    steps = task.epochs * (len(task.train) // BATCH[backbone])  # pyright: ignore[reportArgumentType]
+    config = ee.TrainConfig(**{**COMMON, "epochs": task.epochs, "batch_size": BATCH[backbone], "seed": seed})
+    for name, taken in (("probes", steps // SHARE), ("branches", steps)):
+        path = folder / f"{backbone}-{seed}-{name}.safetensors"
+        if not path.exists():
+            options: dict[str, Any] = {"points": every.names, "config": config, "probe_steps": taken, "seed": seed}
+            ee.search_exits(graph, task.train, held, **options, max_accuracy_drop=1.0).records.save(path)
+    probes, full = (
+        ee.ExitRecords.load(folder / f"{backbone}-{seed}-{name}.safetensors") for name in ("probes", "branches")
+    )
+    names = list(full.exits)
+    rules = {rule: [_places(graph, n, rule, names) for n in range(1, MOST + 1)] for rule in ee.PLACEMENTS}
+    pairs = [torch.randperm(len(full), generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(splits)]
+    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ("search", *rules)}
+    for chosen, reported in [split for a, b in pairs for split in ((a, b), (b, a))]:
+        part, rest = full.take(chosen), full.take(reported)
+        known = Costs(part, DROP)
+        worth, _ = shortlist(probes.take(chosen), DROP, MOST)
+        kept = ee.cheapest_exits(part.keep(worth), DROP, most=MOST).exits
+        exits = {"search": tuple(worth[k] for k in kept)}
+        exits |= {rule: min(lists, key=known) for rule, lists in rules.items()}  # each with its best number
+        for way, kept in exits.items():
+            found = realised(ee.Frontier.search(part.keep(kept)), rest.keep(kept))
+            rows[way].append({**found, "exits": len(kept)})
+    told = ("drop_0.005", "drop_0.01", "drop_0.02", "area", "exits")
+    return {
+        "key": f"{backbone}/{seed}",
+        "backbone": backbone,
+        "seed": seed,
+        "candidates": names,
+        "costs": [(t + b) / full.base_macs for t, b in zip(full.trunk_macs, full.branch_macs, strict=False)],
+        "alone": full.accuracies,
+        "probes_alone": probes.accuracies,
+        "steps": [steps // SHARE, steps],
+        "splits": 2 * splits,
+        "ways": {
+            way: {name: statistics.mean(row[name] for row in found) for name in told} for way, found in rows.items()
+        },
+        "best": best(full),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _places(graph: ee.ModelGraph, n: int, rule: str, names: list[str]) -> tuple[int, ...]:
+    """Where a rule puts n exits; one behind the whole cost saves nothing, and is no candidate."""
+    return tuple(names.index(name) for name in ee.place(graph, n, rule, clip=True).names if name in names)
+
+
+def best(records: ee.ExitRecords) -> dict[str, Any]:
+    """What the search finds in these records beside the best of all lists of up to three exits, and of its own."""
+    costs = Costs(records, DROP)
+    started = time.perf_counter()
+    found = ee.cheapest_exits(records, DROP, most=MOST)
+    seconds = time.perf_counter() - started
+    lists = [exits for n in range(1, 4) for exits in itertools.combinations(range(len(records.exits)), n)]
+    three = ee.cheapest_exits(records, DROP, most=3)
+    return {
+        "search": found.cost,
+        "exits": found.exits,
+        "search_of_three": three.cost,
+        "best_of_three": min(map(costs, lists)),
+        "lists": len(lists),
+        "seconds": round(seconds, 2),
+    }
+
+
+def page(results: Path) -> str:
+    """docs/placement.md."""
+    raise NotImplementedError
+
+
+def main() -> None:
+    """Measure what is missing, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "page"])
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--backbones", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--passes", type=int, help="in place of the default of each backbone")
+    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.verb == "page":
+        Path("docs/placement.md").write_text(page(options.results))
+        return
+    for backbone in options.backbones:
+        for seed in options.seeds:
+            if f"{backbone}/{seed}" not in {line["key"] for line in read(options.results)}:
+                passes = options.passes or PASSES[backbone]
+                append(options.results, run(backbone, seed, passes, options.splits, options.runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Exits by search: short trainings of branches at all candidate points say which are worth having."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ee_surgery.attach import attach
+from ee_surgery.backbone import Sample
+from ee_surgery.branches import BranchSpec, resolve
+from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError
+from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
+from ee_surgery.inputs import Inputs, tensors
+from ee_surgery.model import EarlyExitModel
+from ee_surgery.placement import ExitPlan, place
+from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.subset import cheapest_exits
+from ee_surgery.runtime.measure import interleave, parts
+from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.data import Data, batches
+from ee_surgery.training.loop import make_accelerator
+from ee_surgery.training.loop import train as train_branches
+from ee_surgery.training.processes import Processes
+from ee_surgery.training.record import record
+
+POINTS = 12
+"""How many exit points are tried where nobody says."""
+STEPS = 300
+"""Steps that a probe learns for where nobody says."""
+_WIDER = (4, 16)  # times the accepted drop
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A branch that was tried at an exit point."""
+
+    exit: str
+    branch: BranchSpec
+    accuracy: float
+    """Of the probe alone, on the held-out data; agreement with the original where that has no labels."""
+    cost: float
+    """Of a sample that leaves there, the branch counted, by the original's."""
+    chosen: bool
+
+    def __str__(self) -> str:
+        options = " ".join(f"{name}={value}" for name, value in self.branch.options.items())
+        what = f"{self.branch.name} {options}".strip()
+        return f"{'*' if self.chosen else ' '} {self.exit:24} {self.accuracy:7.2%} at {self.cost:6.1%}  {what}"
+
+
+@dataclass(frozen=True)
+class ExitSearch:
+    """What the search found: a plan and its branches for `attach`, and what they were chosen from."""
+
+    plan: ExitPlan
+    """The exits worth training."""
+    branches: tuple[BranchSpec, ...]
+    """One for each point of the plan."""
+    cost: float
+    """Expected mean MACs, or time, at the accepted drop by the original's, with branches that learned as little as the
+    probes."""
+    max_accuracy_drop: float
+    candidates: tuple[Candidate, ...]
+    """In program order."""
+    left_out: tuple[str, ...]
+    """Branches that cannot be built at a point, with the reason."""
+    records: ExitRecords = field(repr=False)
+    """Answers of all probes to the held-out data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was tried, as plain data."""
+        tried = [
+            {**asdict(candidate), "branch": candidate.branch.name, "options": dict(candidate.branch.options)}
+            for candidate in self.candidates
+        ]
+        return {"cost": self.cost, "max_accuracy_drop": self.max_accuracy_drop, "candidates": tried}
+
+    def __str__(self) -> str:
+        found = f"{len(self.plan.points)} exits of {len(self.candidates)} candidates are worth training"
+        cost = f"{self.cost:.1%} of the cost at an accuracy drop of {100 * self.max_accuracy_drop:g} points"
+        lines = [f"{found}; with the probes' own answers {cost}", *map(str, self.candidates)]
+        return "\n".join(lines + [f"  left out: {reason}" for reason in self.left_out])
+
+
+def search_exits(
+    model: nn.Module | ModelGraph,
+    train: Data,
+    held_out: Data,
+    *,
+    branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
+    points: int | Sequence[str] = POINTS,
+    max_accuracy_drop: float = 0.01,
+    most: int = 6,
+    cost: Literal["macs", "time"] = "macs",
+    config: TrainConfig | None = None,
+    probe_steps: int = STEPS,
+    sample: Sample | None = None,
+    seed: int = 0,
+) -> ExitSearch:
+    """Find the exits that are worth training, by what short trainings say: their number, positions and sizes.
+
+    Every branch is tried at every point: all of one kind learn side by side from the same features, for a few steps.
+    Of the answers to held-out data those exits are chosen which cost least at the accepted drop, every branch on the
+    way counted (`cheapest_exits`); and those that would be if 4 or 16 times as much were accepted, since probes are
+    worse than what they will become. Train them all, then let `prune_exits` leave out what does not pay. What learns
+    slowly is judged by its start: give such branches more steps.
+
+    Args:
+        model: the model, or the graph that `inspect` gave.
+        train: what the branches will be trained on.
+        held_out: data that neither trained anything nor will be used to choose thresholds; a few thousand samples.
+        branch: a branch, or several to choose among at each point: kinds, or sizes of one.
+        points: how many of the blocks to try, evenly spread over the cost, or names of exit points.
+        max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+        most: how many exits at most at one drop.
+        cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
+            as the first of `held_out`.
+        config: of the training that will follow; probes learn by it, too, for `probe_steps` steps.
+        probe_steps: how long probes learn.
+        sample: see `inspect`.
+        seed: of the branches' first weights.
+    Raises:
+        ExitPointError: no candidate saves anything at that drop.
+        BranchError: no branch can be built anywhere.
+        ConfigError: branches that read each other's answers.
+        DataError: `train` or `held_out` is an iterator, which can be read once only.
+    """
+    if cost not in ("macs", "time"):
+        raise ConfigError(f"cost must be 'macs' or 'time', got {cost!r}.")
+    for name, data in (("train", train), ("held_out", held_out)):
+        if isinstance(data, Iterator):
+            raise DataError(f"{name} is an iterator, used up after one pass: give a Dataset, a DataLoader or a list.")
+    graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
+    specs = [BranchSpec.of(b) for b in ([branch] if isinstance(branch, (str, BranchSpec)) else branch)]
+    tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
+    config = config or TrainConfig()
+    # as many epochs as these steps can need
+    config = replace(config, epochs=probe_steps, max_steps=probe_steps, checkpoint_dir=None, validation=0.0)
+    accelerator = make_accelerator(config)
+    found: list[_Probe] = []
+    left_out: list[str] = []
+    for spec in specs:
+        fitting = _fitting(graph, tried, spec, found, left_out)
+        if not fitting:
+            continue
+        plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
+        branched = attach(graph, plan, [fitted for _, fitted in fitting], seed=seed)
+        train_branches(branched, train, config, accelerator=accelerator)
+        records = record(branched, held_out, batch_size=config.batch_size, accelerator=accelerator)
+        if cost == "time":
+            records = _in_time(
+                records, branched, next(iter(batches(held_out, config.batch_size, accelerator.device)))[0]
+            )
+        found += [_Probe(point, fitted, records.keep([k])) for k, (point, fitted) in enumerate(fitting)]
+    if not found:
+        raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
+    found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
+    records = _side_by_side([probe.records for probe in found])
+    chosen, cost_there = Processes(accelerator).of_main(lambda: shortlist(records, max_accuracy_drop, most))
+    if not chosen:
+        raise ExitPointError(
+            f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
+            f"{100 * max_accuracy_drop:g} points: accept a larger one, let probes learn longer (now {probe_steps} "
+            f"steps), or take a smaller model. {graph.best_case()}"
+        )
+    return ExitSearch(
+        plan=ExitPlan(graph.backbone.model_id, "search", tuple(found[k].point for k in chosen)),
+        branches=tuple(found[k].branch for k in chosen),
+        cost=cost_there,
+        max_accuracy_drop=max_accuracy_drop,
+        candidates=tuple(probe.candidate(k in chosen) for k, probe in enumerate(found)),
+        left_out=tuple(left_out),
+        records=records,
+    )
+
+
+def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_drop: float = 0.01) -> EarlyExitModel:
+    """Leave out trained branches that cost more than they save at the accepted accuracy drop.
+
+    Args:
+        records: its answers to data that neither trained anything nor will be used to choose thresholds.
+        max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+    Returns:
+        The model itself where every branch earns its cost, else a new one on the same original.
+    Raises:
+        ExitPointError: none of them saves anything.
+        DataError: the branches read each other's answers.
+    """
+    subset = cheapest_exits(records, max_accuracy_drop, most=len(records.exits))
+    if not subset.exits:
+        raise ExitPointError(
+            f"No branch at {branched.exits} saves anything at an accuracy drop of {100 * max_accuracy_drop:g} points: "
+            "train longer, accept a larger drop, or take a smaller model."
+        )
+    kept = [branched.exits[k] for k in subset.exits]
+    return branched if kept == branched.exits else branched.with_exits(kept)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    point: ExitPoint
+    branch: BranchSpec
+    records: ExitRecords
+    """Of this exit alone."""
+
+    def candidate(self, chosen: bool) -> Candidate:
+        cost = (self.records.trunk_macs[0] + self.records.branch_macs[0]) / self.records.base_macs
+        return Candidate(self.point.name, self.branch, self.records.accuracies[0], cost, chosen)
+
+
+def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
+    """The candidates worth training, and what the cheapest of them cost together at the accepted drop.
+
+    Probes are worse than what they will become, the early ones most of all: those that would be chosen if more were
+    accepted are trained, too.
+    """
+    first = cheapest_exits(records, drop, most=most)
+    chosen = list(first.exits)
+    for wider in _WIDER:
+        taken = {records.trunk_macs[k] for k in chosen}
+        more = cheapest_exits(records, min(1.0, wider * drop), most=most).exits
+        chosen += [k for k in more if records.trunk_macs[k] not in taken]
+    return sorted(chosen), first.cost
+
+
+def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
+    """So many of the blocks, evenly spread over the cost; all of them where there are no more."""
+    rest = list(place(graph, "all").points)
+    targets = [(i + 1) / (count + 1) for i in range(count)] if count < len(rest) else []
+    found = [rest.pop(min(range(len(rest)), key=lambda k: abs(rest[k].macs_fraction - t))) for t in targets]
+    return sorted(found, key=lambda point: point.index) if targets else rest
+
+
+def _fitting(
+    graph: ModelGraph, points: Sequence[ExitPoint], spec: BranchSpec, known: Sequence[_Probe], left_out: list[str]
+) -> list[tuple[ExitPoint, BranchSpec]]:
+    """Where a branch can be built, saves something and is not there yet, every choice of its own made."""
+    found = []
+    for point in points:
+        try:
+            fitted, branch = resolve(spec, point, graph.backbone.num_classes, graph.macs, graph=graph)
+        except BranchError as error:
+            left_out.append(f"{spec.name} at {point.name}: {error}")
+            continue
+        cost = (point.macs + branch.prepare(graph, point)) / graph.macs
+        if branch.chained:
+            raise ConfigError(f"Branch {spec.name!r} reads those before it: it cannot be tried without them.")
+        if cost >= 1:
+            left_out.append(f"{spec.name} at {point.name}: leaving there costs {cost:.1%} of the MACs")
+        elif all((point.name, fitted) != (probe.point.name, probe.branch) for probe in known):
+            found.append((point, fitted))
+    return found
+
+
+def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> ExitRecords:
+    """The same records, nanoseconds a batch in place of MACs."""
+    branched.operate(thresholds=2.0)  # above any probability: every branch is asked, and nobody leaves
+    main = inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values()))
+    times = interleave(parts(branched, inputs), main.device, rounds=_ROUNDS)
+    branched.operate(None)
+    nanoseconds = {name: round(1e9 * statistics.median(values)) for name, values in times.items()}
+    k = len(branched.branches)
+    return replace(
+        records,
+        trunk_macs=tuple(accumulate(nanoseconds[f"stage {i}"] for i in range(k + 1))),
+        branch_macs=tuple(nanoseconds[f"branch {i}"] for i in range(k)),
+    )
+
+
+def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
+    """As one model with all of these exits would have answered."""
+    first = records[0]
+    trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}  # timed anew for every kind of branch
+    return ExitRecords(
+        exits=tuple(name for each in records for name in each.exits),
+        logits=torch.stack([*(each.logits[0] for each in records), first.logits[-1]]),
+        trunk_macs=(*(trunk[each.exits[0]] for each in records), first.base_macs),
+        branch_macs=tuple(each.branch_macs[0] for each in records),
+        labels=first.labels,
+    )

@@ -1,0 +1,270 @@
+"""Exits by search: as good as trying all, honest about its data, and what follows from it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ee_surgery as ee
+from ee_surgery.policies.subset import Costs
+from ee_surgery.training.data import halves
+from tests.test_training import blobs, small
+
+CLASSES = 10
+
+
+def answers(seed: int, skills: list[float], macs: list[int], branch: int = 3, n: int = 1500) -> ee.ExitRecords:
+    """Exits of some skill, the original's last, on samples of all difficulties: the harder, the less sure and right."""
+    generator = torch.Generator().manual_seed(seed)
+    hard, labels = torch.rand(n, generator=generator), torch.randint(CLASSES, (n,), generator=generator)
+    rows = []
+    for skill in skills:
+        noise = torch.randn(n, CLASSES, generator=generator)
+        lead = 8 * (skill - hard).clamp_min(-0.2)
+        rows.append(noise + lead[:, None] * nn.functional.one_hot(labels, CLASSES))
+    names = tuple(f"exit{k}" for k in range(len(skills) - 1))
+    return ee.ExitRecords(names, torch.stack(rows), (*macs, 100), (branch,) * len(names), labels)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    gains=st.lists(st.floats(0.0, 0.3), min_size=3, max_size=6),
+    drop=st.sampled_from([0.005, 0.01, 0.03]),
+)
+def test_the_search_is_within_two_percent_of_the_best_of_all_placements(
+    seed: int, gains: list[float], drop: float
+) -> None:
+    skills = [min(1.2, 0.2 + total) for total in itertools.accumulate(gains)]
+    k = len(skills)
+    records = answers(seed, [*skills, 1.3], [10 + 80 * i // k for i in range(k)])
+    costs = Costs(records, drop)
+    every = [exits for n in range(k + 1) for exits in itertools.combinations(range(k), n)]
+    found = ee.cheapest_exits(records, drop)
+    assert found.cost == costs(found.exits)
+    assert found.cost <= 1.02 * min(map(costs, every))
+
+
+def test_the_cost_is_what_thresholds_reach() -> None:
+    records = answers(0, [0.5, 0.8, 1.3], [30, 60], n=4000)
+    found = ee.cheapest_exits(records, 0.02)
+    reached = ee.realised_drop(records.keep(found.exits), 0.02)
+    assert reached.macs_fraction == pytest.approx(found.cost, abs=0.03)
+
+
+def test_of_several_branches_at_one_place_one_is_taken_and_useless_ones_never() -> None:
+    records = answers(1, [0.6, 0.65, 0.9, 1.3], [30, 30, 60])
+    for drop in (0.01, 0.05):
+        exits = ee.cheapest_exits(records, drop).exits
+        assert exits
+        assert {0, 1} - set(exits)
+    guesses = answers(1, [-5, -5, 1.3], [30, 60])
+    assert ee.cheapest_exits(guesses, 0.002) == ee.Subset((), 1.0)
+    dear = replace(records, branch_macs=(90, 90, 90))
+    assert ee.cheapest_exits(dear, 0.01).exits == ()
+    assert len(ee.cheapest_exits(records, 0.05, most=1).exits) == 1
+    with pytest.raises(ee.ConfigError, match=r"in \[0, 1\]"):
+        ee.cheapest_exits(records, 1.5)
+
+
+def test_records_of_some_exits_and_their_best_case() -> None:
+    records = answers(2, [0.4, 0.8, 1.3], [30, 60])
+    kept = records.keep([1])
+    assert kept.exits == ("exit1",)
+    assert kept.trunk_macs == (60, 100)
+    assert torch.equal(kept.logits, records.logits[1:])
+    first, second, last = records.correct
+    cost = torch.where(first, 33, torch.where(second, 66, torch.where(last, 106, 33))).double().mean() / 100
+    assert records.best_case() == (pytest.approx((first | second | last).double().mean()), pytest.approx(cost))
+    with pytest.raises(ee.DataError, match="no rising numbers"):
+        records.keep([1, 0])
+    with pytest.raises(ee.DataError, match="each other's"):
+        replace(records, chained=True).keep([0])
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_halves_have_no_sample_in_common_and_lose_none(n: int) -> None:
+    data = TensorDataset(torch.arange(100 * 3).float().view(100, 3), torch.arange(100))
+    first, second = halves(DataLoader(data, n), n)
+    for _ in range(2):  # however often they are read
+        one, two = ([int(label) for _, labels in half for label in labels] for half in (first, second))
+        assert sorted(one + two) == list(range(100))
+        assert abs(len(one) - len(two)) <= 1
+    inputs = [{"pixel_values": x, "other": x} for x in torch.randn(4, 5, 3)]
+    read = [x for half in halves(inputs, 1) for x in half]
+    assert sum(len(x["other"]) for x in read if isinstance(x, dict)) == 20
+
+
+def test_halves_of_data_that_changes_are_refused() -> None:
+    data = TensorDataset(torch.randn(64, 3), torch.arange(64))
+    first, second = halves(DataLoader(data, 8, shuffle=True), 8)
+    list(first)
+    with pytest.raises(ee.DataError, match="another order"):
+        list(second)
+    with pytest.raises(ee.DataError, match="iterator"):
+        halves(iter([torch.randn(2, 3)]), 2)
+
+
+def learnt(n: int = 512) -> tuple[nn.Module, TensorDataset]:
+    """A network that knows the blobs: its branches have something to save."""
+    torch.manual_seed(0)
+    data = blobs(n)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False), data
+
+
+CONFIG = ee.TrainConfig(epochs=4, batch_size=32, lr=1e-2, validation=0, progress=False)
+
+
+def test_augment_finds_places_trains_prunes_and_calibrates(tmp_path: Path) -> None:
+    model, data = learnt()
+    held = blobs(512)
+    found = ee.augment(
+        model, "auto", branch=["mlp", "pool"], sample=torch.randn(2, 3, 8, 8), train=data, calibrate=held,
+        config=CONFIG, max_accuracy_drop=0.02,
+    )  # fmt: skip
+    assert found.receipt().unchanged
+    assert found.plan.rule == "search"
+    point = found.operate(max_accuracy_drop=0.02)
+    assert point is not None
+    assert point.macs_fraction < 1
+    assert point.samples == 256  # the other half chose the exits
+    tried = found.provenance["placement"]
+    assert {c["exit"] for c in tried["candidates"] if c["chosen"]} == {*found.exits, *tried["left_out"]}
+    assert {c["branch"] for c in tried["candidates"]} == {"mlp", "pool"}
+    found.save_pretrained(tmp_path)
+    again = ee.from_pretrained(tmp_path, model)
+    assert again.provenance["placement"] == tried
+    assert torch.equal(again(held.tensors[0]), found(held.tensors[0]))
+
+
+def test_searching_needs_data_and_says_when_nothing_pays() -> None:
+    model, data = learnt()
+    sample = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ee.ConfigError, match="give train= and calibrate="):
+        ee.augment(model, "auto", sample=sample, train=data)
+    with pytest.raises(ee.ConfigError, match="no placement="):
+        ee.augment(model, "auto", "linear", sample=sample, train=data, calibrate=data)
+    search = {"sample": sample, "config": CONFIG, "probe_steps": 1}
+    with pytest.raises(ee.ExitPointError, match="saves anything"):
+        ee.search_exits(model, data, data, branch="pool", max_accuracy_drop=0.0, **search)
+    with pytest.raises(ee.DataError, match="train is an iterator"):
+        ee.search_exits(model, iter([data[:8]]), data, **search)
+    with pytest.raises(ee.ConfigError, match="'macs' or 'time'"):
+        ee.search_exits(model, data, data, cost="watts", **search)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ee.ConfigError, match="cannot be tried without"):
+        ee.search_exits(model, data, data, branch="ztw", **search)
+
+
+def test_time_may_be_what_counts() -> None:
+    model, data = learnt()
+    options = {"sample": torch.randn(2, 3, 8, 8), "config": CONFIG, "probe_steps": 40, "max_accuracy_drop": 0.3}
+    found = ee.search_exits(model, data, data, branch=["pool", "mlp"], cost="time", **options)
+    counted = ee.search_exits(model, data, data, branch=["pool", "mlp"], **options)
+    assert [c.exit for c in found.candidates] == [c.exit for c in counted.candidates]
+    assert [c.accuracy for c in found.candidates] == [c.accuracy for c in counted.candidates]
+    assert found.records.trunk_macs != counted.records.trunk_macs
+    assert "candidates" in str(found)
+
+
+def test_a_branch_that_costs_more_than_it_saves_is_left_out() -> None:
+    model, data = learnt()
+    branched = ee.augment(model, ["1", "3"], branch="pool", sample=torch.randn(2, 3, 8, 8))
+    ee.train(branched, data, CONFIG)
+    with torch.no_grad():
+        for parameter in branched.branches[0].parameters():
+            parameter.zero_()  # it knows nothing now
+    records = ee.record(branched, data)
+    pruned = ee.prune_exits(branched, records, 0.002)
+    assert pruned.exits == ["3"]
+    assert pruned.branches[0] is branched.branches[1]
+    assert torch.equal(pruned.all_exits(data.tensors[0])[0], branched.all_exits(data.tensors[0])[1])
+    assert ee.prune_exits(pruned, ee.record(pruned, data), 0.002) is pruned
+    assert pruned.receipt().unchanged
+    with pytest.raises(ee.ExitPointError, match="only at"):
+        pruned.with_exits(["1"])
+    with torch.no_grad():
+        for parameter in pruned.branches.parameters():
+            parameter.zero_()
+    with pytest.raises(ee.ExitPointError, match="saves anything"):
+        ee.prune_exits(pruned, ee.record(pruned, data), 0.0)
+
+
+class Constant(nn.Module):
+    """Always the same class, for next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 4)."""
+        return self.head(x.mean((2, 3)))
+
+
+def test_the_verdict_compares_with_smaller_models() -> None:
+    model, data = learnt()
+    branched = ee.augment(model, ["1"], branch="pool", sample=torch.randn(2, 3, 8, 8))
+    with pytest.raises(ee.OperatingPointError, match="calibrate"):
+        ee.verdict(branched, data, {})
+    ee.train(branched, data, CONFIG)
+    ee.calibrate(branched, blobs(512))
+    test = blobs(512)
+    found = ee.verdict(branched, test, {"constant": Constant(), "twin": model, "elsewhere": (0.9, 0.01)})
+    constant, twin, elsewhere = found.alternatives
+    assert constant.accuracy == 0.25
+    assert constant.macs_fraction == pytest.approx(12 / branched.trunk_macs[-1])
+    assert twin.accuracy == found.accuracy
+    assert twin.macs_fraction == 1
+    assert not elsewhere.go
+    assert not found.go
+    assert "take elsewhere instead" in str(found)
+    assert found.samples == 512
+    with pytest.raises(ee.DataError, match="labels"):
+        ee.verdict(branched, [test.tensors[0]], {})
+
+
+def test_training_ends_after_so_many_steps() -> None:
+    seen = []
+
+    class Counted(list[tuple[Tensor, Tensor]]):
+        def __iter__(self):
+            for batch in super().__iter__():
+                seen.append(1)
+                yield batch
+
+    data = Counted((x, y) for x, y in DataLoader(blobs(64), 16))
+    report = ee.train(small(), data, replace(CONFIG, epochs=5, max_steps=6))
+    assert len(report.epochs) == 2
+    assert 6 <= len(seen) <= 8
+    assert report.model.provenance["training"]["samples"] == 96
+
+    def endless():
+        while True:
+            yield data[0]
+
+    class Endless:
+        __iter__ = staticmethod(endless)
+
+    report = ee.train(small(), Endless(), replace(CONFIG, epochs=1, max_steps=3))  # the schedule knows its length
+    assert report.model.provenance["training"]["samples"] == 48
+    with pytest.raises(ee.ConfigError, match="max_steps"):
+        ee.TrainConfig(max_steps=0)
