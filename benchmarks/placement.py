@@ -26,6 +26,7 @@ from benchmarks.methods import BATCH, COMMON, PASSES, TASKS
 from benchmarks.methods_compare import append, read, realised
 from ee_surgery.policies.subset import Costs
 from ee_surgery.training.placing import shortlist
+from recipes.cifar10_resnet56 import both_ways
 
 RUNS = Path("runs/placement")
 RESULTS = Path("benchmarks/results/placement.jsonl")
@@ -55,9 +56,8 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
     )
     names = list(full.exits)
     rules = {rule: [_places(graph, n, rule, names) for n in range(1, MOST + 1)] for rule in ee.PLACEMENTS}
-    pairs = [torch.randperm(len(full), generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(splits)]
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ("search", *rules)}
-    for chosen, reported in [split for a, b in pairs for split in ((a, b), (b, a))]:
+    for chosen, reported in both_ways(len(full), splits):
         part, rest = full.take(chosen), full.take(reported)
         known = Costs(part, DROP)
         worth, _ = shortlist(probes.take(chosen), DROP, MOST)

@@ -115,9 +115,7 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     test = (test.float() / 255 - mean) / std
     records = ee.record(branched, list(zip(test.split(250), truth.split(250), strict=True)))
     records.save(options.out / "test_records.safetensors")
-    pairs = [torch.randperm(len(test), generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(10)]
-    # each half chooses once and is reported once: the luck of one is the other's bad luck, and cancels
-    splits = [split for first, second in pairs for split in ((first, second), (second, first))]
+    splits = both_ways(len(test))
     frontier = ee.Frontier.search(records.take(splits[0][0]))
     torch.set_num_threads(1)
     rounds = 2 if options.smoke else 10
@@ -127,7 +125,7 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
         table.add_column(column, justify="right", overflow="fold")
     base = [records.take(reported).base_accuracy for _, reported in splits]
     table.add_row("original", _spread(base), "", "", "100", "", "1", "1")
-    for name, (accuracy, cost, shares, luck) in _splits(records, splits, requests).items():
+    for name, (accuracy, cost, shares, luck) in over_splits(records, splits, requests).items():
         branched.operate(frontier.at(**requests[name]))
         speed = _speed(branched, test[splits[0][1]], rounds)
         shown = " ".join(f"{statistics.mean(column):.0%}" for column in zip(*shares, strict=True))
@@ -135,8 +133,8 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
         table.add_row(name, _spread(accuracy), _below(accuracy, base), lucky, _spread(cost), shown, *speed)
     for depth in (20, 32):
         smaller = network(depth)
-        right = _right(smaller, test, truth)
-        accuracy = [right[reported].double().mean().item() for _, reported in splits]
+        found = right(smaller, test, truth)
+        accuracy = [found[reported].double().mean().item() for _, reported in splits]
         cost = f"{100 * ee.inspect(smaller, test[:3]).macs / records.base_macs:.1f}"
         speed = _against(smaller, original, test, 5 * rounds)
         table.add_row(f"static ResNet-{depth}", _spread(accuracy), _below(accuracy, base), "", cost, "", *speed)
@@ -164,12 +162,21 @@ def network(depth: int) -> CifarResNet:
     return model.eval()
 
 
-def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([model(batch).argmax(-1) for batch in images.split(250)]) == labels
 
 
-def _splits(
+def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:
+    """Halves of n samples, to choose on and to report: `pairs` random splits, and each the other way round.
+
+    The luck of one half is the bad luck of the other: over both ways it cancels.
+    """
+    halves = [torch.randperm(n, generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(pairs)]
+    return [split for first, second in halves for split in ((first, second), (second, first))]
+
+
+def over_splits(
     records: ee.ExitRecords, splits: list[tuple[Tensor, Tensor]], requests: Requests
 ) -> dict[str, tuple[list[float], list[float], list[list[float]], list[float]]]:
     """Of every request, split by split: accuracy, mean MACs and exit shares on the reported half, luck on the other."""

@@ -86,7 +86,9 @@ class ExitSearch:
         found = f"{len(self.plan.points)} exits of {len(self.candidates)} candidates are worth training"
         cost = f"{self.cost:.1%} of the cost at an accuracy drop of {100 * self.max_accuracy_drop:g} points"
         lines = [f"{found}; with the probes' own answers {cost}", *map(str, self.candidates)]
-        return "\n".join(lines + [f"  left out: {reason}" for reason in self.left_out])
+        if self.left_out:
+            lines.append(f"  and {len(self.left_out)} that cannot be built there or save nothing, see `left_out`")
+        return "\n".join(lines)
 
 
 def search_exits(

@@ -1,0 +1,199 @@
+"""The best recipe on four pretrained networks, beside what a user could take instead.
+
+    python -m benchmarks.frontier run       # an hour or two on two cores; goes on where it stopped
+    python -m benchmarks.frontier page      # docs/frontier.md and its plots from benchmarks/results
+
+Exits are found as `augment(exits="auto")` finds them: some of the images that neither network nor branches have seen
+choose the exits; of the others, one half chooses thresholds and the other is reported, over 10 random splits and both
+ways. The ResNet-56 has the exits and the long training of recipes.cifar10_shortcuts, and needs its records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ee_surgery as ee
+from benchmarks.methods import TASKS
+from benchmarks.methods_compare import append, read, realised
+from ee_surgery.training.placing import STEPS
+from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
+from recipes.cifar10_shortcuts import Batches
+
+RUNS = Path("runs/frontier")
+RESULTS = Path("benchmarks/results/frontier.jsonl")
+DOCS = Path("docs")
+REQUESTS: Requests = {f"{drop:g}": {"max_accuracy_drop": drop / 100} for drop in (0.3, 0.5, 1.0, 2.0)}
+"""By how many points of accuracy are given away."""
+DROP = 0.01
+"""What the search places exits for."""
+SEARCHING = {"resnet20": 2_000, "vit4": 2_000, "mobilenetv2": 800}
+"""Unseen images that choose exits and are not reported."""
+
+
+def shortcuts(*budgets: float) -> list[ee.BranchSpec]:
+    """Shortcut branches of these sizes."""
+    return [ee.BranchSpec("shortcut", options={"budget": budget}) for budget in budgets]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A pretrained network and how its branches learn."""
+
+    model: nn.Module
+    sample: Tensor
+    train: Any
+    test: Tensor
+    labels: Tensor
+    branches: list[str | ee.BranchSpec]
+    config: ee.TrainConfig
+    alternatives: Callable[[Tensor], dict[str, tuple[nn.Module, Tensor]]]
+    """Of the test images: smaller networks, and what each is given."""
+
+
+def _cifar(model: nn.Module, branches: list[str | ee.BranchSpec], **config: Any) -> Setup:
+    images, mean, std = pictures("train", None)
+    (test, labels), _, _ = pictures("test", None)
+    test = (test.float() / 255 - mean) / std
+    common: dict[str, Any] = {"lr": 3e-3, "weight_decay": 5e-3, "mixed_precision": "bf16", "validation": 0}
+    settings = ee.TrainConfig(**{**common, **config})
+
+    def smaller(test: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+        return {f"ResNet-{depth}": (network(depth), test) for depth in (20, 32)}
+
+    return Setup(
+        model, torch.zeros(2, 3, 32, 32), Batches(*images, mean, std), test, labels, branches, settings, smaller
+    )
+
+
+def _resnet20(few: bool) -> Setup:
+    model = network(20).to(memory_format=torch.channels_last)
+    return _cifar(model, ["auto", *shortcuts(0.18, 0.3)], epochs=12)
+
+
+def _vit4(few: bool) -> Setup:
+    return _cifar(TASKS["vit4"](0, 1).model, ["auto", *shortcuts(0.01, 0.26)], epochs=8, lr=1e-3)
+
+
+def _mobilenetv2(few: bool) -> Setup:
+    task = TASKS["mobilenetv2"](0, 10**6 if not few else 1)
+
+    def smaller(test: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+        sizes = (128, 112, 96)
+        return {
+            f"the same at {n} px": (task.model, F.interpolate(test, n, mode="bicubic", antialias=True)) for n in sizes
+        }
+
+    config = ee.TrainConfig(epochs=6, batch_size=64, lr=1e-3, weight_decay=5e-3, mixed_precision="bf16", validation=0)
+    branches = ["auto", *shortcuts(0.16, 0.28)]
+    return Setup(task.model, task.sample, task.train, task.test, task.labels, branches, config, smaller)
+
+
+SETUPS: dict[str, Callable[[bool], Setup]] = {"resnet20": _resnet20, "vit4": _vit4, "mobilenetv2": _mobilenetv2}
+
+
+def train(name: str, folder: Path, smoke: bool) -> tuple[ee.ExitRecords, dict[str, Any]]:
+    """Find exits, train their branches, and record the answers to the images that are left."""
+    setup = SETUPS[name](smoke)
+    held = SEARCHING[name] if not smoke else 100
+    batches = list(zip(setup.test.split(200), setup.labels.split(200), strict=True))
+    if smoke:
+        batches = batches[:2]
+    choosing, reported = batches[: held // 200 or 1], batches[held // 200 or 1 :]
+    config = setup.config if not smoke else ee.TrainConfig(max_steps=2, validation=0)
+    started = time.perf_counter()
+    graph = ee.inspect(setup.model, setup.sample)
+    drop, steps = (1.0, 2) if smoke else (DROP, STEPS)
+    options: dict[str, Any] = {"config": config, "max_accuracy_drop": drop, "probe_steps": steps}
+    found = ee.search_exits(graph, setup.train, choosing, branch=setup.branches, **options)
+    print(found, flush=True)
+    searched = time.perf_counter()
+    branched = ee.attach(graph, found.plan, found.branches)
+    ee.train(branched, setup.train, config)
+    trained = time.perf_counter()
+    pruned = ee.prune_exits(branched, ee.record(branched, choosing), drop)
+    records = ee.record(pruned, reported)
+    if not pruned.receipt().unchanged:
+        raise SystemExit(str(pruned.receipt()))
+    records.save(folder / f"{name}.safetensors")
+    about = {
+        "candidates": len(found.candidates),
+        "trained": found.plan.names,
+        "branches": [f"{spec.name} {' '.join(map(str, spec.options.values()))}".strip() for spec in pruned.specs],
+        "search_seconds": round(searched - started),
+        "train_seconds": round(trained - searched),
+        "epochs": config.epochs,
+        "static": {},
+    }
+    unseen = setup.test[len(choosing) * 200 :][: len(records)]
+    for other, (model, inputs) in setup.alternatives(unseen).items():
+        cost = ee.inspect(model, inputs[:2]).macs / records.base_macs
+        about["static"][other] = [cost, right(model, inputs, records.labels).double().mean().item()]  # pyright: ignore
+    (folder / f"{name}.json").write_text(json.dumps(about, indent=1))
+    return records, about
+
+
+def compare(name: str, records: ee.ExitRecords, about: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """Realised drops and costs on the halves that did not choose, and the mean curve."""
+    splits = both_ways(len(records), pairs)
+    rows = {}
+    base = [records.take(reported).base_accuracy for _, reported in splits]
+    for asked, (accuracy, cost, shares, _) in over_splits(records, splits, REQUESTS).items():
+        below = [b - a for a, b in zip(accuracy, base, strict=True)]
+        rows[asked] = {
+            "drop": [statistics.mean(below), statistics.stdev(below)],
+            "cost": [statistics.mean(cost), statistics.stdev(cost)],
+            "shares": [statistics.mean(column) for column in zip(*shares, strict=True)],
+        }
+    curves = [realised(ee.Frontier.search(records.take(a)), records.take(b))["curve"] for a, b in splits[:4]]
+    return {
+        "key": name,
+        **about,
+        "exits": list(records.exits),
+        "base": records.base_accuracy,
+        "samples": len(records),
+        "exit_costs": [
+            (t + b) / records.base_macs for t, b in zip(records.trunk_macs, [*records.branch_macs, 0], strict=True)
+        ],
+        "alone": records.accuracies,
+        "best_case": records.best_case(),
+        "asked": rows,
+        "curve": np.mean(curves, 0).round(5).tolist(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def main() -> None:
+    """Measure what is missing, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "page"])
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--networks", nargs="+", choices=list(SETUPS), default=list(SETUPS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="a few images and steps")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for name in options.networks:
+        if name not in {line["key"] for line in read(options.results)}:
+            records, about = train(name, options.runs, options.smoke)
+            append(options.results, compare(name, records, about, 10))
+
+
+if __name__ == "__main__":
+    main()
