@@ -40,6 +40,7 @@ def main(folder: Path, delay: float) -> None:
         batch_size=4,
         validation=0.25,
         ema=0.9,
+        views=2,
         checkpoint_dir=str(folder / "training"),
         checkpoint_steps=2,
         lr=1e-2,

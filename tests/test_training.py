@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ee_surgery as ee
-from ee_surgery.training import checkpoint
+from ee_surgery.training import checkpoint, reader
 
 PROGRAM = Path(__file__).parent / "killed_training.py"
 
@@ -306,3 +306,87 @@ def test_the_one_liner_does_it_all() -> None:
     )
     assert branched.frontier is not None
     assert branched.receipt().unchanged
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Another view of the blobs each time."""
+
+    def __init__(self) -> None:
+        self.blobs = blobs(96)
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.blobs[index]
+        return image + 0.5 * torch.randn_like(image), label
+
+
+class Dropping(ee.Branch):
+    """Draws random numbers while it learns."""
+
+    def __init__(self, point: ee.ExitPoint, num_classes: int, confidence: bool = False) -> None:
+        super().__init__(point, num_classes, confidence, point.shape[0])
+
+    def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Means of the map, some left out."""
+        return nn.functional.dropout(features.mean((2, 3)), 0.3, self.training)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_features_kept_on_disk_teach_the_same(
+    accumulate: int, format: torch.memory_format, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(ee.BRANCHES._items, "dropping", Dropping)
+    data = Noisy()
+    weights, runs = [], []
+    for worth in (-1.0, float("inf")):
+        monkeypatch.setattr(reader, "_FASTER", worth)
+        torch.manual_seed(0)
+        branched = small(branch="dropping")
+        branched.backbone.to(memory_format=format)  # pyright: ignore[reportArgumentType]
+        run, calls = branched.features, []
+        monkeypatch.setattr(branched, "features", lambda *args, run=run, calls=calls: (calls.append(1), run(*args))[1])
+        config = ee.TrainConfig(
+            epochs=5, batch_size=16, views=2, cutmix=1.0, accumulate=accumulate, lr=1e-2, validation=0,
+            checkpoint_dir=str(tmp_path / str(worth)), distill_from=0.5,
+        )  # fmt: skip
+        ee.train(branched, data, config)
+        weights.append([p.detach() for p in branched.branches.parameters()])
+        runs.append(len(calls))
+        assert not list(tmp_path.rglob("features*"))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert runs[1] == 2 * 6 + 1  # two passes of six batches, one of them timed
+    printed = capsys.readouterr().out
+    assert "features are not kept" in printed
+    assert "features of 2 passes are kept" in printed
+
+
+def test_features_that_do_not_fit_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reader, "_FASTER", float("inf"))
+    config = ee.TrainConfig(epochs=3, batch_size=16, views=1, validation=0, cache_gb=1e-6)
+    ee.train(small(), blobs(64), config)
+    assert "with cache_gb=1e-06" in capsys.readouterr().out
+
+
+def test_passes_repeat_after_so_many_views() -> None:
+    seen: list[Tensor] = []
+
+    class Watched(Noisy):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            image, label = super().__getitem__(index)
+            seen.append(image)
+            return image, label
+
+    config = ee.TrainConfig(epochs=5, batch_size=16, views=2, validation=0, progress=False, cache_gb=0)
+    ee.train(small(), Watched(), config)
+    passes = torch.stack(seen).view(5, 96, -1)
+    assert torch.equal(passes[0], passes[2])
+    assert torch.equal(passes[1], passes[3])
+    assert not torch.equal(passes[0], passes[1])
+    with pytest.raises(ee.ConfigError, match="views"):
+        ee.TrainConfig(views=0)

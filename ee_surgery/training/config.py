@@ -39,6 +39,12 @@ class TrainConfig:
     """Alpha of Mixup, which blends two pictures and their labels; 0 for none. With both, either is drawn."""
     mix_share: float = 0.5
     """Share of the batches that CutMix or Mixup changes."""
+    views: int | None = None
+    """How many passes over the data differ; then the first comes again, crop for crop. None: all do. With it, what
+    the original makes of them is kept on disk where reading that back is quicker than running the original."""
+    cache_gb: float = 10.0
+    """Most disk space that kept features may take, in gigabytes; 0 for none. They lie beside the checkpoint, or among
+    the system's temporary files, and are removed at the end."""
     ema: float = 0.0
     """Decay in [0, 1), a step, of the moving average of the weights that the branches end with; 0 for the last ones."""
     exit_weights: tuple[float, ...] | Literal["uniform", "falling", "linear", "ramp"] = "uniform"
@@ -83,8 +89,9 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "patience_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"max_steps must be at least 1, or None, got {self.max_steps}.")
+        for name in ("max_steps", "views"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, or None, got {getattr(self, name)}.")
         for name in ("distill", "distill_from", "warmup", "survivor", "mix_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -93,7 +100,7 @@ class TrainConfig:
             raise ConfigError(f"milestones must be shares of the training in [0, 1], got {self.milestones}.")
         if self.ensemble_epochs < 0:
             raise ConfigError(f"ensemble_epochs must be at least 0, got {self.ensemble_epochs}.")
-        for name in ("cutmix", "mixup"):
+        for name in ("cutmix", "mixup", "cache_gb"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("lr", "temperature"):

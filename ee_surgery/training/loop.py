@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -23,21 +22,19 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.errors import ConfigError, DataError, TrainingError
-from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.training import checkpoint, track
 from ee_surgery.training.averaging import Average
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data, count, is_samples, loader, place
+from ee_surgery.training.data import Data, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs
-from ee_surgery.training.mixing import Mixing
-from ee_surgery.training.objectives import LABELS_ALONE
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.outcome import Epoch, TrainReport, describe
-from ee_surgery.training.processes import OneBatch, Processes, Share, Shares
+from ee_surgery.training.processes import OneBatch, Processes, Shares
+from ee_surgery.training.reader import Batch, Lesson, Reader, needs_original
 
 
 def train(
@@ -149,7 +146,7 @@ class _Run:
         self.learner: nn.Module = JointModel(branched) if joint else branched.branches
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
         self.average = Average(self.learner, config.ema)
-        self.mixing = Mixing(config, branched.num_classes)
+        self.reader = Reader(branched, self.batches, config, self.processes, joint, self._say)
         self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
         self.console = Console(quiet=not self.processes.main)
@@ -163,9 +160,12 @@ class _Run:
             self._restore(state)
         self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
         track.start(self.accelerator, self.settings)
-        while self.epoch < self.config.epochs and not self._at_the_end():
-            self._one_epoch(folder, state)
-            state = None
+        try:
+            while self.epoch < self.config.epochs and not self._at_the_end():
+                self._one_epoch(folder, state)
+                state = None
+        finally:
+            self.reader.close()
         self.average.settle()
         if self.joint:
             self.branched.rebase()
@@ -180,22 +180,17 @@ class _Run:
 
     def _one_epoch(self, folder: Path | None, resumed: dict[str, Any] | None) -> None:
         started = time.perf_counter()
-        set_seed(self.config.seed + self.epoch)
-        shares = iter(self.batches)
-        if self.processes.index:  # else all would crop and drop alike
-            set_seed(self.config.seed + self.epoch + _APART * self.processes.index)
         done = self.step * self.config.accumulate
-        # Loaded and thrown away, not skipped: whatever randomness their transforms use is used up again.
-        if sum(1 for _ in islice(shares, done)) < done:
-            raise TrainingError(f"The checkpoint stands at step {self.step} of an epoch, but the data ends before.")
+        state = None
         if resumed is not None and done and len(resumed["random"]) == self.processes.number:
-            checkpoint.set_random_state(resumed["random"][self.processes.index])
+            state = resumed["random"][self.processes.index]
+        batches = self.reader.epoch(self.epoch, done, state)
         self.learner.train()
         with self._bar() as bar:
             task = bar.add_task(
                 f"epoch {self.epoch + 1}/{self.config.epochs}", total=self.steps, completed=self.step, loss=math.nan
             )
-            while not self._at_the_end() and (group := list(islice(shares, self.config.accumulate))):
+            while not self._at_the_end() and (group := list(islice(batches, self.config.accumulate))):
                 self._one_step(group)
                 self.step, self.all_steps = self.step + 1, self.all_steps + 1
                 bar.update(task, advance=1, loss=self.loss_sum / max(1, self.taken))
@@ -224,16 +219,16 @@ class _Run:
         if folder:
             self._save(folder)
 
-    def _one_step(self, shares: list[Share]) -> None:
+    def _one_step(self, batches: list[Batch]) -> None:
         """One step on all of these. All processes see the same loss and gradient, and so take or skip it alike."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self._progress(), self.total)
         self.optimizer.zero_grad()
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        total = sum(share.total for share in shares)
+        total = sum(batch.total for batch in batches)
         value, good = 0.0, True
-        for share in shares:
-            loss = self._loss(share) * (share.total / total)
+        for batch in batches:
+            loss = self._loss(batch) * (batch.total / total)
             value += loss.item()
             good = math.isfinite(value)
             if not good:
@@ -266,15 +261,14 @@ class _Run:
         self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
         self.loss_sum += value
 
-    def _loss(self, share: Share) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
-        inputs, labels = self.mixing(place(share.inputs, self.accelerator.device, self.dtype), share.labels)
-        exits, original = self._answers(inputs, share.own)
-        labels = None if labels is None else labels.to(self.accelerator.device)
+        lesson = self.reader.lesson(batch, needs_original(self.config, self.branched, self._progress()))
+        exits, original = self._answers(lesson)
         return batch_loss(
-            [self._of_all(exit, share.total) for exit in exits],
-            self.processes.rows(original, share.total),
-            None if labels is None else self.processes.rows(labels, share.total),
+            [self._of_all(exit, lesson.total) for exit in exits],
+            self.processes.rows(original, lesson.total),
+            None if lesson.labels is None else self.processes.rows(lesson.labels, lesson.total),
             self.costs,
             self.config,
             new_head=self.branched.branches.head is not None,
@@ -282,26 +276,14 @@ class _Run:
             progress=self._progress(),
         )
 
-    def _answers(self, inputs: Inputs, own: int) -> tuple[list[ExitLogits], Tensor]:
+    def _answers(self, lesson: Lesson) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
-        one_batch = OneBatch(self.processes, own) if self.processes.number > 1 else nullcontext()
-        if self.joint:
-            with self.accelerator.autocast(), one_batch:
-                return self.learner(self.branched.normal(inputs))
-        if self._reads_original():
-            features, original = self.branched.features(inputs)
-        else:
-            features = self.branched.features_alone(inputs)
-            original = torch.zeros(count(inputs), self.branched.num_classes, device=self.accelerator.device)
+        one_batch = OneBatch(self.processes, lesson.own) if self.processes.number > 1 else nullcontext()
         with self.accelerator.autocast(), one_batch:
-            return self.branched.split(self.learner(features), original)
-
-    def _reads_original(self) -> bool:
-        """Whether the loss does; where it does not, what lies behind the last exit need not run."""
-        config = self.config
-        distills = config.distill > 0 and self._progress() >= config.distill_from
-        labels_alone = config.teach == "labels" and config.objective in LABELS_ALONE
-        return self.branched.branches.head is not None or distills or not labels_alone
+            if self.joint:
+                assert lesson.inputs is not None
+                return self.learner(self.branched.normal(lesson.inputs))
+            return self.branched.split(self.learner(lesson.features), lesson.original)
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -416,7 +398,7 @@ class _Run:
 def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
     """What must not change between a checkpoint and its continuation; the number of processes may."""
     settings = asdict(config)
-    for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers"):
+    for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers", "cache_gb"):
         settings.pop(free)
     for listed in ("exit_weights", "milestones"):
         settings[listed] = str(settings[listed])
@@ -425,5 +407,4 @@ def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterCon
 
 
 _ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
-_APART = 1_000_003  # between the seeds of two processes: more than there are epochs
 _COUNTERS = ("epoch", "step", "all_steps", "taken", "skipped", "in_a_row", "samples", "loss_sum")
