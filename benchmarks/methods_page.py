@@ -13,6 +13,7 @@ import numpy as np
 
 import ee_surgery as ee
 from benchmarks.methods_compare import COSTS, DROPS, GRID, LOW, read
+from benchmarks.tables import table
 
 TITLES = {
     "resnet56": "CIFAR-10, ResNet-56",
@@ -87,7 +88,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
             cost = f"static {method}: {_percent([found[0]['accuracy']])} % at {found[0]['cost']:.3f}"
             rows.append([cost, *[""] * (len(head) - 1)])
     yield "**Each method as its paper has it**, on the frozen original: its branches, exits, loss and policy."
-    yield _table(head, rows)
+    yield table(head, rows)
     rows = []
     for policy in ee.POLICIES:
         found = groups.get(("ours", policy), [])
@@ -99,7 +100,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     for line in oracles.get("ours", [])[:1]:
         rows.append([f"oracle: {_percent([line['accuracy']])} % at {line['cost']:.3f}", *[""] * (len(head) - 2)])
     yield "**Each policy on the same branches** (ours), sorted by area; bold ones are this project's."
-    yield _table(["", *head[2:-1], "calibration"], rows)
+    yield table(["", *head[2:-1], "calibration"], rows)
     areas = {
         policy: 100 * float(np.mean([line["area"] for line in groups["ours", policy]]))
         for policy in ee.POLICIES
@@ -132,11 +133,6 @@ def _seconds(found: list[dict[str, Any]]) -> str:
 def _percent(values: list[float]) -> str:
     mean = 100 * np.mean(values)
     return "-" if np.isnan(mean) else f"{mean:.2f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def _plot(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path, title: str) -> None:

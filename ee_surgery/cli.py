@@ -81,12 +81,19 @@ def augment(
     model: Model,
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     preset: Annotated[str | None, typer.Option(help=f"A paper's method: {', '.join(ee.PRESETS)}.")] = None,
-    exits: Annotated[str | None, typer.Option(help="How many (3), `all`, or names with commas between.")] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="How many (3), `all`, `auto` (searched), or names with commas.")
+    ] = None,
     placement: Annotated[str | None, typer.Option(help=f"Rule (linear): {', '.join(ee.PLACEMENTS)}.")] = None,
-    branch: Annotated[str | None, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}.")] = None,
+    branch: Annotated[
+        str | None, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}; several with commas for `--exits auto`.")
+    ] = None,
     train: MaybeImages = None,
     calibrate: MaybeImages = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
+    max_accuracy_drop: Annotated[
+        float, typer.Option(help="What `--exits auto` places exits for; 0.01: a point.")
+    ] = 0.01,
     batch_size: BatchSize = 64,
     unlabelled: Unlabelled = False,
     checkpoint: Weights = "",
@@ -107,11 +114,12 @@ def augment(
             base,
             _exits(exits),
             placement,
-            branch,
+            branch.split(",") if branch is not None and "," in branch else branch,
             preset=preset,
             train=None if train is None else _images(base, train, unlabelled),
             calibrate=None if calibrate is None else _images(base, calibrate, unlabelled),
             config=config,
+            max_accuracy_drop=max_accuracy_drop,
         )
         branched.save_pretrained(out)
         shutil.rmtree(training, ignore_errors=True)
@@ -263,7 +271,7 @@ def demo(out: Annotated[Path, typer.Option(help="Where to leave adapter and plot
 
 
 def _exits(text: str | None) -> int | str | list[str] | None:
-    if text is None or text == "all":
+    if text is None or text in ("all", "auto"):
         return text
     return int(text) if text.isdigit() else text.split(",")
 

@@ -294,7 +294,7 @@ class _Run:
 
     def _say(self, line: str) -> None:
         if self.config.progress:
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _progress(self) -> float:
         """Share of the training that is done; 0 where its length is not known."""

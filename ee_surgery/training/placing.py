@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from ee_surgery.attach import attach
@@ -144,8 +145,11 @@ def search_exits(
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
     # as many epochs as these steps can need
-    config = replace(config, epochs=probe_steps, max_steps=probe_steps, checkpoint_dir=None, validation=0.0)
+    short = replace(
+        config, epochs=probe_steps, max_steps=probe_steps, checkpoint_dir=None, validation=0.0, progress=False
+    )
     accelerator = make_accelerator(config)
+    console = Console(quiet=not (config.progress and accelerator.is_main_process))
     found: list[_Probe] = []
     left_out: list[str] = []
     for spec in specs:
@@ -154,7 +158,8 @@ def search_exits(
             continue
         plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
         branched = attach(graph, plan, [fitted for _, fitted in fitting], seed=seed)
-        train_branches(branched, train, config, accelerator=accelerator)
+        console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
+        train_branches(branched, train, short, accelerator=accelerator)
         records = record(branched, held_out, batch_size=config.batch_size, accelerator=accelerator)
         if cost == "time":
             records = _in_time(
