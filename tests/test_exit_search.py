@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ee_surgery as ee
 from ee_surgery.policies.subset import Costs
 from ee_surgery.training.data import halves
+from ee_surgery.training.placing import quarter
 from tests.test_training import blobs, small
 
 CLASSES = 10
@@ -171,6 +172,14 @@ def test_searching_needs_data_and_says_when_nothing_pays() -> None:
         ee.search_exits(model, data, data, cost="watts", **search)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ee.ConfigError, match="cannot be tried without"):
         ee.search_exits(model, data, data, branch="ztw", **search)
+
+
+@pytest.mark.parametrize(("config", "steps"), [({}, 16), ({"max_steps": 9}, 2), ({"epochs": 1000}, 300)])
+def test_probes_learn_for_a_quarter_of_the_training(config: dict[str, int], steps: int) -> None:
+    data = blobs(512)
+    assert quarter(replace(CONFIG, **config), data) == steps  # 4 epochs of 16 batches
+    assert quarter(replace(CONFIG, **config), [(x, None) for x in data.tensors[0].split(32)]) == steps
+    assert quarter(CONFIG, iter(data)) == 300  # pyright: ignore[reportArgumentType]
 
 
 def test_time_may_be_what_counts() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.subset import cheapest_exits
 from ee_surgery.runtime.measure import interleave, parts
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data, batches
+from ee_surgery.training.data import Data, batches, loader
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
 from ee_surgery.training.processes import Processes
@@ -33,7 +33,8 @@ from ee_surgery.training.record import record
 POINTS = 12
 """How many exit points are tried where nobody says."""
 STEPS = 300
-"""Steps that a probe learns for where nobody says."""
+"""Most steps that a probe learns for where nobody says."""
+_SHARE = 4  # of the training's steps, a probe takes one in so many
 _WIDER = (4, 16)  # times the accepted drop
 _ROUNDS = 10
 
@@ -103,7 +104,7 @@ def search_exits(
     most: int = 6,
     cost: Literal["macs", "time"] = "macs",
     config: TrainConfig | None = None,
-    probe_steps: int = STEPS,
+    probe_steps: int | None = None,
     sample: Sample | None = None,
     seed: int = 0,
 ) -> ExitSearch:
@@ -126,7 +127,7 @@ def search_exits(
         cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
             as the first of `held_out`.
         config: of the training that will follow; probes learn by it, too, for `probe_steps` steps.
-        probe_steps: how long probes learn.
+        probe_steps: how long; by default a quarter of that training, but no more than 300 steps.
         sample: see `inspect`.
         seed: of the branches' first weights.
     Raises:
@@ -144,6 +145,7 @@ def search_exits(
     specs = [BranchSpec.of(b) for b in ([branch] if isinstance(branch, (str, BranchSpec)) else branch)]
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
+    probe_steps = probe_steps or quarter(config, train)
     # as many epochs as these steps can need
     short = replace(
         config, epochs=probe_steps, max_steps=probe_steps, checkpoint_dir=None, validation=0.0, progress=False
@@ -235,6 +237,14 @@ def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], 
         more = cheapest_exits(records, min(1.0, wider * drop), most=most).exits
         chosen += [k for k in more if records.trunk_macs[k] not in taken]
     return sorted(chosen), first.cost
+
+
+def quarter(config: TrainConfig, train: Data) -> int:
+    """A quarter of the training's steps, at most `STEPS`; those where its length is not known."""
+    batches = loader(train, config.batch_size)
+    steps = config.epochs * len(batches) // config.accumulate if isinstance(batches, Sized) else None
+    lengths = [length for length in (steps, config.max_steps) if length is not None]
+    return max(1, min([STEPS, *(length // _SHARE for length in lengths)]))
 
 
 def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
