@@ -29,7 +29,6 @@ import ee_surgery as ee
 from benchmarks.methods import TASKS
 from benchmarks.methods_compare import GRID, LOW, append, read, realised
 from benchmarks.tables import table
-from ee_surgery.training.placing import STEPS
 from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
 from recipes.cifar10_shortcuts import EXITS, Batches
 
@@ -116,7 +115,7 @@ def train(name: str, folder: Path, smoke: bool) -> tuple[ee.ExitRecords, dict[st
     config = setup.config if not smoke else ee.TrainConfig(max_steps=2, validation=0)
     started = time.perf_counter()
     graph = ee.inspect(setup.model, setup.sample)
-    drop, steps = (1.0, 2) if smoke else (DROP, STEPS)
+    drop, steps = (0.9, 2) if smoke else (DROP, 300)
     options: dict[str, Any] = {"config": config, "max_accuracy_drop": drop, "probe_steps": steps}
     found = ee.search_exits(graph, setup.train, choosing, branch=setup.branches, **options)
     print(found, flush=True)

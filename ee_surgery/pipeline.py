@@ -138,16 +138,17 @@ def _by_search(
         print(found)
         if left:
             print(f"left out after training, they cost more than they save: {', '.join(left)}")
-        print(_outcome(frontier.at(max_accuracy_drop=drop), records))
+        print(_outcome(frontier.at(max_accuracy_drop=drop), records, drop))
     return branched
 
 
-def _outcome(point: OperatingPoint, records: ExitRecords) -> str:
+def _outcome(point: OperatingPoint, records: ExitRecords, drop: float) -> str:
     """Whether exits pay on this model, in two lines."""
     accuracy, cost = records.best_case()
     best = f"best case, leaving at the first right exit: {accuracy:.2%} at {cost:.1%} of the MACs"
-    if point.policy.closed:
-        return f"{best}\nno-go: trained, no exit saves anything at this drop; take the original, or a smaller model"
+    if 1 - point.macs_fraction <= drop:
+        end = "not answering some samples would save as much. Take the original, or a smaller model"
+        return f"{best}\nno-go: trained, exits save {1 - point.macs_fraction:.1%} at a drop of {drop:.1%}; {end}"
     return f"{best}\ntrained: {point}; whether a smaller model is cheaper, ee.verdict tells"
 
 

@@ -32,7 +32,8 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
 
     From none on, exits are added, left out and exchanged one by one as long as that saves a five-hundredth of the cost.
     Whether an answer is right counts as the chance that its confidence gives it, fitted once an exit: with the
-    outcomes themselves, whoever has more exits to choose from would seem to save more.
+    outcomes themselves, whoever has more exits to choose from would seem to save more. None are taken where they save
+    no more than leaving samples unanswered would.
 
     Args:
         records: of all candidates, which several sizes of a branch at one position may be; they have the same trunk
@@ -48,7 +49,8 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
             f"max_accuracy_drop must be in [0, 1] and most at least 1, got {max_accuracy_drop} and {most}."
         )
     costs = Costs(records, max_accuracy_drop)
-    chosen, cost = (), 1.0
+    # what giving that much accuracy away by not answering at all would cost: an exit that guesses does no better
+    chosen, cost = (), 1 - min(1.0, max_accuracy_drop / max(records.base_accuracy, 1e-9))
     while True:
         found = min(_changed(chosen, costs.places, most), key=costs, default=chosen)
         # a longer list has to be worth it; one as long, or shorter, only cheaper
@@ -59,7 +61,7 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
     for fewer in sorted((tuple(k for k in chosen if k != out) for out in chosen), key=costs)[:1]:
         if costs(fewer) <= cost * (1 + _WORTH):
             chosen, cost = fewer, costs(fewer)
-    return Subset(chosen, cost)
+    return Subset(chosen, costs(chosen))
 
 
 def _changed(exits: tuple[int, ...], places: Sequence[int], most: int) -> list[tuple[int, ...]]:

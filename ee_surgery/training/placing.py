@@ -32,8 +32,7 @@ from ee_surgery.training.record import record
 
 POINTS = 12
 """How many exit points are tried where nobody says."""
-STEPS = 300
-"""Most steps that a probe learns for where nobody says."""
+_STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody says
 _SHARE = 4  # of the training's steps, a probe takes one in so many
 _WIDER = (4, 16)  # times the accepted drop
 _ROUNDS = 10
@@ -127,7 +126,7 @@ def search_exits(
         cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
             as the first of `held_out`.
         config: of the training that will follow; probes learn by it, too, for `probe_steps` steps.
-        probe_steps: how long; by default a quarter of that training, but no more than 300 steps.
+        probe_steps: how long; by default a quarter of that training, but 100 to 300 steps where it has as many.
         sample: see `inspect`.
         seed: of the branches' first weights.
     Raises:
@@ -145,7 +144,7 @@ def search_exits(
     specs = [BranchSpec.of(b) for b in ([branch] if isinstance(branch, (str, BranchSpec)) else branch)]
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
-    probe_steps = probe_steps or quarter(config, train)
+    probe_steps = probe_steps or short_training(config, train)
     # as many epochs as these steps can need
     short = replace(
         config, epochs=probe_steps, max_steps=probe_steps, checkpoint_dir=None, validation=0.0, progress=False
@@ -239,12 +238,12 @@ def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], 
     return sorted(chosen), first.cost
 
 
-def quarter(config: TrainConfig, train: Data) -> int:
-    """A quarter of the training's steps, at most `STEPS`; those where its length is not known."""
+def short_training(config: TrainConfig, train: Data) -> int:
+    """A quarter of the training's steps, but at least 100 and at most 300 of them where it has as many."""
     batches = loader(train, config.batch_size)
     steps = config.epochs * len(batches) // config.accumulate if isinstance(batches, Sized) else None
-    lengths = [length for length in (steps, config.max_steps) if length is not None]
-    return max(1, min([STEPS, *(length // _SHARE for length in lengths)]))
+    whole = min((length for length in (steps, config.max_steps) if length is not None), default=_STEPS[1] * _SHARE)
+    return max(1, min(whole, max(_STEPS[0], min(_STEPS[1], whole // _SHARE))))
 
 
 def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
