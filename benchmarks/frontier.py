@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ class Setup:
     """Of the test images: smaller networks, and what each is given."""
 
 
-def _cifar(model: nn.Module, branches: list[str | ee.BranchSpec], **config: Any) -> Setup:
+def _cifar(
+    model: nn.Module, branches: list[str | ee.BranchSpec], others: Sequence[int] = (20, 32), **config: Any
+) -> Setup:
     images, mean, std = pictures("train", None)
     (test, labels), _, _ = pictures("test", None)
     test = (test.float() / 255 - mean) / std
@@ -71,7 +73,7 @@ def _cifar(model: nn.Module, branches: list[str | ee.BranchSpec], **config: Any)
     settings = ee.TrainConfig(**{**common, **config})
 
     def smaller(test: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
-        return {f"ResNet-{depth}": (network(depth), test) for depth in (20, 32)}
+        return {f"ResNet-{depth}": (network(depth), test) for depth in others}
 
     return Setup(
         model, torch.zeros(2, 3, 32, 32), Batches(*images, mean, std), test, labels, branches, settings, smaller
@@ -80,7 +82,7 @@ def _cifar(model: nn.Module, branches: list[str | ee.BranchSpec], **config: Any)
 
 def _resnet20(few: bool) -> Setup:
     model = network(20).to(memory_format=torch.channels_last)
-    return _cifar(model, ["auto", *shortcuts(0.18, 0.3)], epochs=12)
+    return _cifar(model, ["auto", *shortcuts(0.18, 0.3)], others=(32,), epochs=12)
 
 
 def _vit4(few: bool) -> Setup:
@@ -197,7 +199,7 @@ def compare(name: str, records: ee.ExitRecords, about: dict[str, Any], pairs: in
 def page(lines: list[dict[str, Any]], docs: Path) -> str:
     """docs/frontier.md, and a plot for each network."""
     parts = [_PAGE]
-    for line in lines:
+    for line in sorted(lines, key=lambda line: list(TITLES).index(line["key"])):
         parts += [f"## {TITLES[line['key']]}", _about(line), _asked(line), _static(line)]
         _plot(line, docs / f"frontier-{line['key']}.png")
         parts.append(f"![frontier](frontier-{line['key']}.png)")
@@ -209,10 +211,10 @@ def _about(line: dict[str, Any]) -> str:
     exits = ", ".join(f"`{e}` ({b})" for e, b in zip(line["exits"], line["branches"], strict=True))
     found = ""
     if line["candidates"]:
-        minutes = [line[f"{what}_seconds"] / 60 for what in ("search", "train")]
+        minutes = [round(line[f"{what}_seconds"] / 60) for what in ("search", "train")]
         found = (
-            f", found among {line['candidates']} candidates ({minutes[0]:.0f} min); {len(line['trained'])} branches "
-            f"trained for {line['epochs']} epochs ({minutes[1]:.0f} min, {line['threads']} threads, beside other work)"
+            f", found among {line['candidates']} candidates ({minutes[0]} min); {len(line['trained'])} branches "
+            f"trained for {line['epochs']} epochs ({minutes[1]} min, {line['threads']} thread(s), beside other work)"
         )
     accuracy, cost = line["best_case"]
     return (
