@@ -287,10 +287,10 @@ python -m benchmarks.frontier run && python -m benchmarks.frontier page
 ```
 
 The original is frozen and its receipt unchanged in all of them; every branch on the way is counted. Exits are found
-as `augment(exits="auto")` finds them, among small branches and shortcuts of one or two sizes at up to 12
-points, for a drop of 1 point; those of the ResNet-56 were placed by hand and trained for longer. Some unseen images choose the exits;
-of the others, one half chooses thresholds and the other is reported, over 10 random splits and both ways. *Go*: at
-the accuracy of that network, exits cost less. All of it is one seed."""
+as `augment(exits="auto")` finds them, among small branches and shortcuts of one or two sizes at up to 12 points, for
+a drop of 1 point; those of the ResNet-56 were placed by hand and trained for longer. Some unseen images choose the
+exits; of the others, one half chooses thresholds and the other is reported, over 10 random splits and both ways.
+*Go*: at the accuracy of that network, exits cost less. All of it is one seed."""
 
 
 def main() -> None:
