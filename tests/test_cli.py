@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import ee_surgery as ee
 from ee_surgery.cli import app
 
 runner = CliRunner()
@@ -50,6 +51,28 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
     assert "## Measured" in (tmp_path / "adapter" / "README.md").read_text()
     assert "interleaved rounds" in _run("bench", adapter, "--data", pictures, "--samples", "2", *weights)
     assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
+
+
+def test_exits_by_search_need_pictures_and_take_several_branches(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def search_exits(*_: object, **options: object) -> None:
+        given.update(options)
+        raise ee.ExitPointError("nothing pays")
+
+    monkeypatch.setattr("ee_surgery.pipeline.search_exits", search_exits)
+    pictures, out = str(files / "pictures"), str(tmp_path / "a")
+    arguments = ["augment", "test_resnet", "--out", out, "--exits", "auto", "--random-weights", "--train", pictures]
+    assert "give train= and calibrate=" in _run(*arguments, code=1)
+    found = _run(
+        *arguments, "--branch", "pool,mlp", "--unlabelled", "--calibrate", pictures, "--max-accuracy-drop", "0.05",
+        code=1,
+    )  # fmt: skip
+    assert "nothing pays" in found
+    assert given["branch"] == ["pool", "mlp"]
+    assert given["max_accuracy_drop"] == 0.05
 
 
 def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
