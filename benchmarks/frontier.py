@@ -39,7 +39,7 @@ REQUESTS: Requests = {f"{drop:g}": {"max_accuracy_drop": drop / 100} for drop in
 """By how many points of accuracy are given away."""
 DROP = 0.01
 """What the search places exits for."""
-SEARCHING = {"resnet20": 2_000, "vit4": 2_000, "mobilenetv2": 800}
+SEARCHING = {"resnet20": 2_000, "vit4": 2_000, "mobilenetv2": 200}
 """Unseen images that choose exits and are not reported."""
 
 
@@ -80,17 +80,17 @@ def _cifar(
     )
 
 
-def _resnet20(few: bool) -> Setup:
+def _resnet20() -> Setup:
     model = network(20).to(memory_format=torch.channels_last)
     return _cifar(model, ["auto", *shortcuts(0.18, 0.3)], others=(32,), epochs=12)
 
 
-def _vit4(few: bool) -> Setup:
+def _vit4() -> Setup:
     return _cifar(TASKS["vit4"](0, 1).model, ["auto", *shortcuts(0.01, 0.26)], epochs=8, lr=1e-3)
 
 
-def _mobilenetv2(few: bool) -> Setup:
-    task = TASKS["mobilenetv2"](0, 10**6 if not few else 1)
+def _mobilenetv2() -> Setup:
+    task = TASKS["mobilenetv2"](0, 1)
 
     def smaller(test: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
         sizes = (128, 112, 96)
@@ -102,28 +102,25 @@ def _mobilenetv2(few: bool) -> Setup:
     return Setup(task.model, task.sample, task.train, task.test, task.labels, ["auto"], config, smaller)
 
 
-SETUPS: dict[str, Callable[[bool], Setup]] = {"resnet20": _resnet20, "vit4": _vit4, "mobilenetv2": _mobilenetv2}
+SETUPS: dict[str, Callable[[], Setup]] = {"resnet20": _resnet20, "vit4": _vit4, "mobilenetv2": _mobilenetv2}
 
 
-def train(name: str, folder: Path, smoke: bool) -> tuple[ee.ExitRecords, dict[str, Any]]:
+def train(name: str, folder: Path) -> tuple[ee.ExitRecords, dict[str, Any]]:
     """Find exits, train their branches, and record the answers to the images that are left."""
-    setup = SETUPS[name](smoke)
-    held = SEARCHING[name] if not smoke else 100
+    setup = SETUPS[name]()
     batches = list(zip(setup.test.split(200), setup.labels.split(200), strict=True))
-    if smoke:
-        batches = batches[:2]
-    choosing, reported = batches[: held // 200 or 1], batches[held // 200 or 1 :]
-    config = setup.config if not smoke else ee.TrainConfig(max_steps=2, validation=0)
+    number = SEARCHING[name] // 200
+    choosing, reported = batches[:number], batches[number:]
+    config = setup.config
     started = time.perf_counter()
     graph = ee.inspect(setup.model, setup.sample)
-    drop = 0.9 if smoke else DROP
-    found = ee.search_exits(graph, setup.train, choosing, branch=setup.branches, config=config, max_accuracy_drop=drop)
+    found = ee.search_exits(graph, setup.train, choosing, branch=setup.branches, config=config, max_accuracy_drop=DROP)
     print(found, flush=True)
     searched = time.perf_counter()
     branched = ee.attach(graph, found.plan, found.branches)
     ee.train(branched, setup.train, config)
     trained = time.perf_counter()
-    pruned = ee.prune_exits(branched, ee.record(branched, choosing), drop)
+    pruned = ee.prune_exits(branched, ee.record(branched, choosing), DROP)
     records = ee.record(pruned, reported)
     if not pruned.receipt().unchanged:
         raise SystemExit(str(pruned.receipt()))
@@ -278,7 +275,7 @@ TITLES = {
     "vit4": "CIFAR-10, a 4-layer ViT (`cifar10_vit4_prenorm`)",
     "mobilenetv2": "Imagenette, MobileNetV2 (`mobilenetv2_100`) among its ten classes",
 }
-_PAGE = """# The frontier of four networks
+_PAGE = """# The frontier of pretrained networks
 
 ```bash
 python -m recipes.cifar10_shortcuts     # its records are what the ResNet-56 is reported from
@@ -300,7 +297,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--networks", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a few images and steps")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.verb == "page":
@@ -309,7 +305,7 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
         if name not in {line["key"] for line in read(options.results)}:
-            given = recorded() if name == "resnet56" else train(name, options.runs, options.smoke)
+            given = recorded() if name == "resnet56" else train(name, options.runs)
             records, about = given
             append(options.results, compare(name, records, about, 10))
 
