@@ -198,6 +198,9 @@ def page(lines: list[dict[str, Any]], docs: Path) -> str:
         parts += [f"## {TITLES[line['key']]}", _about(line), _asked(line), _static(line)]
         _plot(line, docs / f"frontier-{line['key']}.png")
         parts.append(f"![frontier](frontier-{line['key']}.png)")
+    missing = [title for key, title in TITLES.items() if key not in {line["key"] for line in lines}]
+    if missing:
+        parts.append(f"Not run yet: {'; '.join(missing)}.")
     parts.append(f"torch {lines[0]['torch']}, timm {lines[0]['timm']}, CPU, bfloat16 in training, seed 0.")
     return "\n\n".join(parts) + "\n"
 
