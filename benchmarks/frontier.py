@@ -11,11 +11,11 @@ ways. The ResNet-56 has the exits and the long training of recipes.cifar10_short
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,8 @@ def _cifar(
     test = (test.float() / 255 - mean) / std
     common: dict[str, Any] = {"lr": 3e-3, "weight_decay": 5e-3, "mixed_precision": "bf16", "validation": 0}
     settings = ee.TrainConfig(**{**common, **config})
-
-    def smaller(test: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
-        return {f"ResNet-{depth}": (network(depth), test) for depth in others}
-
-    return Setup(
-        model, torch.zeros(2, 3, 32, 32), Batches(*images, mean, std), test, labels, branches, settings, smaller
-    )
+    train, smaller = Batches(*images, mean, std), partial(_smaller, others)
+    return Setup(model, torch.zeros(2, 3, 32, 32), train, test, labels, branches, settings, smaller)
 
 
 def _resnet20() -> Setup:
@@ -125,21 +120,31 @@ def train(name: str, folder: Path) -> tuple[ee.ExitRecords, dict[str, Any]]:
     if not pruned.receipt().unchanged:
         raise SystemExit(str(pruned.receipt()))
     records.save(folder / f"{name}.safetensors")
-    about = {
+    unseen = torch.cat([images for images, _ in reported])
+    return records, {
         "candidates": len(found.candidates),
         "trained": found.plan.names,
         "branches": [f"{spec.name} {' '.join(map(str, spec.options.values()))}".strip() for spec in pruned.specs],
         "search_seconds": round(searched - started),
         "train_seconds": round(trained - searched),
         "epochs": config.epochs,
-        "static": {},
+        "static": _alone(setup.alternatives(unseen), records),
     }
-    unseen = setup.test[len(choosing) * 200 :][: len(records)]
-    for other, (model, inputs) in setup.alternatives(unseen).items():
-        cost = ee.inspect(model, inputs[:2]).macs / records.base_macs
-        about["static"][other] = [cost, right(model, inputs, records.labels).double().mean().item()]  # pyright: ignore
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=1))
-    return records, about
+
+
+def _alone(networks: dict[str, tuple[nn.Module, Tensor]], records: ee.ExitRecords) -> dict[str, list[float]]:
+    """MACs by the original's, and accuracy, of smaller networks on the images that were recorded."""
+    return {
+        name: [
+            ee.inspect(model, inputs[:2]).macs / records.base_macs,
+            right(model, inputs, records.target).double().mean().item(),
+        ]
+        for name, (model, inputs) in networks.items()
+    }
+
+
+def _smaller(depths: Sequence[int], test: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+    return {f"ResNet-{depth}": (network(depth), test) for depth in depths}
 
 
 def recorded() -> tuple[ee.ExitRecords, dict[str, Any]]:
@@ -148,20 +153,15 @@ def recorded() -> tuple[ee.ExitRecords, dict[str, Any]]:
     if not path.exists():
         raise SystemExit(f"No {path}: run python -m recipes.cifar10_shortcuts first.")
     records = ee.ExitRecords.load(path)
-    (test, truth), mean, std = pictures("test", None)
-    test = (test.float() / 255 - mean) / std
-    static = {}
-    for depth in (20, 32):
-        smaller = network(depth)
-        cost = ee.inspect(smaller, test[:2]).macs / records.base_macs
-        static[f"ResNet-{depth}"] = [cost, right(smaller, test, truth).double().mean().item()]
+    (test, _), mean, std = pictures("test", None)
+    static = _alone(_smaller((20, 32), (test.float() / 255 - mean) / std), records)
     branches = [f"shortcut {blocks}" for blocks in EXITS.values()]
     return records, {"candidates": 0, "trained": list(EXITS), "branches": branches, "static": static}
 
 
-def compare(name: str, records: ee.ExitRecords, about: dict[str, Any], pairs: int) -> dict[str, Any]:
+def compare(name: str, records: ee.ExitRecords, about: dict[str, Any]) -> dict[str, Any]:
     """Realised drops and costs on the halves that did not choose, and the mean curve."""
-    splits = both_ways(len(records), pairs)
+    splits = both_ways(len(records))
     rows = {}
     base = [records.take(reported).base_accuracy for _, reported in splits]
     for asked, (accuracy, cost, shares, _) in over_splits(records, splits, REQUESTS).items():
@@ -308,9 +308,8 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
         if name not in {line["key"] for line in read(options.results)}:
-            given = recorded() if name == "resnet56" else train(name, options.runs)
-            records, about = given
-            append(options.results, compare(name, records, about, 10))
+            records, about = recorded() if name == "resnet56" else train(name, options.runs)
+            append(options.results, compare(name, records, about))
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def network(depth: int) -> CifarResNet:
 
 
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Which of the images (N, 3, H, W) a network gets right, bool (N,)."""
     with torch.no_grad():
         return torch.cat([model(batch).argmax(-1) for batch in images.split(250)]) == labels
 

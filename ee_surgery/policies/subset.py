@@ -58,9 +58,9 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
         if costs(found) >= needed:
             break
         chosen, cost = found, costs(found)
-    for fewer in sorted((tuple(k for k in chosen if k != out) for out in chosen), key=costs)[:1]:
-        if costs(fewer) <= cost * (1 + _WORTH):
-            chosen, cost = fewer, costs(fewer)
+    fewer = min((tuple(k for k in chosen if k != out) for out in chosen), key=costs, default=chosen)
+    if costs(fewer) <= cost * (1 + _WORTH):
+        chosen = fewer
     return Subset(chosen, costs(chosen))
 
 
@@ -84,7 +84,7 @@ class Costs:
     """
 
     def __init__(self, records: ExitRecords, drop: float) -> None:
-        records = records if not records.chained else records.keep(range(len(records.exits)))
+        records = records.keep(range(len(records.exits)))  # refuses those that cannot be kept apart
         chances = ChanceOfBeingRight.fit(records, history=False).probabilities(records)
         self.search = ThresholdSearch(records, outcomes=chances)
         self.floor = float(chances[-1].mean()) - drop

@@ -145,33 +145,13 @@ def search_exits(
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
     probe_steps = probe_steps or short_training(config, train)
-    # as many epochs as these steps can need
-    short = replace(
-        config, epochs=probe_steps, max_steps=probe_steps, checkpoint_dir=None, validation=0.0, progress=False
-    )
-    accelerator = make_accelerator(config)
-    console = Console(quiet=not (config.progress and accelerator.is_main_process))
-    found: list[_Probe] = []
-    left_out: list[str] = []
-    for spec in specs:
-        fitting = _fitting(graph, tried, spec, found, left_out)
-        if not fitting:
-            continue
-        plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
-        branched = attach(graph, plan, [fitted for _, fitted in fitting], seed=seed)
-        console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
-        train_branches(branched, train, short, accelerator=accelerator)
-        records = record(branched, held_out, batch_size=config.batch_size, accelerator=accelerator)
-        if cost == "time":
-            records = _in_time(
-                records, branched, next(iter(batches(held_out, config.batch_size, accelerator.device)))[0]
-            )
-        found += [_Probe(point, fitted, records.keep([k])) for k, (point, fitted) in enumerate(fitting)]
+    found, left_out = _try(graph, tried, specs, train, held_out, config, probe_steps, cost, seed)
     if not found:
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    chosen, cost_there = Processes(accelerator).of_main(lambda: shortlist(records, max_accuracy_drop, most))
+    processes = Processes(make_accelerator(config))
+    chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most))
     if not chosen:
         raise ExitPointError(
             f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
@@ -223,6 +203,40 @@ class _Probe:
         return Candidate(self.point.name, self.branch, self.records.accuracies[0], cost, chosen)
 
 
+def _try(
+    graph: ModelGraph,
+    points: Sequence[ExitPoint],
+    specs: Sequence[BranchSpec],
+    train: Data,
+    held_out: Data,
+    config: TrainConfig,
+    steps: int,
+    cost: str,
+    seed: int,
+) -> tuple[list[_Probe], list[str]]:
+    """Every branch at every point after so many steps; and what could not be tried, with the reason."""
+    # as many epochs as these steps can need
+    short = replace(config, epochs=steps, max_steps=steps, checkpoint_dir=None, validation=0.0, progress=False)
+    accelerator = make_accelerator(config)
+    console = Console(quiet=not (config.progress and accelerator.is_main_process))
+    found: list[_Probe] = []
+    left_out: list[str] = []
+    for spec in specs:
+        fitting = _fitting(graph, points, spec, found, left_out)
+        if not fitting:
+            continue
+        plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
+        branched = attach(graph, plan, [fitted for _, fitted in fitting], seed=seed)
+        console.print(f"trying {spec.name} at {len(fitting)} points, {steps} steps", soft_wrap=True)
+        train_branches(branched, train, short, accelerator=accelerator)
+        records = record(branched, held_out, batch_size=config.batch_size, accelerator=accelerator)
+        if cost == "time":
+            inputs, _ = next(iter(batches(held_out, config.batch_size, accelerator.device)))
+            records = _in_time(records, branched, inputs)
+        found += [_Probe(point, fitted, records.keep([k])) for k, (point, fitted) in enumerate(fitting)]
+    return found, left_out
+
+
 def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
     """The candidates worth training, and what the cheapest of them cost together at the accepted drop.
 
@@ -240,8 +254,8 @@ def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], 
 
 def short_training(config: TrainConfig, train: Data) -> int:
     """A quarter of the training's steps, but at least 100 and at most 300 of them where it has as many."""
-    batches = loader(train, config.batch_size)
-    steps = config.epochs * len(batches) // config.accumulate if isinstance(batches, Sized) else None
+    given = loader(train, config.batch_size)
+    steps = config.epochs * len(given) // config.accumulate if isinstance(given, Sized) else None
     whole = min((length for length in (steps, config.max_steps) if length is not None), default=_STEPS[1] * _SHARE)
     return max(1, min(whole, max(_STEPS[0], min(_STEPS[1], whole // _SHARE))))
 
