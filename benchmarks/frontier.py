@@ -29,6 +29,7 @@ import ee_surgery as ee
 from benchmarks.methods import TASKS
 from benchmarks.methods_compare import GRID, LOW, append, read, realised
 from benchmarks.tables import table
+from ee_surgery.training.placing import TRIED
 from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
 from recipes.cifar10_shortcuts import EXITS, Batches
 
@@ -39,7 +40,7 @@ REQUESTS: Requests = {f"{drop:g}": {"max_accuracy_drop": drop / 100} for drop in
 """By how many points of accuracy are given away."""
 DROP = 0.01
 """What the search places exits for."""
-SEARCHING = {"resnet20": 2_000, "vit4": 2_000, "mobilenetv2": 200}
+SEARCHING = {"resnet56_searched": 2_000, "resnet20": 2_000, "vit4": 2_000, "mobilenetv2": 200}
 """Unseen images that choose exits and are not reported."""
 
 
@@ -57,14 +58,14 @@ class Setup:
     train: Any
     test: Tensor
     labels: Tensor
-    branches: list[str | ee.BranchSpec]
+    branches: Sequence[str | ee.BranchSpec]
     config: ee.TrainConfig
     alternatives: Callable[[Tensor], dict[str, tuple[nn.Module, Tensor]]]
     """Of the test images: smaller networks, and what each is given."""
 
 
 def _cifar(
-    model: nn.Module, branches: list[str | ee.BranchSpec], others: Sequence[int] = (20, 32), **config: Any
+    model: nn.Module, branches: Sequence[str | ee.BranchSpec], others: Sequence[int] = (20, 32), **config: Any
 ) -> Setup:
     images, mean, std = pictures("train", None)
     (test, labels), _, _ = pictures("test", None)
@@ -73,6 +74,12 @@ def _cifar(
     settings = ee.TrainConfig(**{**common, **config})
     train, smaller = Batches(*images, mean, std), partial(_smaller, others)
     return Setup(model, torch.zeros(2, 3, 32, 32), train, test, labels, branches, settings, smaller)
+
+
+def _resnet56() -> Setup:
+    """With the training of recipes.cifar10_shortcuts."""
+    model = network(56).to(memory_format=torch.channels_last)
+    return _cifar(model, TRIED, epochs=36, distill_from=0.7, cutmix=1.0)
 
 
 def _resnet20() -> Setup:
@@ -97,7 +104,12 @@ def _mobilenetv2() -> Setup:
     return Setup(task.model, task.sample, task.train, task.test, task.labels, ["auto"], config, smaller)
 
 
-SETUPS: dict[str, Callable[[], Setup]] = {"resnet20": _resnet20, "vit4": _vit4, "mobilenetv2": _mobilenetv2}
+SETUPS: dict[str, Callable[[], Setup]] = {
+    "resnet56_searched": _resnet56,
+    "resnet20": _resnet20,
+    "vit4": _vit4,
+    "mobilenetv2": _mobilenetv2,
+}
 
 
 def train(name: str, folder: Path) -> tuple[ee.ExitRecords, dict[str, Any]]:
@@ -273,7 +285,8 @@ def _plot(line: dict[str, Any], path: Path) -> None:
 
 
 TITLES = {
-    "resnet56": "CIFAR-10, ResNet-56",
+    "resnet56": "CIFAR-10, ResNet-56, exits by hand",
+    "resnet56_searched": "CIFAR-10, ResNet-56, exits by search",
     "resnet20": "CIFAR-10, ResNet-20",
     "vit4": "CIFAR-10, a 4-layer ViT (`cifar10_vit4_prenorm`)",
     "mobilenetv2": "Imagenette, MobileNetV2 (`mobilenetv2_100`) among its ten classes",

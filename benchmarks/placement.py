@@ -51,7 +51,8 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
         path = folder / f"{backbone}-{seed}-{name}.safetensors"
         if not path.exists():
             options: dict[str, Any] = {"points": every.names, "config": config, "probe_steps": taken, "seed": seed}
-            ee.search_exits(graph, task.train, held, **options, max_accuracy_drop=0.1).records.save(path)
+            found = ee.search_exits(graph, task.train, held, branch="auto", **options, max_accuracy_drop=0.1)
+            found.records.save(path)
     probes, full = (
         ee.ExitRecords.load(folder / f"{backbone}-{seed}-{name}.safetensors") for name in ("probes", "branches")
     )

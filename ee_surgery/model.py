@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ee_surgery.backbone import Output, eval_mode
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.bank import BranchBank
-from ee_surgery.branches.base import ExitLogits
+from ee_surgery.branches.base import ExitLogits, Prepared
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key
@@ -68,18 +68,18 @@ class EarlyExitModel(nn.Module):
         self._policy: ThresholdPolicy | None = None
         self._disabled = False
         self._before = graph.backbone.digests()
-        self._programs: OrderedDict[tuple[Hashable, ...], tuple[Program, list[int]]] = OrderedDict()
+        self._programs: OrderedDict[tuple[Hashable, ...], tuple[Program, list[Prepared]]] = OrderedDict()
         # The router of the inputs last seen, by their key: the hot path looks nothing else up.
         self._router: tuple[tuple[Hashable, ...], Router] | None = None
         weights = next(graph.backbone.model.parameters(), None)
         if weights is not None:
             self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
         sample = graph.backbone.sample
-        program, branch_macs = self._compile(graph, sample)
-        self._programs[key(sample, graph.backbone.batch_dims)] = program, branch_macs
+        program, prepared = self._compile(graph, sample)
+        self._programs[key(sample, graph.backbone.batch_dims)] = program, prepared
         self.trunk_macs = program.trunk_macs
         """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
-        self.branch_macs = tuple(branch_macs)
+        self.branch_macs = tuple(branch.macs for branch in prepared)
         """MACs of each branch, one sample of that size."""
         self.train(False)
 
@@ -271,10 +271,11 @@ class EarlyExitModel(nn.Module):
             return self._nobody(values[0].device)
         found = key(arguments, dims)
         if self._router is None or self._router[0] != found or self._disabled:
-            program, branch_macs = self._program(arguments, dims, found)
+            program, prepared = self._program(arguments, dims, found)
             policy = self.policy
             if policy is None:
                 return self._never(arguments, program)
+            branch_macs = [branch.macs for branch in prepared]
             self._router = found, Router(program, list(self.branches), policy, branch_macs, self.branches.head)
         return self._router[1](values, batch)
 
@@ -360,16 +361,18 @@ class EarlyExitModel(nn.Module):
 
     def _program(
         self, arguments: Arguments, dims: Mapping[str, int | None], found: tuple[Hashable, ...]
-    ) -> tuple[Program, list[int]]:
+    ) -> tuple[Program, list[Prepared]]:
         if found not in self._programs:
             sample = as_sample(arguments, dims)
             self._programs[found] = self._compile(read(self._backbone, sample), sample)
             if len(self._programs) > _PROGRAMS_KEPT:
-                self._programs.popitem(last=False)
+                dropped, _ = self._programs.popitem(last=False)
+                if self._router is not None and self._router[0] == dropped:
+                    self._router = None
         self._programs.move_to_end(found)
         return self._programs[found]
 
-    def _compile(self, graph: ModelGraph, sample: Arguments) -> tuple[Program, list[int]]:
+    def _compile(self, graph: ModelGraph, sample: Arguments) -> tuple[Program, list[Prepared]]:
         head = self.branches.head
         head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
         program = build_program(graph, self.exits, [branch.reads_all for branch in self.branches], head_macs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
+from accelerate import Accelerator
 from torch import nn
 
 from ee_surgery.attach import attach
@@ -28,8 +28,9 @@ from ee_surgery.share.hub import fetch
 from ee_surgery.share.processor import load_processor
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, halves
+from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
-from ee_surgery.training.placing import prune_exits, search_exits
+from ee_surgery.training.placing import TRIED, prune_exits, search_exits
 from ee_surgery.training.record import calibrate as calibrate_exits
 from ee_surgery.training.record import record
 
@@ -50,6 +51,7 @@ def augment(
     config: TrainConfig | None = None,
     max_accuracy_drop: float = 0.01,
     seed: int = 0,
+    accelerator: Accelerator | None = None,
 ) -> EarlyExitModel:
     """Give a pretrained model early exits: inspect -> place -> attach, and train and calibrate where data is given.
 
@@ -62,7 +64,7 @@ def augment(
             number and places by search, which needs `train=` and `calibrate=`; see below.
         placement: rule for a number of exits: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
         branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit; with `exits="auto"`,
-            one or several to choose among at each point.
+            one or several to choose among at each point, by default small ones and shortcuts; see `search_exits`.
         preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and policy, in place of the
             defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
         joint: train the original along, on a copy; needs `train=`; see `train`.
@@ -77,6 +79,7 @@ def augment(
         max_accuracy_drop: with `exits="auto"`: the accuracy drop that exits are to be cheapest at; any other can still
             be asked for later.
         seed: of the branches' first weights.
+        accelerator: your own, as for `train`: of several processes, each runs its part.
 
     With `exits="auto"`, branches at many points learn for a few steps (`search_exits`), those that are chosen are
     trained anew, and what then costs more than it saves is left out (`prune_exits`). Both look at one half of the
@@ -94,8 +97,8 @@ def augment(
             raise ConfigError(
                 'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'
             )
-        kinds = branch or ("auto" if method is None else method.branch)
-        return _by_search(graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed)
+        kinds = branch or (TRIED if method is None else method.branch)
+        return _by_search(graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed, accelerator)
     if isinstance(exits, ExitPlan):
         plan = exits
     elif method is not None and exits is None and placement is None:
@@ -107,9 +110,9 @@ def augment(
         branch = "auto" if method is None else method.branches(plan.points)
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
-        branched = train_branches(branched, train, config, joint=joint).model
+        branched = train_branches(branched, train, config, joint=joint, accelerator=accelerator).model
     if calibrate is not None:
-        calibrate_exits(branched, calibrate, policy=policy)
+        calibrate_exits(branched, calibrate, policy=policy, accelerator=accelerator)
     return branched
 
 
@@ -123,18 +126,21 @@ def _by_search(
     joint: bool,
     drop: float,
     seed: int,
+    accelerator: Accelerator | None,
 ) -> EarlyExitModel:
     """`augment(exits="auto")`: what chooses exits never chooses thresholds."""
     searching, thresholds = halves(held_out, config.batch_size)
-    found = search_exits(graph, train, searching, branch=kinds, config=config, seed=seed, max_accuracy_drop=drop)
+    processes: dict[str, Any] = {"accelerator": accelerator or make_accelerator(config)}
+    search: dict[str, Any] = {"branch": kinds, "config": config, "seed": seed, "max_accuracy_drop": drop}
+    found = search_exits(graph, train, searching, **search, **processes)
     branched = attach(graph, found.plan, found.branches, seed=seed)
-    branched = train_branches(branched, train, config, joint=joint).model
-    records = record(branched, searching, batch_size=config.batch_size)
+    branched = train_branches(branched, train, config, joint=joint, **processes).model
+    records = record(branched, searching, batch_size=config.batch_size, **processes)
     branched = prune_exits(branched, records, drop)
     left = [name for name in found.plan.names if name not in branched.exits]
     branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=config.batch_size)
-    if config.progress and PartialState().is_main_process:
+    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=config.batch_size, **processes)
+    if config.progress and processes["accelerator"].is_main_process:
         print(found)
         if left:
             print(f"left out after training, they cost more than they save: {', '.join(left)}")

@@ -67,6 +67,7 @@ class Recipe:
     data: Source = field(default_factory=Source)
     preset: str | None = None
     exits: int | str | list[str] | None = None
+    """`auto`: by search, for the accuracy drop under `operate`, or one point."""
     placement: str | None = None
     branch: str | ee.BranchSpec | list[str] | None = None
     joint: bool = False

@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where the file is run by i
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
-from ee_surgery.presets import PRESETS
 from ee_surgery.training.track import JsonLines
 from recipes import data
 from recipes.networks import CifarResNet
@@ -77,17 +76,8 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
     set_seed(recipe.train.seed)  # random weights, too, must be the same in all processes
     with accelerator.local_main_process_first():  # of several, one downloads
         model, sample = _model(recipe.model)
-    branched = ee.augment(
-        model,
-        recipe.exits,
-        recipe.placement,
-        recipe.branch,
-        preset=recipe.preset,
-        sample=sample,
-        seed=recipe.train.seed,
-    )
     varied, plain = _transforms(recipe.model, model, recipe.data.augment)
-    classes = branched.adapter_config().label_names
+    classes = Backbone(model, sample).label_names
     with accelerator.local_main_process_first():
         train_set = part(recipe.data, recipe.data.train, varied, classes)
         held_out, test = (
@@ -96,16 +86,28 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
             )
             for name in (recipe.data.calibrate, recipe.data.test)
         )
-
-    report = ee.train(branched, train_set, recipe.train, accelerator=accelerator, joint=recipe.joint)
-    branched = report.model
-    policy = PRESETS[recipe.preset].policy if recipe.preset else "search"
-    console.print(ee.calibrate(branched, held_out, policy=policy, accelerator=accelerator))
+    drop = recipe.operate.max_accuracy_drop
+    branched = ee.augment(
+        model,
+        recipe.exits,
+        recipe.placement,
+        recipe.branch,
+        preset=recipe.preset,
+        joint=recipe.joint,
+        sample=sample,
+        train=train_set,
+        calibrate=held_out,
+        config=recipe.train,
+        max_accuracy_drop=0.01 if drop is None else drop,
+        seed=recipe.train.seed,
+        accelerator=accelerator,
+    )
+    console.print(branched.frontier)
     asked = {name: value for name, value in asdict(recipe.operate).items() if value is not None}
     branched.operate(**asked)
     console.print(str(ee.evaluate(branched, test, accelerator=accelerator)), highlight=False)
     console.print(f"Original {branched.receipt()}.")
-    seconds = sum(epoch.seconds for epoch in report.epochs)
+    seconds = branched.provenance["training"]["seconds"]
     console.print(f"{seconds:.0f} s of training, {accelerator.num_processes} process(es), {accelerator.device.type}.")
     console.print(f"Saved in {branched.save_pretrained(out / 'adapter', **_about(recipe.data))}.")
     if recipe.push:

@@ -21,6 +21,8 @@ import ee_surgery as ee
 from ee_surgery.training import loop
 from ee_surgery.training.track import JsonLines
 from recipes import train
+from tests.test_exit_search import CONFIG as SEARCHED
+from tests.test_exit_search import learnt
 
 CONV, VECTOR = ee.BranchSpec("conv"), ee.BranchSpec("mlp", options={"norm": True})  # both with BatchNorm
 SURE, CHAINED = ee.BranchSpec("mlp", confidence=True), ee.BranchSpec("ztw")
@@ -143,12 +145,29 @@ def recorded(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def searched(accelerator: Accelerator) -> dict[str, Any]:
+    """Exits by search, trained, left out and calibrated."""
+    network, data = learnt()
+    found = ee.augment(
+        network, "auto", branch=["mlp", "pool"], sample=torch.randn(2, 3, 8, 8), train=data, max_accuracy_drop=0.02,
+        calibrate=DataLoader(blobs(301), 32), config=SEARCHED, accelerator=accelerator,
+    )  # fmt: skip
+    assert found.frontier is not None
+    return {
+        "exits": found.exits,
+        "placement": found.provenance["placement"],
+        "weights": found.branches.state_dict(),
+        "frontier": [(point.thresholds, point.accuracy, point.macs_fraction) for point in found.frontier],
+    }
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """All of it, in this process together with the others."""
     accelerator = Accelerator(log_with=[JsonLines(folder / "log.jsonl")])
     results: dict[str, Any] = dict(trainings(accelerator))
     results["uninterrupted"] = resumed(folder / "whole", accelerator)
     results["recorded"] = recorded(accelerator)
+    results["searched"] = searched(accelerator)
     return results
 
 

@@ -121,6 +121,21 @@ def test_thirteen_samples_are_thirteen(one: dict[str, Any], two: list[dict[str, 
             assert found[1:] == wanted[1:]
 
 
+def test_a_search_finds_the_same_exits_in_every_process(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    wanted = one["searched"]
+    assert len(wanted["placement"]["candidates"]) >= 4
+    for results in two:
+        found = results["searched"]
+        assert found["exits"] == wanted["exits"]
+        for a, b in zip(found["placement"]["candidates"], wanted["placement"]["candidates"], strict=True):
+            assert {**a, "accuracy": None} == {**b, "accuracy": None}
+            assert a["accuracy"] == pytest.approx(b["accuracy"], abs=0.05)  # one of 20 samples
+        assert differ(found["weights"], wanted["weights"]) < 1e-4
+        assert len(found["frontier"]) == len(wanted["frontier"])
+    assert two[0]["searched"]["frontier"] == two[1]["searched"]["frontier"]
+    assert differ(two[0]["searched"]["weights"], two[1]["searched"]["weights"]) == 0
+
+
 def test_training_resumes_on_another_number_of_processes(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     wanted = one["uninterrupted"]
     from_two = runs.resumed(two[0]["folder"] / "stopped", Accelerator())

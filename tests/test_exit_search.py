@@ -18,6 +18,7 @@ from ee_surgery.policies.subset import Costs
 from ee_surgery.training.data import halves
 from ee_surgery.training.placing import short_training
 from tests.test_training import blobs, small
+from tests.zoo import BY_NAME
 
 CLASSES = 10
 
@@ -119,7 +120,7 @@ def learnt(n: int = 512) -> tuple[nn.Module, TensorDataset]:
     torch.manual_seed(0)
     data = blobs(n)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.ReLU(),
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -154,6 +155,18 @@ def test_augment_finds_places_trains_prunes_and_calibrates(tmp_path: Path) -> No
     again = ee.from_pretrained(tmp_path, model)
     assert again.provenance["placement"] == tried
     assert torch.equal(again(held.tensors[0]), found(held.tensors[0]))
+
+
+def test_where_nobody_says_shortcuts_are_tried_too() -> None:
+    torch.manual_seed(0)
+    model = BY_NAME["cifar-resnet20"].make().eval()  # untrained, it says nearly the same to all
+    pictures = list(torch.randn(64, 3, 32, 32).split(16))
+    config = replace(CONFIG, teach="original", distill=0.0)
+    options = {"sample": torch.randn(2, 3, 32, 32), "config": config, "points": 4, "probe_steps": 20}
+    found = ee.search_exits(model, pictures, pictures, max_accuracy_drop=0.05, **options)
+    tried = {(candidate.branch.name, candidate.branch.options.get("blocks")) for candidate in found.candidates}
+    assert {("shortcut", ""), ("shortcut", "layer3")} <= tried
+    assert "strided" in {name for name, _ in tried}
 
 
 def test_searching_needs_data_and_says_when_nothing_pays() -> None:

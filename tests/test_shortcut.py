@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import ee_surgery as ee
+from ee_surgery.branches.shortcut import ShortcutBranch
 from ee_surgery.graph.shortcut import TAIL, named, pieces, within
 from tests.zoo import BY_NAME, TEXTS, ZOO, Entry
 
@@ -135,6 +137,28 @@ def test_other_sizes_are_cut_anew_on_the_same_weights() -> None:
 
 
 # --- its weights
+
+
+def test_code_for_sizes_long_gone_is_gone_too() -> None:
+    branched = fresh()
+    branch = branched.branches[0]
+    assert isinstance(branch, ShortcutBranch)
+    branched.operate(thresholds=[0.0])
+    given = {size: torch.randn(2, 3, size, size) for size in range(16, 48, 2)}
+    answers = {size: branched.all_exits(x)[0] for size, x in given.items()}
+    assert 1 < len(branch._ways) <= len(branched._programs) < len(given)
+    for size, x in given.items():  # those that are gone are written anew
+        assert torch.equal(branched(x), answers[size])
+    small = given[16]
+    branched(small)  # routed: the last one it knows
+    for size in list(given)[1:]:
+        branched.all_exits(given[size])
+    assert torch.equal(branched(small), answers[16])
+    other = branched.with_exits(branched.exits)  # with the same branch
+    other(small)
+    del other
+    gc.collect()
+    assert torch.equal(branched(small), answers[16])
 
 
 def test_training_moves_the_copies_and_their_statistics_alone() -> None:

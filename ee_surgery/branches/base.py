@@ -32,6 +32,15 @@ class ExitLogits(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a branch needs for inputs of one size, dtype and device; its model keeps it as long as it knows such."""
+
+    macs: int
+    """Of one sample."""
+    code: object = None
+
+
+@dataclass(frozen=True)
 class BranchSpec:
     """A branch to build: plain data, so that it can be saved and built again.
 
@@ -95,9 +104,9 @@ class Branch(nn.Module, ABC):
         """MACs for the features of one sample, shape without the batch."""
         return module_macs(self, shape)
 
-    def prepare(self, graph: ModelGraph, point: ExitPoint) -> int:
-        """Get ready for inputs of the size, dtype and device that `graph` was read for; MACs of one sample."""
-        return self.macs(point.shape)
+    def prepare(self, graph: ModelGraph, point: ExitPoint) -> Prepared:
+        """Get ready for inputs of the size, dtype and device that `graph` was read for."""
+        return Prepared(self.macs(point.shape))
 
     def chosen(self) -> Mapping[str, Option]:
         """Options that build this very branch again, where it made up its mind by itself."""

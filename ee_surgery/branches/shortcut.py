@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option
+from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, Prepared
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.graph.shortcut import Key, Shortcut, key, named, pieces, within, write_shortcut
@@ -69,20 +71,16 @@ class ShortcutBranch(Branch):
         )
         for name in write_shortcut(graph, point, kept).learned:
             _put(self.weights, name, tables[name])
-        self._ready: dict[Key, tuple[Stage, ...]] = {}
+        self._ways: WeakValueDictionary[Key, _Way] = WeakValueDictionary()
 
-    def prepare(self, graph: ModelGraph, point: ExitPoint) -> int:
-        """Get ready for inputs as this graph was read for.
-
-        Returns:
-            MACs of one sample.
-        """
+    def prepare(self, graph: ModelGraph, point: ExitPoint) -> Prepared:
+        """Write the way out for inputs as this graph was read for."""
         found: Shortcut = write_shortcut(graph, point, named(pieces(graph, point), self.blocks))
         learned = set(found.learned)
-        self._ready[found.key] = tuple(
+        stages = [
             Stage(code, lambda name: self.weights if name in learned else graph.backbone.model) for code in found.codes
-        )
-        return found.macs
+        ]
+        return Prepared(found.macs, self._ways.setdefault(found.key, _Way(stages)))
 
     def chosen(self) -> Mapping[str, Option]:
         """The blocks it keeps."""
@@ -102,19 +100,31 @@ class ShortcutBranch(Branch):
             live = stage(*live)
         return live[0]
 
-    def _stages(self, live: tuple[Tensor, ...]) -> tuple[Stage, ...]:
-        if len(self._ready) == 1:  # nothing else was ever seen
-            return next(iter(self._ready.values()))
-        for stages in self._ready.values():
-            if (found := self._ready.get(key(live, stages[0].axes))) is not None:
-                return found
+    def _stages(self, live: tuple[Tensor, ...]) -> Sequence[Stage]:
+        ways = list(self._ways.values())
+        if len(ways) == 1:  # for one size of inputs only
+            return ways[0].stages
+        for way in ways:
+            if (found := self._ways.get(key(live, way.stages[0].axes))) is not None:
+                return found.stages
         raise BranchError(
             f"A shortcut runs only behind its original, but is not ready for {[tuple(t.shape) for t in live]}."
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # Stages are functions over these very tables: a copy is prepared anew.
-        return {**self.__dict__, "_ready": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_ways"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._ways = WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """The code for inputs of one size; kept by the models that run such inputs, and gone with the last of them."""
+
+    stages: Sequence[Stage]
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ from ee_surgery.training.record import record
 
 POINTS = 12
 """How many exit points are tried where nobody says."""
+TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.12, 0.24)))
+"""The branches that are tried at each of them where nobody says."""
 _STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody says
 _SHARE = 4  # of the training's steps, a probe takes one in so many
 _WIDER = (4, 16)  # times the accepted drop
@@ -97,7 +100,7 @@ def search_exits(
     train: Data,
     held_out: Data,
     *,
-    branch: str | BranchSpec | Sequence[str | BranchSpec] = "auto",
+    branch: str | BranchSpec | Sequence[str | BranchSpec] = TRIED,
     points: int | Sequence[str] = POINTS,
     max_accuracy_drop: float = 0.01,
     most: int = 6,
@@ -106,6 +109,7 @@ def search_exits(
     probe_steps: int | None = None,
     sample: Sample | None = None,
     seed: int = 0,
+    accelerator: Accelerator | None = None,
 ) -> ExitSearch:
     """Find the exits that are worth training, by what short trainings say: their number, positions and sizes.
 
@@ -119,7 +123,8 @@ def search_exits(
         model: the model, or the graph that `inspect` gave.
         train: what the branches will be trained on.
         held_out: data that neither trained anything nor will be used to choose thresholds; a few thousand samples.
-        branch: a branch, or several to choose among at each point: kinds, or sizes of one.
+        branch: a branch, or several to choose among at each point: kinds, or sizes of one. By default small ones that
+            fit the features (`auto`) and shortcuts of two sizes, where there are any.
         points: how many of the blocks to try, evenly spread over the cost, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: how many exits at most at one drop.
@@ -129,6 +134,7 @@ def search_exits(
         probe_steps: how long; by default a quarter of that training, but 100 to 300 steps where it has as many.
         sample: see `inspect`.
         seed: of the branches' first weights.
+        accelerator: as for `train`; of several processes, all find the same.
     Raises:
         ExitPointError: no candidate saves anything at that drop.
         BranchError: no branch can be built anywhere.
@@ -145,12 +151,14 @@ def search_exits(
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
     probe_steps = probe_steps or short_training(config, train)
-    found, left_out = _try(graph, tried, specs, train, held_out, config, probe_steps, cost, seed)
+    precision = config.mixed_precision if accelerator is None else accelerator.mixed_precision
+    accelerator = make_accelerator(replace(config, mixed_precision=precision))  # whose trackers hear of no probe
+    found, left_out = _try(graph, tried, specs, train, held_out, config, probe_steps, cost, seed, accelerator)
     if not found:
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    processes = Processes(make_accelerator(config))
+    processes = Processes(accelerator)  # times differ between them, records do not
     chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most))
     if not chosen:
         raise ExitPointError(
@@ -213,11 +221,11 @@ def _try(
     steps: int,
     cost: str,
     seed: int,
+    accelerator: Accelerator,
 ) -> tuple[list[_Probe], list[str]]:
     """Every branch at every point after so many steps; and what could not be tried, with the reason."""
     # as many epochs as these steps can need
     short = replace(config, epochs=steps, max_steps=steps, checkpoint_dir=None, validation=0.0, progress=False)
-    accelerator = make_accelerator(config)
     console = Console(quiet=not (config.progress and accelerator.is_main_process))
     found: list[_Probe] = []
     left_out: list[str] = []
@@ -279,7 +287,7 @@ def _fitting(
         except BranchError as error:
             left_out.append(f"{spec.name} at {point.name}: {error}")
             continue
-        cost = (point.macs + branch.prepare(graph, point)) / graph.macs
+        cost = (point.macs + branch.prepare(graph, point).macs) / graph.macs
         if branch.chained:
             raise ConfigError(f"Branch {spec.name!r} reads those before it: it cannot be tried without them.")
         if cost >= 1:
