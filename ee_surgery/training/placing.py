@@ -151,9 +151,18 @@ def search_exits(
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
     probe_steps = probe_steps or short_training(config, train)
+    # as many epochs as these steps can need
+    steps = {"epochs": probe_steps, "max_steps": probe_steps}
+    short = replace(config, **steps, checkpoint_dir=None, validation=0.0, progress=False)
     precision = config.mixed_precision if accelerator is None else accelerator.mixed_precision
     accelerator = make_accelerator(replace(config, mixed_precision=precision))  # whose trackers hear of no probe
-    found, left_out = _try(graph, tried, specs, train, held_out, config, probe_steps, cost, seed, accelerator)
+    console = Console(quiet=not (config.progress and accelerator.is_main_process))
+    found: list[_Probe] = []
+    left_out: list[str] = []
+    for spec in specs:
+        if fitting := _fitting(graph, tried, spec, found, left_out):
+            console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
+            found += _try(graph, fitting, train, held_out, short, cost, seed, accelerator)
     if not found:
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
@@ -213,36 +222,23 @@ class _Probe:
 
 def _try(
     graph: ModelGraph,
-    points: Sequence[ExitPoint],
-    specs: Sequence[BranchSpec],
+    fitting: Sequence[tuple[ExitPoint, BranchSpec]],
     train: Data,
     held_out: Data,
-    config: TrainConfig,
-    steps: int,
+    short: TrainConfig,
     cost: str,
     seed: int,
     accelerator: Accelerator,
-) -> tuple[list[_Probe], list[str]]:
-    """Every branch at every point after so many steps; and what could not be tried, with the reason."""
-    # as many epochs as these steps can need
-    short = replace(config, epochs=steps, max_steps=steps, checkpoint_dir=None, validation=0.0, progress=False)
-    console = Console(quiet=not (config.progress and accelerator.is_main_process))
-    found: list[_Probe] = []
-    left_out: list[str] = []
-    for spec in specs:
-        fitting = _fitting(graph, points, spec, found, left_out)
-        if not fitting:
-            continue
-        plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
-        branched = attach(graph, plan, [fitted for _, fitted in fitting], seed=seed)
-        console.print(f"trying {spec.name} at {len(fitting)} points, {steps} steps", soft_wrap=True)
-        train_branches(branched, train, short, accelerator=accelerator)
-        records = record(branched, held_out, batch_size=config.batch_size, accelerator=accelerator)
-        if cost == "time":
-            inputs, _ = next(iter(batches(held_out, config.batch_size, accelerator.device)))
-            records = _in_time(records, branched, inputs)
-        found += [_Probe(point, fitted, records.keep([k])) for k, (point, fitted) in enumerate(fitting)]
-    return found, left_out
+) -> list[_Probe]:
+    """These branches after a short training, side by side."""
+    plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
+    branched = attach(graph, plan, [spec for _, spec in fitting], seed=seed)
+    train_branches(branched, train, short, accelerator=accelerator)
+    records = record(branched, held_out, batch_size=short.batch_size, accelerator=accelerator)
+    if cost == "time":
+        inputs, _ = next(iter(batches(held_out, short.batch_size, accelerator.device)))
+        records = _in_time(records, branched, inputs)
+    return [_Probe(point, spec, records.keep([k])) for k, (point, spec) in enumerate(fitting)]
 
 
 def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
