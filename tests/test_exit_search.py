@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ee_surgery as ee
 from ee_surgery.policies.subset import Costs
 from ee_surgery.training.data import halves
-from ee_surgery.training.placing import short_training
+from ee_surgery.training.placing import _Fitting, _groups, short_training
 from tests.test_training import blobs, small
 from tests.zoo import BY_NAME
 
@@ -185,6 +185,17 @@ def test_searching_needs_data_and_says_when_nothing_pays() -> None:
         ee.search_exits(model, data, data, cost="watts", **search)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ee.ConfigError, match="cannot be tried without"):
         ee.search_exits(model, data, data, branch="ztw", **search)
+
+
+def test_what_learns_side_by_side_costs_no_more_than_the_original() -> None:
+    graph = ee.inspect(learnt()[0], torch.randn(2, 3, 8, 8))
+    point, spec = graph["1"], ee.BranchSpec("pool")
+    shares = [0.4, 0.5, 0.3, 0.9, 0.05, 0.05, 0.1]
+    tried = [_Fitting(point, spec, int(share * graph.macs)) for share in shares]
+    groups = _groups(graph, tried)
+    assert [len(group) for group in groups] == [2, 1, 3, 1]
+    assert [each for group in groups for each in group] == tried
+    assert _groups(graph, []) == []
 
 
 @pytest.mark.parametrize(

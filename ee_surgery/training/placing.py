@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -113,7 +113,8 @@ def search_exits(
 ) -> ExitSearch:
     """Find the exits that are worth training, by what short trainings say: their number, positions and sizes.
 
-    Every branch is tried at every point: all of one kind learn side by side from the same features, for a few steps.
+    Every branch is tried at every point: those of one kind learn side by side from the same features, for a few
+    steps, as many at once as together cost no more than the original.
     Of the answers to held-out data those exits are chosen which cost least at the accepted drop, every branch on the
     way counted (`cheapest_exits`); and those that would be if 4 or 16 times as much were accepted, since probes are
     worse than what they will become. Train them all, then let `prune_exits` leave out what does not pay. What learns
@@ -160,7 +161,7 @@ def search_exits(
     found: list[_Probe] = []
     left_out: list[str] = []
     for spec in specs:
-        if fitting := _fitting(graph, tried, spec, found, left_out):
+        for fitting in _groups(graph, _fitting(graph, tried, spec, found, left_out)):
             console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
             found += _try(graph, fitting, train, held_out, short, cost, seed, accelerator)
     if not found:
@@ -208,6 +209,14 @@ def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_dro
     return branched if kept == branched.exits else branched.with_exits(kept)
 
 
+class _Fitting(NamedTuple):
+    """A branch to try."""
+
+    point: ExitPoint
+    branch: BranchSpec
+    macs: int
+
+
 @dataclass(frozen=True)
 class _Probe:
     point: ExitPoint
@@ -222,7 +231,7 @@ class _Probe:
 
 def _try(
     graph: ModelGraph,
-    fitting: Sequence[tuple[ExitPoint, BranchSpec]],
+    fitting: Sequence[_Fitting],
     train: Data,
     held_out: Data,
     short: TrainConfig,
@@ -231,14 +240,14 @@ def _try(
     accelerator: Accelerator,
 ) -> list[_Probe]:
     """These branches after a short training, side by side."""
-    plan = ExitPlan(graph.backbone.model_id, "search", tuple(point for point, _ in fitting))
-    branched = attach(graph, plan, [spec for _, spec in fitting], seed=seed)
+    plan = ExitPlan(graph.backbone.model_id, "search", tuple(each.point for each in fitting))
+    branched = attach(graph, plan, [each.branch for each in fitting], seed=seed)
     train_branches(branched, train, short, accelerator=accelerator)
     records = record(branched, held_out, batch_size=short.batch_size, accelerator=accelerator)
     if cost == "time":
         inputs, _ = next(iter(batches(held_out, short.batch_size, accelerator.device)))
         records = _in_time(records, branched, inputs)
-    return [_Probe(point, spec, records.keep([k])) for k, (point, spec) in enumerate(fitting)]
+    return [_Probe(each.point, each.branch, records.keep([k])) for k, each in enumerate(fitting)]
 
 
 def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
@@ -274,7 +283,7 @@ def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
 
 def _fitting(
     graph: ModelGraph, points: Sequence[ExitPoint], spec: BranchSpec, known: Sequence[_Probe], left_out: list[str]
-) -> list[tuple[ExitPoint, BranchSpec]]:
+) -> list[_Fitting]:
     """Where a branch can be built, saves something and is not there yet, every choice of its own made."""
     found = []
     for point in points:
@@ -283,14 +292,28 @@ def _fitting(
         except BranchError as error:
             left_out.append(f"{spec.name} at {point.name}: {error}")
             continue
-        cost = (point.macs + branch.prepare(graph, point).macs) / graph.macs
+        macs = branch.prepare(graph, point).macs
+        cost = (point.macs + macs) / graph.macs
         if branch.chained:
             raise ConfigError(f"Branch {spec.name!r} reads those before it: it cannot be tried without them.")
         if cost >= 1:
             left_out.append(f"{spec.name} at {point.name}: leaving there costs {cost:.1%} of the MACs")
         elif all((point.name, fitted) != (probe.point.name, probe.branch) for probe in known):
-            found.append((point, fitted))
+            found.append(_Fitting(point, fitted, macs))
     return found
+
+
+def _groups(graph: ModelGraph, fitting: Sequence[_Fitting]) -> list[list[_Fitting]]:
+    """Who learns side by side: as many as cost no more than the original, whose own training takes as much memory."""
+    groups: list[list[_Fitting]] = []
+    left = 0
+    for each in fitting:
+        if not groups or each.macs > left:
+            groups.append([])
+            left = graph.macs
+        groups[-1].append(each)
+        left -= each.macs
+    return groups
 
 
 def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> ExitRecords:
@@ -311,11 +334,13 @@ def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> 
 def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
     """As one model with all of these exits would have answered."""
     first = records[0]
-    trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}  # timed anew for every kind of branch
+    # where it is time, it was taken anew for every group
+    trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}
+    rising = accumulate([*(trunk[each.exits[0]] for each in records), first.base_macs], max)
     return ExitRecords(
         exits=tuple(name for each in records for name in each.exits),
         logits=torch.stack([*(each.logits[0] for each in records), first.logits[-1]]),
-        trunk_macs=(*(trunk[each.exits[0]] for each in records), first.base_macs),
+        trunk_macs=tuple(rising),
         branch_macs=tuple(each.branch_macs[0] for each in records),
         labels=first.labels,
     )
