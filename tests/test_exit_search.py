@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ee_surgery as ee
 from ee_surgery.policies.subset import Costs
 from ee_surgery.training.data import halves
-from ee_surgery.training.placing import _Fitting, _groups, short_training
+from ee_surgery.training.placing import _Fitting, _groups, _spread, short_training
 from tests.test_training import blobs, small
 from tests.zoo import BY_NAME
 
@@ -185,6 +185,19 @@ def test_searching_needs_data_and_says_when_nothing_pays() -> None:
         ee.search_exits(model, data, data, cost="watts", **search)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ee.ConfigError, match="cannot be tried without"):
         ee.search_exits(model, data, data, branch="ztw", **search)
+
+
+def test_points_to_try_are_closer_together_the_earlier_they_are() -> None:
+    torch.manual_seed(0)
+    graph = ee.inspect(BY_NAME["cifar-resnet20"].make().eval(), torch.randn(2, 3, 32, 32))
+    every = [point.name for point in ee.place(graph, "all").points]
+    for count in (1, 4, len(every), 99):
+        found = _spread(graph, count)
+        assert [point.name for point in found] == [name for name in every if name in {p.name for p in found}]
+        assert len(found) == min(count, len(every))
+    costs = [0.0, *(point.macs_fraction for point in _spread(graph, 4)), 1.0]
+    gaps = [b - a for a, b in itertools.pairwise(costs)]
+    assert gaps[0] < gaps[2] < gaps[-1]
 
 
 def test_what_learns_side_by_side_costs_no_more_than_the_original() -> None:

@@ -126,7 +126,7 @@ def search_exits(
         held_out: data that neither trained anything nor will be used to choose thresholds; a few thousand samples.
         branch: a branch, or several to choose among at each point: kinds, or sizes of one. By default small ones that
             fit the features (`auto`) and shortcuts of two sizes, where there are any.
-        points: how many of the blocks to try, evenly spread over the cost, or names of exit points.
+        points: how many of the blocks to try, closer together the earlier they are, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: how many exits at most at one drop.
         cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
@@ -274,9 +274,9 @@ def short_training(config: TrainConfig, train: Data) -> int:
 
 
 def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
-    """So many of the blocks, evenly spread over the cost; all of them where there are no more."""
+    """So many of the blocks, closer together the earlier, where most samples leave; all where there are no more."""
     rest = list(place(graph, "all").points)
-    targets = [(i + 1) / (count + 1) for i in range(count)] if count < len(rest) else []
+    targets = [((i + 1) / (count + 1)) ** 2 for i in range(count)] if count < len(rest) else []
     found = [rest.pop(min(range(len(rest)), key=lambda k: abs(rest[k].macs_fraction - t))) for t in targets]
     return sorted(found, key=lambda point: point.index) if targets else rest
 
