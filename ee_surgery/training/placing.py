@@ -33,7 +33,7 @@ from ee_surgery.training.record import record
 
 POINTS = 12
 """How many exit points are tried where nobody says."""
-TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.12, 0.24)))
+TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.15, 0.25)))
 """The branches that are tried at each of them where nobody says."""
 _STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody says
 _SHARE = 4  # of the training's steps, a probe takes one in so many
