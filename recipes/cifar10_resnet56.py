@@ -74,12 +74,13 @@ def main() -> None:
     options = arguments(__doc__, Path("runs/cifar10_resnet56"), epochs=10)
     original = network(56)
     images, mean, std = pictures("train", options.few)
-    branched = ee.augment(original, 6, "linear", sample=torch.zeros(1, 3, 32, 32))
+    branched = ee.augment(original, 6, "linear", sample=torch.zeros(1, 3, 32, 32), seed=options.seed)
     config = ee.TrainConfig(
         epochs=options.epochs,
         lr=3e-3,
         weight_decay=5e-3,
         validation=0,
+        seed=options.seed,
         checkpoint_dir=str(options.out / "training"),
     )
     trained = ee.train(branched, Varied(*images, mean, std), config)
@@ -91,6 +92,7 @@ def arguments(about: str | None, out: Path, epochs: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="to train; speed is measured with one")
     parser.add_argument("--smoke", action="store_true", help="a few images, one epoch")
     options = parser.parse_args()
@@ -150,7 +152,8 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     console.print(f"Exits at {', '.join(branched.exits)}, 10 splits of {len(test)} test images in halves, both ways.")
     console.print(f"Each exit alone on the whole test set: {alone}; the branches cost {costs} of the original.")
     minutes = sum(epoch.seconds for epoch in trained.epochs) / 60
-    console.print(f"Training: seed 0, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s).")
+    told = f"seed {options.seed}, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s)"
+    console.print(f"Training: {told}.")
     console.print(f"Speed on split 0: {environment(test.device)}.")
     console.print(f"Of the saving in MACs on the timed images, {min(kept):.1%} or more is saved in time.")
     branched.frontier = frontier

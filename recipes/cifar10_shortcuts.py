@@ -66,7 +66,7 @@ def main() -> None:
     images, mean, std = pictures("train", options.few)
     original = network(56).to(memory_format=torch.channels_last)
     branches = [ee.BranchSpec("shortcut", options={"blocks": blocks}) for blocks in EXITS.values()]
-    branched = ee.augment(original, list(EXITS), branch=branches, sample=torch.zeros(2, 3, 32, 32))
+    branched = ee.augment(original, list(EXITS), branch=branches, sample=torch.zeros(2, 3, 32, 32), seed=options.seed)
     config = ee.TrainConfig(
         epochs=options.epochs,
         lr=3e-3,
@@ -75,6 +75,7 @@ def main() -> None:
         cutmix=1.0,
         mixed_precision="bf16",
         validation=0,
+        seed=options.seed,
         checkpoint_dir=str(options.out / "training"),
     )
     trained = ee.train(branched, Batches(*images, mean, std), config)
