@@ -133,7 +133,8 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
         unseen = test[splits[0][1]]
         one = measure(branched, unseen[:192], batch_size=1, rounds=rounds)
         many = measure(branched, unseen[:640], batch_size=64, rounds=rounds)
-        kept += [(1 - timed.latency_ratio) / (1 - timed.macs_fraction) for timed in (one, many)]
+        saving = [timed for timed in (one, many) if timed.macs_fraction < 1]
+        kept += [(1 - timed.latency_ratio) / (1 - timed.macs_fraction) for timed in saving]
         speed = f"{one.latency_ratio:.3f}", f"{1 / many.latency_ratio:.3f}"
         shown = " ".join(f"{statistics.mean(column):.0%}" for column in zip(*shares, strict=True))
         lucky = f"{100 * statistics.mean(luck):.2f}"
@@ -155,7 +156,8 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     told = f"seed {options.seed}, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s)"
     console.print(f"Training: {told}.")
     console.print(f"Speed on split 0: {environment(test.device)}.")
-    console.print(f"Of the saving in MACs on the timed images, {min(kept):.1%} or more is saved in time.")
+    if kept:
+        console.print(f"Of the saving in MACs on the timed images, {min(kept):.1%} or more is saved in time.")
     branched.frontier = frontier
     branched.operate(max_accuracy_drop=0.01)
     branched.save_pretrained(options.out / "adapter")
