@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ee_surgery as ee
+from ee_surgery.policies.outlook import ChanceOfBeingRight, in_hindsight
 from ee_surgery.policies.subset import Costs
 from ee_surgery.training.data import halves
 from ee_surgery.training.placing import _Fitting, _groups, _spread, short_training
@@ -75,6 +76,43 @@ def test_of_several_branches_at_one_place_one_is_taken_and_useless_ones_never() 
     assert len(ee.cheapest_exits(records, 0.05, most=1).exits) == 1
     with pytest.raises(ee.ConfigError, match=r"in \[0, 1\]"):
         ee.cheapest_exits(records, 1.5)
+
+
+def overconfident(n: int, seed: int) -> ee.ExitRecords:
+    """Two exits that are wrong on the same quarter of the samples; the first one knows it, the second does not."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, odd = torch.randint(CLASSES, (n,), generator=generator), torch.rand(n, generator=generator) < 0.25
+    sure, noise = torch.rand(n, 1, generator=generator), torch.randn(3, n, CLASSES, generator=generator)
+    right = nn.functional.one_hot(labels, CLASSES)
+    wrong = nn.functional.one_hot((labels + 1) % CLASSES, CLASSES)
+    odd = odd[:, None]
+    logits = noise + torch.stack(
+        [right * (2 + 6 * sure) * ~odd, torch.where(odd, wrong, right) * (4 + 2 * sure), 7 * right]
+    )
+    return ee.ExitRecords(("knows", "does not"), logits, (30, 50, 100), (3, 3), labels)
+
+
+@pytest.mark.parametrize("drop", [0.05, 0.1])
+def test_what_is_left_behind_a_good_exit_is_harder_than_the_next_one_thinks(drop: float) -> None:
+    records = overconfident(3000, 1)
+    found = ee.cheapest_exits(records, drop)
+    assert found.exits == (0,)
+    policy = ee.Frontier.search(records.keep(found.exits)).at(max_accuracy_drop=drop).policy
+    new = overconfident(6000, 2).keep(found.exits).replay(policy)
+    assert new.macs.double().mean().item() / 100 == pytest.approx(found.cost, abs=0.02)
+
+
+def test_in_hindsight_chances_are_honest_and_sure() -> None:
+    records = answers(3, [0.5, 0.8, 1.3], [30, 60], n=4000)
+    p = torch.tensor(in_hindsight(records))
+    assert p.shape == (3, 4000)
+    for chance, correct in zip(p, records.correct.double(), strict=True):
+        assert chance.mean().item() == pytest.approx(correct.mean().item(), abs=0.01)
+    alone = ChanceOfBeingRight.fit(records).probabilities(records)[0]
+    correct = records.correct[0].double()
+    assert (p[0] - correct).square().mean() < (torch.tensor(alone) - correct).square().mean()
+    bad = replace(records, logits=records.logits.masked_fill(torch.rand(records.logits.shape) < 0.01, torch.nan))
+    assert in_hindsight(bad).min() >= 0
 
 
 def test_records_of_some_exits_and_their_best_case() -> None:

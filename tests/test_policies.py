@@ -360,7 +360,6 @@ def with_units(n: int = 300, k: int = 3) -> ee.ExitRecords:
 
 FITS: dict[str, Callable[[ee.ExitRecords], FittedScore | str]] = {
     "chance": ChanceOfBeingRight.fit,
-    "chance of one exit": lambda records: ChanceOfBeingRight.fit(records, history=False),
     "eenet": lambda records: eenet_scheduler(records, 0.6, steps=20).score,
     "classwise": lambda records: class_thresholds(records, 0.05, min_tail=5).score,
     "temperature": scale_temperatures,
@@ -475,7 +474,7 @@ def test_what_is_known_at_an_exit_by_hand() -> None:
     before, p_before, streak = None, None, 0
     state: tuple[Tensor, ...] = ()
     for k, p in enumerate(rows):
-        features, state = known(p.log()[None], state, history=True)
+        features, state = known(p.log()[None], state)
         first, second = p.sort(descending=True).values[:2].tolist()
         odds = math.log(first / (1 - first))
         h = -(p * p.log()).sum().item()
@@ -488,8 +487,7 @@ def test_what_is_known_at_an_exit_by_hand() -> None:
         assert features.shape == (1, 4 if k == 0 else 8)
         assert features[0].tolist() == pytest.approx(expected, abs=1e-4)
         before, p_before = p.argmax(), p
-    assert known(rows.log(), (), history=False)[1] == ()
-    wild = known(torch.tensor([[1e4, 0.0], [-torch.inf, 0.0]]), (), history=True)[0]
+    wild = known(torch.tensor([[1e4, 0.0], [-torch.inf, 0.0]]), ())[0]
     assert wild.isfinite().all()
 
 
@@ -498,7 +496,6 @@ def test_the_chance_of_being_right_is_honest_and_sees_more_than_the_exit_alone()
     records, new = both.take(torch.arange(2000)), both.take(torch.arange(2000, 4000))
     chance = ChanceOfBeingRight.fit(records)
     assert chance.stateful
-    assert not ChanceOfBeingRight.fit(records, history=False).stateful
     p = torch.tensor(chance.probabilities(new))
     assert p.shape == (4, 2000)
     for k in range(4):

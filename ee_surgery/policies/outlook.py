@@ -18,20 +18,18 @@ _LIMIT = 15.0
 _RIDGE = 100.0  # in samples: how many it takes to move a weight on a standardised feature
 
 
-def known(logits: Tensor, state: State, history: bool) -> tuple[Tensor, State]:
+def known(logits: Tensor, state: State) -> tuple[Tensor, State]:
     """What is known at one exit, as features (B, D), and what the next one needs of it.
 
     Log-odds of the first class against the others, their square, the lead over the second class, the entropy; and from
-    the second exit on with `history`: the log-odds that the exit before gave this class, whether it agreed, its own
-    log-odds, and for how many exits the answer has stood.
+    the second exit on: the log-odds that the exit before gave this class, whether it agreed, its own log-odds, and for
+    how many exits the answer has stood.
     """
     log_p = F.log_softmax(precise(logits), -1)
     top = log_p.topk(2, -1)
     answer, sure = top.indices[:, 0], _odds(top.values[:, 0])
     entropy = -(log_p.exp() * log_p.clamp_min(-_LIMIT)).sum(-1)
     columns = [sure, sure.square(), (top.values[:, 0] - top.values[:, 1]).clamp_max(_LIMIT), entropy]
-    if not history:
-        return torch.stack(columns, 1), ()
     if state:
         before, streak = state
         then, gave = before.max(-1)
@@ -55,31 +53,29 @@ class ChanceOfBeingRight(FittedScore):
 
     weights: tuple[Tensor, ...]
     """One vector (D + 1,) an exit, the constant last; an entry for the original's own head may follow."""
-    history: bool
-    """Whether the exits before are looked at."""
 
     @property
     def stateful(self) -> bool:
-        """Whether it needs the answers of the exits before, closed ones included."""
-        return self.history
+        """It needs the answers of the exits before, closed ones included."""
+        return True
 
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
         """Log-odds (B,) of being right."""
-        features, state = known(logits, state, self.history)
+        features, state = known(logits, state)
         weights = self.weights[exit_index].to(features.dtype)
         return features @ weights[:-1] + weights[-1], state
 
     @classmethod
-    def fit(cls, records: ExitRecords, *, history: bool = True) -> ChanceOfBeingRight:
+    def fit(cls, records: ExitRecords) -> ChanceOfBeingRight:
         """Fit by ridge-penalised maximum likelihood: all K exits, the original's head last."""
         weights, state = [], ()
         for logits, correct in zip(records.logits, records.correct, strict=True):
-            features, state = known(logits, state, history)
+            features, state = known(logits, state)
             features = torch.nan_to_num(features, nan=0.0)
             weights.append(torch.tensor(logistic(features.double().numpy(), correct.double().numpy())).float())
-        return cls(tuple(weights), history)
+        return cls(tuple(weights))
 
     def probabilities(self, records: ExitRecords) -> NDArray[np.float64]:
         """Of all K exits being right, (K, N)."""
@@ -88,6 +84,27 @@ class ChanceOfBeingRight(FittedScore):
             score, state = self(logits, None, state, k)
             rows.append(torch.sigmoid(torch.nan_to_num(score.double(), nan=0.0)))
         return torch.stack(rows).numpy()
+
+
+def in_hindsight(records: ExitRecords) -> NDArray[np.float64]:
+    """The chance that each exit's answer is right, seen from the answers of all exits, (K, N).
+
+    An exit is asked about samples that those before it were unsure of, which are harder than its own confidence
+    tells. What the others, and the original, think of its answer tells it, whichever of them a model has.
+    """
+    log_p = F.log_softmax(precise(records.logits), -1).nan_to_num(nan=-_LIMIT)
+    odds = _odds(log_p)
+    mean, answers = odds.mean(0), log_p.argmax(-1)
+    rows = []
+    for logits, answer, correct in zip(records.logits, answers, records.correct, strict=True):
+        own, _ = known(logits, ())
+        chosen = answer[:, None]
+        others = [mean.gather(1, chosen)[:, 0], (answers == answer).to(mean.dtype).mean(0)]
+        others += [odds[-1].gather(1, chosen)[:, 0], (answers[-1] == answer).to(mean.dtype)]
+        features = torch.cat([own.nan_to_num(nan=0.0), torch.stack(others, 1)], 1).double().numpy()
+        weights = logistic(features, correct.double().numpy())
+        rows.append(1 / (1 + np.exp(-(features @ weights[:-1] + weights[-1]).clip(-30, 30))))
+    return np.stack(rows)
 
 
 def logistic(x: NDArray[np.float64], y: NDArray[np.float64], steps: int = 12) -> NDArray[np.float64]:
