@@ -166,7 +166,7 @@ learn beside it, so all ways have the same branches with the same steps; the sea
 steps first, then those it found worth training. Means over {splits} halves: one chooses exits and thresholds, the
 other is reported."""
 _BEST = """On all recorded answers, the expected cost at that drop beside the best of **all** lists of up to three exits
-(a list's cost is that of the best thresholds, outcomes replaced by the chance that all answers give;
+(a list's cost is that of the best thresholds, outcomes replaced by the chance that confidences give;
 `policies/subset.py`):"""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ee_surgery as ee
-from ee_surgery.policies.outlook import ChanceOfBeingRight, in_hindsight
+from ee_surgery.policies.outlook import chances
 from ee_surgery.policies.subset import Costs
 from ee_surgery.training.data import halves
 from ee_surgery.training.placing import _Fitting, _groups, _spread, short_training
@@ -102,17 +102,15 @@ def test_what_is_left_behind_a_good_exit_is_harder_than_the_next_one_thinks(drop
     assert new.macs.double().mean().item() / 100 == pytest.approx(found.cost, abs=0.02)
 
 
-def test_in_hindsight_chances_are_honest_and_sure() -> None:
+def test_chances_are_honest_and_know_what_those_before_knew() -> None:
     records = answers(3, [0.5, 0.8, 1.3], [30, 60], n=4000)
-    p = torch.tensor(in_hindsight(records))
-    assert p.shape == (3, 4000)
-    for chance, correct in zip(p, records.correct.double(), strict=True):
-        assert chance.mean().item() == pytest.approx(correct.mean().item(), abs=0.01)
-    alone = ChanceOfBeingRight.fit(records).probabilities(records)[0]
-    correct = records.correct[0].double()
-    assert (p[0] - correct).square().mean() < (torch.tensor(alone) - correct).square().mean()
+    for chance, correct in zip(chances(records), records.correct.double(), strict=True):
+        assert chance.mean() == pytest.approx(correct.mean().item(), abs=0.01)
+    records = overconfident(4000, 3)
+    second, correct = torch.tensor(chances(records)[1]), records.correct[1]
+    assert second[correct].mean() > second[~correct].mean() + 0.3
     bad = replace(records, logits=records.logits.masked_fill(torch.rand(records.logits.shape) < 0.01, torch.nan))
-    assert in_hindsight(bad).min() >= 0
+    assert chances(bad).min() >= 0
 
 
 def test_records_of_some_exits_and_their_best_case() -> None:

@@ -86,22 +86,18 @@ class ChanceOfBeingRight(FittedScore):
         return torch.stack(rows).numpy()
 
 
-def in_hindsight(records: ExitRecords) -> NDArray[np.float64]:
-    """The chance that each exit's answer is right, seen from the answers of all exits, (K, N).
+def chances(records: ExitRecords) -> NDArray[np.float64]:
+    """The chance that each exit's answer is right, given how sure it is and how sure all before it were, (K, N).
 
-    An exit is asked about samples that those before it were unsure of, which are harder than its own confidence
-    tells. What the others, and the original, think of its answer tells it, whichever of them a model has.
+    An exit is asked about samples that those before it were unsure of, which are harder than its own confidence tells.
     """
-    log_p = F.log_softmax(precise(records.logits), -1).nan_to_num(nan=-_LIMIT)
-    odds = _odds(log_p)
-    mean, answers = odds.mean(0), log_p.argmax(-1)
+    sure = _odds(F.log_softmax(precise(records.logits), -1).amax(-1)).nan_to_num(nan=0.0)
     rows = []
-    for logits, answer, correct in zip(records.logits, answers, records.correct, strict=True):
-        own, _ = known(logits, ())
-        chosen = answer[:, None]
-        others = [mean.gather(1, chosen)[:, 0], (answers == answer).to(mean.dtype).mean(0)]
-        others += [odds[-1].gather(1, chosen)[:, 0], (answers[-1] == answer).to(mean.dtype)]
-        features = torch.cat([own.nan_to_num(nan=0.0), torch.stack(others, 1)], 1).double().numpy()
+    for k, (logits, correct) in enumerate(zip(records.logits, records.correct, strict=True)):
+        columns = [known(logits, ())[0].nan_to_num(nan=0.0)]
+        if k:
+            columns += [sure[:k].mean(0)[:, None], sure[:k].amax(0)[:, None]]
+        features = torch.cat(columns, 1).double().numpy()
         weights = logistic(features, correct.double().numpy())
         rows.append(1 / (1 + np.exp(-(features @ weights[:-1] + weights[-1]).clip(-30, 30))))
     return np.stack(rows)

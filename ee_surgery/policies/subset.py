@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ee_surgery.errors import ConfigError
-from ee_surgery.policies.outlook import in_hindsight
+from ee_surgery.policies.outlook import chances
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.thresholds import Floats, Ranks, ThresholdSearch
 
@@ -31,9 +31,9 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
     """Number and positions of the exits that cost least at an accepted accuracy drop.
 
     From none on, exits are added, left out and exchanged one by one as long as that saves a five-hundredth of the cost.
-    Whether an answer is right counts as the chance that all answers give it, fitted once an exit: with the outcomes
-    themselves, whoever has more exits to choose from would seem to save more. None are taken where they save
-    no more than leaving samples unanswered would.
+    Whether an answer is right counts as the chance that its confidence and those before it give it, fitted once an
+    exit: with the outcomes themselves, whoever has more exits to choose from would seem to save more. None are taken
+    where they save no more than leaving samples unanswered would.
 
     Args:
         records: of all candidates, which several sizes of a branch at one position may be; they have the same trunk
@@ -85,9 +85,9 @@ class Costs:
 
     def __init__(self, records: ExitRecords, drop: float) -> None:
         records = records.keep(range(len(records.exits)))  # refuses those that cannot be kept apart
-        chances = in_hindsight(records)
-        self.search = ThresholdSearch(records, outcomes=chances)
-        self.floor = float(chances[-1].mean()) - drop
+        outcomes = chances(records)
+        self.search = ThresholdSearch(records, outcomes=outcomes)
+        self.floor = float(outcomes[-1].mean()) - drop
         self.places = records.trunk_macs[:-1]
         self.known: dict[tuple[int, ...], float] = {(): 1.0}
 
