@@ -130,17 +130,26 @@ def _by_search(
 ) -> EarlyExitModel:
     """`augment(exits="auto")`: what chooses exits never chooses thresholds."""
     searching, thresholds = halves(held_out, config.batch_size)
-    processes: dict[str, Any] = {"accelerator": accelerator or make_accelerator(config)}
-    search: dict[str, Any] = {"branch": kinds, "config": config, "seed": seed, "max_accuracy_drop": drop}
-    found = search_exits(graph, train, searching, **search, **processes)
+    accelerator = accelerator or make_accelerator(config)
+    size = config.batch_size
+    found = search_exits(
+        graph,
+        train,
+        searching,
+        branch=kinds,
+        config=config,
+        seed=seed,
+        max_accuracy_drop=drop,
+        accelerator=accelerator,
+    )
     branched = attach(graph, found.plan, found.branches, seed=seed)
-    branched = train_branches(branched, train, config, joint=joint, **processes).model
-    records = record(branched, searching, batch_size=config.batch_size, **processes)
+    branched = train_branches(branched, train, config, joint=joint, accelerator=accelerator).model
+    records = record(branched, searching, batch_size=size, accelerator=accelerator)
     branched = prune_exits(branched, records, drop)
     left = [name for name in found.plan.names if name not in branched.exits]
     branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=config.batch_size, **processes)
-    if config.progress and processes["accelerator"].is_main_process:
+    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=size, accelerator=accelerator)
+    if config.progress and accelerator.is_main_process:
         print(found)
         if left:
             print(f"left out after training, they cost more than they save: {', '.join(left)}")

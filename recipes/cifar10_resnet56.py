@@ -127,10 +127,9 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
         table.add_column(column, justify="right", overflow="fold")
     base = [records.take(reported).base_accuracy for _, reported in splits]
     table.add_row("original", _spread(base), "", "", "100", "", "1", "1")
-    kept: list[float] = []
+    unseen, kept = test[splits[0][1]], []
     for name, (accuracy, cost, shares, luck) in over_splits(records, splits, requests).items():
         branched.operate(frontier.at(**requests[name]))
-        unseen = test[splits[0][1]]
         one = measure(branched, unseen[:192], batch_size=1, rounds=rounds)
         many = measure(branched, unseen[:640], batch_size=64, rounds=rounds)
         saving = [timed for timed in (one, many) if timed.macs_fraction < 1]

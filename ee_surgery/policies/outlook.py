@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,7 +100,7 @@ def chances(records: ExitRecords) -> NDArray[np.float64]:
             columns += [sure[:k].mean(0)[:, None], sure[:k].amax(0)[:, None]]
         features = torch.cat(columns, 1).double().numpy()
         weights = logistic(features, correct.double().numpy())
-        rows.append(1 / (1 + np.exp(-(features @ weights[:-1] + weights[-1]).clip(-30, 30))))
+        rows.append(expit(features @ weights[:-1] + weights[-1]))
     return np.stack(rows)
 
 
