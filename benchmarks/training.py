@@ -135,7 +135,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     first, unseen = lines[0], ""
     if any(SETTINGS[line["key"]].unseen for line in lines):
         unseen = (
-            f" The last setting also sees {UNSEEN} test images, without\nlabels, which are not among those reported."
+            f" The original's answers are to {UNSEEN} more test\nimages, without labels, which are not among those reported."
         )
     head = ["", "alone %", "AUROC", "0.5 points", "1 point", "2 points", "area", "steps"]
     told = _PAGE.format(exit=EXIT, blocks=EXITS[EXIT], epochs=first["epochs"], half=first["samples"], unseen=unseen)
