@@ -134,7 +134,10 @@ def page(lines: list[dict[str, Any]]) -> str:
     ]
     first, unseen = lines[0], ""
     if any(SETTINGS[line["key"]].unseen for line in lines):
-        unseen = f" The original's answers are to {UNSEEN} more test\nimages, without labels, which are not among those reported."
+        unseen = (
+            f" The original's answers are to {UNSEEN} more test\nimages, without labels, which are not among those "
+            "reported."
+        )
     head = ["", "alone %", "AUROC", "0.5 points", "1 point", "2 points", "area", "steps"]
     told = _PAGE.format(exit=EXIT, blocks=EXITS[EXIT], epochs=first["epochs"], half=first["samples"], unseen=unseen)
     return f"{told}\n{table(head, rows)}\n\ntorch {first['torch']}, timm {first['timm']}, CPU, bfloat16, seed 0.\n"
