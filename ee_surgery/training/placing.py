@@ -57,7 +57,7 @@ class Candidate:
     chosen: bool
 
     def __str__(self) -> str:
-        options = " ".join(f"{name}={value}" for name, value in self.branch.options.items())
+        options = " ".join(f"{name}={value}" for name, value in self.branch.options.items() if value != "")
         what = f"{self.branch.name} {options} after {self.steps} steps".replace("  ", " ")
         return f"{'*' if self.chosen else ' '} {self.exit:24} {self.accuracy:7.2%} at {self.cost:6.1%}  {what}"
 
