@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,9 +35,8 @@ POINTS = 12
 """How many exit points are tried where nobody says."""
 TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.15, 0.25)))
 """The branches that are tried at each of them where nobody says."""
-_STEPS = (100, 300)  # fewest and most that a probe learns for at first, where nobody says
+_STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody says
 _SHARE = 4  # of the training's steps, a probe takes one in so many
-_LONGER = 3  # times as long at most, for those at the points that were chosen
 _WIDER = (4, 16)  # times the accepted drop
 _ROUNDS = 10
 
@@ -52,13 +51,11 @@ class Candidate:
     """Of the probe alone, on the held-out data; agreement with the original where that has no labels."""
     cost: float
     """Of a sample that leaves there, the branch counted, by the original's."""
-    steps: int
-    """How long the probe learned."""
     chosen: bool
 
     def __str__(self) -> str:
         options = " ".join(f"{name}={value}" for name, value in self.branch.options.items() if value != "")
-        what = f"{self.branch.name} {options} after {self.steps} steps".replace("  ", " ")
+        what = f"{self.branch.name} {options}".strip()
         return f"{'*' if self.chosen else ' '} {self.exit:24} {self.accuracy:7.2%} at {self.cost:6.1%}  {what}"
 
 
@@ -120,9 +117,8 @@ def search_exits(
     steps, as many at once as together cost no more than the original.
     Of the answers to held-out data those exits are chosen which cost least at the accepted drop, every branch on the
     way counted (`cheapest_exits`); and those that would be if 4 or 16 times as much were accepted, since probes are
-    worse than what they will become. If the training is long, all branches at these points learn anew, up to three
-    times as long, before the choice is made: what learns slowly is not judged by its start (successive halving;
-    Jamieson and Talwalkar, AISTATS 2016). Train them all, then let `prune_exits` leave out what does not pay.
+    worse than what they will become. Train them all, then let `prune_exits` leave out what does not pay. What learns
+    slowly is judged by its start: give such branches more steps.
 
     Args:
         model: the model, or the graph that `inspect` gave.
@@ -136,8 +132,7 @@ def search_exits(
         cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
             as the first of `held_out`.
         config: of the training that will follow; probes learn by it, too, for `probe_steps` steps.
-        probe_steps: how long; by default a quarter of that training, but 100 to 300 steps where it has as many, and
-            up to 900 in the second round. Where it is given there is one round.
+        probe_steps: how long; by default a quarter of that training, but 100 to 300 steps where it has as many.
         sample: see `inspect`.
         seed: of the branches' first weights.
         accelerator: as for `train`; of several processes, all find the same.
@@ -156,21 +151,40 @@ def search_exits(
     specs = [BranchSpec.of(b) for b in ([branch] if isinstance(branch, (str, BranchSpec)) else branch)]
     tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
     config = config or TrainConfig()
-    first, *longer = (probe_steps,) if probe_steps else probe_lengths(config, train)
+    probe_steps = probe_steps or short_training(config, train)
+    # as many epochs as these steps can need
+    steps = {"epochs": probe_steps, "max_steps": probe_steps}
+    short = replace(config, **steps, checkpoint_dir=None, validation=0.0, progress=False)
     precision = config.mixed_precision if accelerator is None else accelerator.mixed_precision
     accelerator = make_accelerator(replace(config, mixed_precision=precision))  # whose trackers hear of no probe
-    fitting, left_out = _fitting(graph, tried, specs)
-    if not fitting:
+    console = Console(quiet=not (config.progress and accelerator.is_main_process))
+    found: list[_Probe] = []
+    left_out: list[str] = []
+    for spec in specs:
+        for fitting in _groups(graph, _fitting(graph, tried, spec, found, left_out)):
+            console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
+            found += _try(graph, fitting, train, held_out, short, cost, seed, accelerator)
+    if not found:
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
-    trials = _Trials(graph, train, held_out, config, cost, seed, accelerator)
-    found = trials.learn(fitting, first)
-    search = _choose(graph, found, left_out, max_accuracy_drop, most, accelerator)
-    for steps in longer:
-        again = {point.index for point in search.plan.points}
-        found = [probe for probe in found if probe.point.index not in again]
-        found += trials.learn([each for each in fitting if each.point.index in again], steps)
-        search = _choose(graph, found, left_out, max_accuracy_drop, most, accelerator)
-    return search
+    found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
+    records = _side_by_side([probe.records for probe in found])
+    processes = Processes(accelerator)  # times differ between them, records do not
+    chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most))
+    if not chosen:
+        raise ExitPointError(
+            f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
+            f"{100 * max_accuracy_drop:g} points: accept a larger one, let probes learn longer (now {probe_steps} "
+            f"steps), or take a smaller model. {graph.best_case()}"
+        )
+    return ExitSearch(
+        plan=ExitPlan(graph.backbone.model_id, "search", tuple(found[k].point for k in chosen)),
+        branches=tuple(found[k].branch for k in chosen),
+        cost=cost_there,
+        max_accuracy_drop=max_accuracy_drop,
+        candidates=tuple(probe.candidate(k in chosen) for k, probe in enumerate(found)),
+        left_out=tuple(left_out),
+        records=records,
+    )
 
 
 def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_drop: float = 0.01) -> EarlyExitModel:
@@ -209,73 +223,31 @@ class _Probe:
     branch: BranchSpec
     records: ExitRecords
     """Of this exit alone."""
-    steps: int
 
     def candidate(self, chosen: bool) -> Candidate:
         cost = (self.records.trunk_macs[0] + self.records.branch_macs[0]) / self.records.base_macs
-        return Candidate(self.point.name, self.branch, self.records.accuracies[0], cost, self.steps, chosen)
+        return Candidate(self.point.name, self.branch, self.records.accuracies[0], cost, chosen)
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Short trainings on the same data."""
-
-    graph: ModelGraph
-    train: Data
-    held_out: Data
-    config: TrainConfig
-    cost: str
-    seed: int
-    accelerator: Accelerator
-
-    def learn(self, fitting: Sequence[_Fitting], steps: int) -> list[_Probe]:
-        """These branches after so many steps."""
-        console = Console(quiet=not (self.config.progress and self.accelerator.is_main_process))
-        # as many epochs as these steps can need
-        limits = {"epochs": steps, "max_steps": steps}
-        config = replace(self.config, **limits, checkpoint_dir=None, validation=0.0, progress=False)
-        found = []
-        for group in _groups(self.graph, fitting):
-            names = " and ".join(sorted({each.branch.name for each in group}))
-            console.print(f"trying {names} at {len(group)} points, {steps} steps", soft_wrap=True)
-            records = self._together(group, config)
-            found += [_Probe(each.point, each.branch, records.keep([k]), steps) for k, each in enumerate(group)]
-        return found
-
-    def _together(self, group: Sequence[_Fitting], config: TrainConfig) -> ExitRecords:
-        plan = ExitPlan(self.graph.backbone.model_id, "search", tuple(each.point for each in group))
-        branched = attach(self.graph, plan, [each.branch for each in group], seed=self.seed)
-        train_branches(branched, self.train, config, accelerator=self.accelerator)
-        records = record(branched, self.held_out, batch_size=config.batch_size, accelerator=self.accelerator)
-        if self.cost == "time":
-            inputs, _ = next(iter(batches(self.held_out, config.batch_size, self.accelerator.device)))
-            records = _in_time(records, branched, inputs)
-        return records
-
-
-def _choose(
-    graph: ModelGraph, found: list[_Probe], left_out: list[str], drop: float, most: int, accelerator: Accelerator
-) -> ExitSearch:
-    """Which of these branches are worth training."""
-    found = sorted(found, key=lambda probe: (probe.point.index, probe.records.branch_macs))
-    records = _side_by_side([probe.records for probe in found])
-    # times differ between processes, records do not
-    chosen, cost = Processes(accelerator).of_main(lambda: shortlist(records, drop, most))
-    if not chosen:
-        raise ExitPointError(
-            f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
-            f"{100 * drop:g} points: accept a larger one, let probes learn longer (probe_steps=), or take a smaller "
-            f"model. {graph.best_case()}"
-        )
-    return ExitSearch(
-        plan=ExitPlan(graph.backbone.model_id, "search", tuple(found[k].point for k in chosen)),
-        branches=tuple(found[k].branch for k in chosen),
-        cost=cost,
-        max_accuracy_drop=drop,
-        candidates=tuple(probe.candidate(k in chosen) for k, probe in enumerate(found)),
-        left_out=tuple(left_out),
-        records=records,
-    )
+def _try(
+    graph: ModelGraph,
+    fitting: Sequence[_Fitting],
+    train: Data,
+    held_out: Data,
+    short: TrainConfig,
+    cost: str,
+    seed: int,
+    accelerator: Accelerator,
+) -> list[_Probe]:
+    """These branches after a short training, side by side."""
+    plan = ExitPlan(graph.backbone.model_id, "search", tuple(each.point for each in fitting))
+    branched = attach(graph, plan, [each.branch for each in fitting], seed=seed)
+    train_branches(branched, train, short, accelerator=accelerator)
+    records = record(branched, held_out, batch_size=short.batch_size, accelerator=accelerator)
+    if cost == "time":
+        inputs, _ = next(iter(batches(held_out, short.batch_size, accelerator.device)))
+        records = _in_time(records, branched, inputs)
+    return [_Probe(each.point, each.branch, records.keep([k])) for k, each in enumerate(fitting)]
 
 
 def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
@@ -293,17 +265,12 @@ def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], 
     return sorted(chosen), first.cost
 
 
-def probe_lengths(config: TrainConfig, train: Data) -> tuple[int, ...]:
-    """A quarter of the training's steps, but at least 100 and at most 300 of them where it has as many.
-
-    Where a quarter is at least twice as many, there is a second round of up to three times as many.
-    """
+def short_training(config: TrainConfig, train: Data) -> int:
+    """A quarter of the training's steps, but at least 100 and at most 300 of them where it has as many."""
     given = loader(train, config.batch_size)
     steps = config.epochs * len(given) // config.accumulate if isinstance(given, Sized) else None
     whole = min((length for length in (steps, config.max_steps) if length is not None), default=_STEPS[1] * _SHARE)
-    first = max(1, min(whole, max(_STEPS[0], min(_STEPS[1], whole // _SHARE))))
-    second = min(whole // _SHARE, _LONGER * first)
-    return (first, second) if second >= 2 * first else (first,)
+    return max(1, min(whole, max(_STEPS[0], min(_STEPS[1], whole // _SHARE))))
 
 
 def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
@@ -315,12 +282,11 @@ def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
 
 
 def _fitting(
-    graph: ModelGraph, points: Sequence[ExitPoint], specs: Sequence[BranchSpec]
-) -> tuple[list[_Fitting], list[str]]:
-    """Branches that can be built and save something, every choice of their own made; of the others, the reasons."""
-    found: list[_Fitting] = []
-    left_out: list[str] = []
-    for spec, point in product(specs, points):
+    graph: ModelGraph, points: Sequence[ExitPoint], spec: BranchSpec, known: Sequence[_Probe], left_out: list[str]
+) -> list[_Fitting]:
+    """Where a branch can be built, saves something and is not there yet, every choice of its own made."""
+    found = []
+    for point in points:
         try:
             fitted, branch = resolve(spec, point, graph.backbone.num_classes, graph.macs, graph=graph)
         except BranchError as error:
@@ -332,18 +298,17 @@ def _fitting(
             raise ConfigError(f"Branch {spec.name!r} reads those before it: it cannot be tried without them.")
         if cost >= 1:
             left_out.append(f"{spec.name} at {point.name}: leaving there costs {cost:.1%} of the MACs")
-        elif all((point.name, fitted) != (each.point.name, each.branch) for each in found):
+        elif all((point.name, fitted) != (probe.point.name, probe.branch) for probe in known):
             found.append(_Fitting(point, fitted, macs))
-    return found, left_out
+    return found
 
 
 def _groups(graph: ModelGraph, fitting: Sequence[_Fitting]) -> list[list[_Fitting]]:
-    """Who learns side by side: one at a point, as many as cost no more than the original, whose own training takes as
-    much memory."""
+    """Who learns side by side: as many as cost no more than the original, whose own training takes as much memory."""
     groups: list[list[_Fitting]] = []
     left = 0
     for each in fitting:
-        if not groups or each.macs > left or each.point.index <= groups[-1][-1].point.index:
+        if not groups or each.macs > left:
             groups.append([])
             left = graph.macs
         groups[-1].append(each)
