@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import ee_surgery as ee
 from ee_surgery.graph.axes import Axis
 from ee_surgery.graph.stages import compact
 from ee_surgery.policies.records import exit_costs
+from ee_surgery.policies.scores import SCORES as SCORES_BY_NAME
 from tests.zoo import BY_NAME, ZOO, Entry, branched, original
 
 SCORES = ["max_prob", "margin", "entropy", "patience"]
@@ -96,6 +99,32 @@ def _check(name: str, score: str, batch: int, seed: int, quantile: float) -> Non
     visits = policy.visits(model.branches.chained)
     costs = exit_costs(model.trunk_macs, model.branch_macs, visits)
     assert output.macs.tolist() == [costs[k] for k in output.exit_index.tolist()]
+
+
+@SCORES_BY_NAME.register("test_running_mean")
+def _running_mean(logits: Tensor, confidence: Tensor | None = None, state: tuple[Tensor, ...] = ()):
+    """Of the largest probabilities so far: a user's score that keeps a state, and says so nowhere."""
+    own = torch.softmax(logits, -1).amax(-1)
+    total, number = (own, torch.ones_like(own)) if not state else (own + state[0], state[1] + 1)
+    return total / number, (total, number)
+
+
+@given(closed=st.sets(st.integers(0, 2), max_size=2), quantile=st.floats(0, 1), seed=st.integers(0, 100))
+def test_routed_equals_replayed_for_a_users_score_with_state_when_exits_are_closed(
+    closed: set[int], quantile: float, seed: int
+) -> None:
+    model, x = branched("cifar-resnet20"), BY_NAME["cifar-resnet20"].sample(16, seed)
+    records = ee.record(model, [x], batch_size=16)
+    rows = records.scores("test_running_mean")
+    thresholds = [math.inf if k in closed else row.quantile(quantile).item() + 1e-5 for k, row in enumerate(rows)]
+    model.operate(thresholds=thresholds, score="test_running_mean")
+    output = model.predict(x)
+    model.operate(None)
+    replay = records.replay(ee.ThresholdPolicy(tuple(thresholds), "test_running_mean"))
+    near = (rows - torch.tensor(thresholds)[:, None]).abs().amin(
+        0
+    ) < 1e-6  # too close for two ways of computing the same
+    assert (output.exit_index == replay.exit_index)[~near].all()
 
 
 @pytest.mark.parametrize("name", ["cifar-resnet20", "test_vit", "hrnet_w18_small", "hf-Beit"])

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -31,9 +32,6 @@ class Score(Protocol):
 
 
 SCORES: Registry[Score] = Registry("score")
-
-STATEFUL: set[str] = {"patience"}
-"""Named scores that need every exit's answer, closed exits included."""
 
 
 class FittedScore(ABC):
@@ -101,15 +99,36 @@ class ScoreOf:
     def __init__(self, score: str | FittedScore) -> None:
         self.named = SCORES[score] if isinstance(score, str) else None
         self.score = score
-        self.stateful = score in STATEFUL if isinstance(score, str) else score.stateful
+        self.stateful = score.stateful if self.named is None else keeps_state(self.named)  # pyright: ignore[reportAttributeAccessIssue]
+        """Whether it needs every exit's answer, closed exits included."""
 
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
-        """Score one exit, counted from 0."""
+        """Score one exit, counted from 0.
+
+        Raises:
+            ConfigError: it hands a state on but does not say that it is stateful.
+        """
         if self.named is not None:
-            return self.named(logits, confidence, state)
-        return self.score(logits, confidence, state, exit_index)  # pyright: ignore[reportCallIssue]
+            score, state = self.named(logits, confidence, state)
+        else:
+            score, state = self.score(logits, confidence, state, exit_index)  # pyright: ignore[reportCallIssue]
+        if state and not self.stateful:
+            raise ConfigError(
+                f"The score {self.score!r} keeps a state, but is not `stateful`: closed exits would be missing from "
+                "it. Override the property `stateful` to return True."
+            )
+        return score, state
+
+
+@cache
+def keeps_state(score: Score) -> bool:
+    """Whether a named score hands a state on, found by asking it once; one that cannot be asked counts as if it did."""
+    try:
+        return bool(score(torch.eye(2, 16), torch.zeros(2), ())[1])
+    except Exception:
+        return True
 
 
 @SCORES.register("max_prob")
