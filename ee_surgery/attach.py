@@ -13,6 +13,7 @@ from ee_surgery.branches import BranchSpec, resolve
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import build
 from ee_surgery.errors import BranchError, ExitPointError
+from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.features import Layout
 from ee_surgery.graph.points import ModelGraph, inspect
 from ee_surgery.model import EarlyExitModel
@@ -52,7 +53,7 @@ def attach(
                 f"The plan has features of shape {point.shape} at {point.name!r}, this model "
                 f"{graph[point.name].shape}: make the plan from this model's own graph."
             )
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = [
             resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth, graph)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ee_surgery.errors import CaptureError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, tensors
 from ee_surgery.samples import default_sample
+from ee_surgery.signature import Signature, attributes, set_since
+from ee_surgery.twin import twin
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
 # What a model may answer with: logits, a tuple that begins with them, or a transformers ModelOutput.
@@ -26,19 +28,6 @@ Sample: TypeAlias = Inputs | tuple[Tensor, ...]
 # Modules of well-known models that loop over samples by their values, each sample on its own.
 _OPAQUE = frozenset({"Siglip2VisionEmbeddings"})
 Output: TypeAlias = Tensor | tuple[object, ...] | list[object] | Mapping[str, object]
-
-
-@contextmanager
-def eval_mode(modules: list[nn.Module]) -> Iterator[None]:
-    """Put `modules` in eval mode; give each its own `training` flag back afterwards, also on an error."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def digest(tensor: Tensor) -> str:
@@ -105,8 +94,22 @@ def make_model(
     return cls.from_pretrained(model_id, revision=revision, trust_remote_code=False, **hub)
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """A backbone as its Python side is between two changes: what programs are captured from and kept for."""
+
+    signature: Signature
+    model: nn.Module
+    """Its twin in eval mode, whatever the owner's flags say; parameters and buffers are the owner's own."""
+
+
+_STATES_KEPT = 4  # a PEFT adapter that is switched on and off goes back and forth between two
+
+
 class Backbone:
     """A pretrained model seen from outside. Holds it by reference and never changes it.
+
+    Whatever runs, runs on a twin in eval mode: the owner may train the model, or change its flags, in another thread.
 
     Args:
         model: a timm model, a transformers classifier of images or texts, or any `nn.Module` from tensors to logits.
@@ -131,7 +134,9 @@ class Backbone:
         self.model = model
         self.library: Library = _library(model)
         self.model_id, self.revision = _model_id(model, self.library)
-        self.modules = list(model.modules())
+        self._lock = threading.Lock()
+        self._states: list[State] = []  # the one in force last
+        self._first: State | None = None
         self.input_names = _input_names(model)
         self.opaque = _outermost([*opaque, *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE)])
         self.sample = self._sample(sample)
@@ -141,14 +146,14 @@ class Backbone:
         self.sample = as_sample(self.sample, self.batch_dims)
         rows = batch_size(self.sample, self.batch_dims)
         try:
-            with torch.no_grad():
-                output = self(self.sample)
+            state, output = self._read()
         except Exception as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors(self.sample).items()}
             raise DataError(
                 f"{self.model_id} does not take a sample of shape {shapes}: {type(error).__name__}: {str(error)[:300]} "
                 "Pass one that it takes: sample=."
             ) from error
+        self._states, self._first = [state], state
         self.headless = num_classes is not None
         self._field = None
         if isinstance(output, Mapping):
@@ -166,17 +171,52 @@ class Backbone:
     def __call__(self, inputs: Inputs) -> Output:
         """The original's own answer in eval mode, through its own forward: nothing of this package runs inside."""
         arguments = {self.input_names[0]: inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        if not any(module.training for module in self.modules):
-            return self.call(arguments)
-        with eval_mode(self.modules):
-            return self.call(arguments)
+        return self.call(arguments, self.state().model)
 
-    def call(self, arguments: Arguments) -> Output:
-        """Call the model on one batch as its library does."""
+    def call(self, arguments: Arguments, model: nn.Module | None = None) -> Output:
+        """Call the model, or a twin of it, on one batch as its library does."""
+        model = self.model if model is None else model
         if self.library == "transformers":
-            return self.model(**arguments)
+            return model(**arguments)
         names = [*arguments]
-        return self.model(arguments[names[0]], **{name: arguments[name] for name in names[1:]})
+        return model(arguments[names[0]], **{name: arguments[name] for name in names[1:]})
+
+    def state(self) -> State:
+        """The model as it is now: another one after its owner changed structure, hooks or attributes."""
+        states = self._states
+        if states and states[-1].signature.current():
+            return states[-1]
+        with self._lock:
+            found = next((state for state in reversed(self._states) if state.signature.current()), None)
+            found = found or self._read()[0]
+            self._first = self._first or found
+            self._states = [*(state for state in self._states if state is not found), found][-_STATES_KEPT:]
+            return found
+
+    @property
+    def altered(self) -> list[str]:
+        """What its owner changed since it was first read, tensors aside, that decides what it computes; in words."""
+        return [] if self._first is None else self._first.signature.differences()
+
+    def accept(self) -> None:
+        """Take the model as it is now for the one that `altered` compares with."""
+        self._first = self.state()
+
+    def _read(self) -> tuple[State, Output]:
+        """The model's state, and its answer to the sample: only a run tells which attributes a run sets."""
+        model = twin(self.model, live=True)
+        before = attributes(model)
+        with torch.no_grad():
+            output = self.call(self._placed(self.sample), model)
+        return State(Signature(self.model, set_since(model, before)), model), output
+
+    def __getstate__(self) -> dict[str, object]:
+        # a copy reads its own state: signatures are bound to this very model's attributes
+        return {**self.__dict__, "_lock": None, "_states": [], "_first": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def arguments(self, *inputs: Any, **named: Any) -> Arguments:
         """Inputs in their normal form, from whatever the user called with: tensors, one dict, keywords.
@@ -299,7 +339,6 @@ class Backbone:
         return single + sum(int(p.shape[-2]) for p in registers)
 
     def _sample(self, sample: Sample | None) -> Arguments:
-        weights = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         if sample is None:
             sample = default_sample(self.model, self.library)
             if sample is None:
@@ -314,9 +353,16 @@ class Backbone:
                 raise DataError(
                     f"The sample must be a tensor with a batch dimension, such as (2, 3, H, W); got {name} of {seen}."
                 )
-            if weights is not None:
-                arguments[name] = value.to(weights.device, weights.dtype if value.is_floating_point() else None)
-        return arguments
+        return self._placed(arguments)
+
+    def _placed(self, arguments: Arguments) -> Arguments:
+        """Arguments where the model is, numbers in its precision."""
+        weights = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        if weights is None:
+            return arguments
+        device, dtype = weights.device, weights.dtype
+        moved = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in tensors(arguments).items()}
+        return {**arguments, **moved}
 
 
 def _library(model: nn.Module) -> Library:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -17,27 +16,26 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Output, eval_mode
+from ee_surgery.backbone import Output
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.bank import BranchBank
-from ee_surgery.branches.base import ExitLogits, Prepared
+from ee_surgery.branches.base import ExitLogits
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.graph.points import ModelGraph, inspect, read
-from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_size, key
+from ee_surgery.inputs import Arguments, Inputs, batch_size, tensors
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.receipt import Receipt
-from ee_surgery.runtime.program import Program, build_program
-from ee_surgery.runtime.routed import ExitOutput, Router
-from ee_surgery.runtime.verify import verify
+from ee_surgery.runtime.engine import Engine, eval_mode
+from ee_surgery.runtime.program import Program
+from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
 from ee_surgery.share.card import CardInfo, write_card
 from ee_surgery.share.hub import push_folder
 from ee_surgery.share.processor import find_processor, picture_transform, save_processor
 
-_PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
 
@@ -64,28 +62,17 @@ class EarlyExitModel(nn.Module):
         self.processor: Any = None
         """The image processor or tokenizer of transformers that was saved along, or will be."""
         self.frontier: Frontier | None = None
-        self.operating_point: OperatingPoint | None = None
-        self._policy: ThresholdPolicy | None = None
-        self._disabled = False
+        self._setting: tuple[OperatingPoint | None, ThresholdPolicy | None] = (None, None)  # read and set at once
         self._before = graph.backbone.digests()
-        self._programs: OrderedDict[tuple[Hashable, ...], tuple[Program, list[Prepared]]] = OrderedDict()
-        # The router of the inputs last seen, by their key: the hot path looks nothing else up.
-        self._router: tuple[tuple[Hashable, ...], Router] | None = None
         weights = next(graph.backbone.model.parameters(), None)
         if weights is not None:
             self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
-        sample = graph.backbone.sample
-        program, prepared = self._compile(graph, sample)
-        self._programs[key(sample, graph.backbone.batch_dims)] = program, prepared
-        self.trunk_macs = program.trunk_macs
+        self._engine = Engine(graph, plan, branches)
+        self.trunk_macs = self._engine.trunk_macs
         """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
-        self.branch_macs = tuple(branch.macs for branch in prepared)
+        self.branch_macs = self._engine.branch_macs
         """MACs of each branch, one sample of that size."""
         self.train(False)
-
-    def __getstate__(self) -> dict[str, object]:
-        # Stages are functions over this very original's tables: a copy makes its own on first use.
-        return {**self.__dict__, "_programs": OrderedDict(), "_router": None}
 
     # --- what it is
 
@@ -105,8 +92,8 @@ class EarlyExitModel(nn.Module):
         return self._backbone.num_classes
 
     def receipt(self) -> Receipt:
-        """Hash every parameter and buffer of the original again and compare with when it was augmented."""
-        return Receipt(self._before, self._backbone.digests())
+        """Compare the original with when it was augmented: SHA-256 of every parameter and buffer, and its function."""
+        return Receipt(self._before, self._backbone.digests(), tuple(self._backbone.altered))
 
     @property
     def sample(self) -> Arguments:
@@ -156,6 +143,7 @@ class EarlyExitModel(nn.Module):
         For a copy whose original was trained, `train(..., joint=True)`; never for an original that is shared.
         """
         self._before, self.own_base = self._backbone.digests(), True
+        self._backbone.accept()
 
     # --- when to leave
 
@@ -212,22 +200,26 @@ class EarlyExitModel(nn.Module):
             raise OperatingPointError(
                 f"{len(policy.thresholds)} thresholds for {len(self.branches)} branches at {self.exits}."
             )
-        self.operating_point, self._policy, self._router = point, policy, None
+        self._setting = point, None if policy is None or policy.closed else policy
         return point
 
     @property
-    def policy(self) -> ThresholdPolicy | None:
-        """The policy in force; None when nothing leaves early."""
-        return None if self._disabled or self._policy is None or self._policy.closed else self._policy
+    def operating_point(self) -> OperatingPoint | None:
+        """The operating point that was set last; None for never leaving."""
+        return self._setting[0]
 
-    @contextmanager
-    def exits_disabled(self) -> Iterator[None]:
-        """The original to the bit, for a while."""
-        before, self._disabled = self._disabled, True
-        try:
-            yield
-        finally:
-            self._disabled = before
+    @property
+    def policy(self) -> ThresholdPolicy | None:
+        """The policy in force here; None when nothing leaves early."""
+        return None if self._engine.is_disabled else self._setting[1]
+
+    def exits_disabled(self) -> AbstractContextManager[None]:
+        """The original to the bit, for a while, in this thread or asyncio task alone.
+
+        Work that is handed to other threads meanwhile keeps its exits, unless the context is handed on, as
+        `asyncio.to_thread` does.
+        """
+        return self._engine.disabled()
 
     def unload(self) -> nn.Module:
         """The original object. Nothing was ever put on it, so there is nothing to remove."""
@@ -243,12 +235,13 @@ class EarlyExitModel(nn.Module):
             named: or keywords such as `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
         arguments = self._backbone.arguments(*inputs, **named)
-        if self.policy is None and self.branches.head is None:
+        policy = self.policy
+        if policy is None and self.branches.head is None:
             return self._backbone(arguments)
         shaping = sorted(_SHAPES_THE_ANSWER.intersection(arguments))
         if shaping:
             raise DataError(f"An early exit answers with logits alone: leave out {shaping}, or call `.backbone`.")
-        return self._backbone.answer(self._run(arguments).logits)
+        return self._backbone.answer(self._engine.run(arguments, policy).logits)
 
     def predict(self, *inputs: Inputs, **named: Any) -> ExitOutput:
         """Run with early exit; logits, exit taken, score there and MACs of every sample.
@@ -258,45 +251,10 @@ class EarlyExitModel(nn.Module):
                 captured on first use and kept.
             named: as for a call.
         """
-        return self._run(self._backbone.arguments(*inputs, **named))
-
-    def _run(self, arguments: Arguments) -> ExitOutput:
-        if torch.is_grad_enabled() or self.branches.training:
-            with torch.no_grad(), eval_mode(list(self.branches.modules())):
-                return self._run(arguments)
-        dims = self._backbone.dims(arguments)
-        values = _values(arguments)
-        batch = values[0].shape[0]
-        if batch == 0:
-            return self._nobody(values[0].device)
-        found = key(arguments, dims)
-        if self._router is None or self._router[0] != found or self._disabled:
-            program, prepared = self._program(arguments, dims, found)
-            policy = self.policy
-            if policy is None:
-                return self._never(arguments, program)
-            branch_macs = [branch.macs for branch in prepared]
-            self._router = found, Router(program, list(self.branches), policy, branch_macs, self.branches.head)
-        return self._router[1](values, batch)
-
-    def _never(self, arguments: Arguments, program: Program) -> ExitOutput:
-        logits = self._backbone.logits(self._backbone(arguments))
-        if self.branches.head is not None and program.head is not None:
-            logits = self.branches.head(*program.head([logits])).logits
-        last = torch.full((len(logits),), len(self.branches), device=logits.device)
-        nan = torch.full((len(logits),), torch.nan, device=logits.device)
-        costs = torch.tensor(program.trunk_macs, device=logits.device)
-        return ExitOutput(logits, last, nan, costs, program.trunk_macs[-1])
-
-    def _nobody(self, device: torch.device) -> ExitOutput:
-        """For an empty batch, which many models do not take."""
-        dtype = next(self.branches.parameters()).dtype
-        logits = torch.empty((0, self.num_classes), dtype=dtype, device=device)
-        index, score = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
-        return ExitOutput(logits, index, score, torch.tensor(self.trunk_macs, device=device), self.trunk_macs[-1])
+        return self._engine.run(self._backbone.arguments(*inputs, **named), self.policy)
 
     def all_exits(self, *inputs: Inputs, **named: Any) -> Tensor:
-        """Logits of every exit for every sample, (K, B, C), the original's last; nobody leaves."""
+        """Logits of every exit for every sample, (K, B, C), the original's last; no sample leaves."""
         answers, logits = self.answers(*inputs, **named)
         return torch.stack([*(answer.logits for answer in answers), logits])
 
@@ -346,8 +304,6 @@ class EarlyExitModel(nn.Module):
         own = {"preprocessing": self.preprocessing, "processor": self.processor}
         return picture_transform(self._backbone, **own, is_training=is_training)
 
-    # --- programs, one for inputs of each shape, dtype and device
-
     def program(self, *inputs: Inputs, **named: Any) -> Program:
         """The stages that inputs like these (shape, dtype, device; any batch size) run through."""
         return self.prepare(*inputs, **named)[0]
@@ -356,28 +312,8 @@ class EarlyExitModel(nn.Module):
         """The program for these inputs, the tensors its first stage takes, and how many samples they hold."""
         arguments = self._backbone.arguments(*inputs, **named)
         dims = self._backbone.dims(arguments)
-        program, _ = self._program(arguments, dims, key(arguments, dims))
-        return program, _values(arguments), batch_size(arguments, dims)
-
-    def _program(
-        self, arguments: Arguments, dims: Mapping[str, int | None], found: tuple[Hashable, ...]
-    ) -> tuple[Program, list[Prepared]]:
-        if found not in self._programs:
-            sample = as_sample(arguments, dims)
-            self._programs[found] = self._compile(read(self._backbone, sample), sample)
-            if len(self._programs) > _PROGRAMS_KEPT:
-                dropped, _ = self._programs.popitem(last=False)
-                if self._router is not None and self._router[0] == dropped:
-                    self._router = None
-        self._programs.move_to_end(found)
-        return self._programs[found]
-
-    def _compile(self, graph: ModelGraph, sample: Arguments) -> tuple[Program, list[Prepared]]:
-        head = self.branches.head
-        head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
-        program = build_program(graph, self.exits, [branch.reads_all for branch in self.branches], head_macs)
-        verify(program, self._backbone, sample)
-        return program, [b.prepare(graph, p) for b, p in zip(self.branches, program.points, strict=True)]
+        entry = self._engine.entry(arguments, dims)
+        return entry.program, tuple(tensors(arguments).values()), batch_size(arguments, dims)
 
     # --- sharing
 
@@ -461,7 +397,3 @@ class EarlyExitModel(nn.Module):
 
 def _beside_the_main_process() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-
-
-def _values(arguments: Arguments) -> tuple[Tensor, ...]:
-    return tuple([value for value in arguments.values() if isinstance(value, Tensor)])

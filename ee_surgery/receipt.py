@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that the original was not touched: SHA-256 of every parameter and buffer, then and now."""
+    """Proof that the original was not touched: SHA-256 of every parameter and buffer then and now; its function."""
 
     before: dict[str, str]
     after: dict[str, str]
+    altered: tuple[str, ...] = ()
+    """What else its owner changed that decides what it computes: modules, hooks, attributes, active adapters."""
 
     @property
     def changed(self) -> list[str]:
@@ -19,10 +21,11 @@ class Receipt:
 
     @property
     def unchanged(self) -> bool:
-        """True when every parameter and buffer is equal bit for bit."""
-        return not self.changed
+        """True when every parameter and buffer is equal bit for bit, and nothing else about the model was altered."""
+        return not self.changed and not self.altered
 
     def __str__(self) -> str:
         if self.unchanged:
             return f"unchanged: all {len(self.before)} parameters and buffers of the original, bit for bit (SHA-256)"
-        return f"CHANGED: {len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
+        tensors = f"{len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
+        return f"CHANGED: {tensors}" + (f"; {'; '.join(self.altered[:5])}" if self.altered else "")

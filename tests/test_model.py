@@ -111,7 +111,7 @@ def test_another_image_size_is_captured_on_first_use_and_kept() -> None:
     assert model.predict(x).macs.tolist() == [program.trunk_macs[-1] + sum(model.branch_macs)] * 3
     for size in range(41, 52):
         model.program(torch.randn(2, 3, size, size))
-    assert len(model._programs) <= 8
+    assert len(model._engine.programs) <= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -146,7 +146,7 @@ def test_code_for_sizes_long_gone_is_gone_too() -> None:
     branched.operate(thresholds=[0.0])
     given = {size: torch.randn(2, 3, size, size) for size in range(16, 48, 2)}
     answers = {size: branched.all_exits(x)[0] for size, x in given.items()}
-    assert 1 < len(branch._ways) <= len(branched._programs) < len(given)
+    assert 1 < len(branch._ways) <= len(branched._engine.programs) < len(given)
     for size, x in given.items():  # those that are gone are written anew
         assert torch.equal(branched(x), answers[size])
     small = given[16]

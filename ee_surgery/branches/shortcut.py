@@ -96,12 +96,12 @@ class ShortcutBranch(Branch):
         if stages[0].mutates_input:
             live = tuple(tensor.clone() for tensor in live)
         for stage in stages:
-            stage.learn(self.training)
-            live = stage(*live)
+            live = stage(*live, op_training=self.training)
         return live[0]
 
     def _stages(self, live: tuple[Tensor, ...]) -> Sequence[Stage]:
-        ways = list(self._ways.values())
+        # from references, at once: another thread may be adding a size
+        ways = [way for reference in self._ways.valuerefs() if (way := reference()) is not None]
         if len(ways) == 1:  # for one size of inputs only
             return ways[0].stages
         for way in ways:

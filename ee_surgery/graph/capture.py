@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -14,22 +15,31 @@ from sympy import Expr
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from ee_surgery.backbone import Backbone, eval_mode
+from ee_surgery.backbone import Backbone, State
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.explain import explained
 from ee_surgery.graph.opaque import OpaqueCalls
 from ee_surgery.inputs import Arguments, tensors
+from ee_surgery.twin import twin
 
 _PREFIX = "surgery_original."  # of the wrapper below, in front of the names that export reports (of most)
 
 
+GLOBAL_STATE = threading.RLock()
+"""Held while process-wide state is in use: torch.export's patches, transformers' masks, the random generator."""
+
+
 class _LogitsOnly(nn.Module):
-    def __init__(self, backbone: Backbone, options: Arguments, dims: Mapping[str, int | None]) -> None:
+    def __init__(
+        self, backbone: Backbone, model: nn.Module, options: Arguments, dims: Mapping[str, int | None]
+    ) -> None:
         super().__init__()
-        self.surgery_original = backbone.model
+        self.surgery_original = model
         if "use_cache" in backbone.input_names:
             options = {"use_cache": False, **options}  # a classifier has no next token to keep it for
-        self._read: Callable[[Arguments], Tensor] = lambda given: backbone.logits(backbone.call({**given, **options}))
+        self._read: Callable[[Arguments], Tensor] = lambda given: backbone.logits(
+            backbone.call({**given, **options}, model)
+        )
         self._dims = dims
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -43,6 +53,8 @@ class _LogitsOnly(nn.Module):
 class Capture:
     """One program: what the model computes for inputs of one shape, dtype and device, at any batch size."""
 
+    state: State
+    """Of the backbone when it was read."""
     nodes: list[fx.Node]
     """Every call, in program order."""
     position: dict[fx.Node, int]
@@ -66,7 +78,10 @@ class Capture:
 
 
 def capture(backbone: Backbone, arguments: Arguments) -> Capture:
-    """Read `backbone` as a graph whose batch is a symbol; the model's training flags are given back.
+    """Read `backbone` as a graph whose batch is a symbol.
+
+    The model itself is left alone: a twin is read, whose tensors export swaps for fake ones while other threads run the
+    model. One capture at a time; others wait.
 
     Args:
         arguments: inputs of the size, dtype and device to capture for, with at least two samples.
@@ -76,15 +91,29 @@ def capture(backbone: Backbone, arguments: Arguments) -> Capture:
     dims = backbone.dims(arguments)
     inputs = tensors(arguments)
     options = {name: value for name, value in arguments.items() if name not in inputs}
-    wrapper = _LogitsOnly(backbone, options, dims)
     dynamic = {name: None if dims[name] is None else {dims[name]: Dim.DYNAMIC} for name in inputs}
-    with eval_mode([*wrapper.modules()]), torch.no_grad(), warnings.catch_warnings():
+    state = backbone.state()
+    with GLOBAL_STATE, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # export warns about its own deprecated internals
-        with explained(backbone, arguments):
-            opaque = OpaqueCalls.record(backbone, arguments)
-            with opaque.patched(backbone.model), _indexed_masks():
+        model = twin(state.model)
+        wrapper = _LogitsOnly(backbone, model, options, dims).eval()
+        with explained(backbone, model, arguments):
+            opaque = OpaqueCalls.record(backbone, state.model, arguments)
+            with opaque.patched(model), _indexed_masks(), _backends_kept():
                 program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
-    return _read(program, inputs, dims, opaque)
+    return _read(program, state, inputs, dims, opaque)
+
+
+def _backends_kept() -> AbstractContextManager[object]:
+    """While this lasts, torch.export leaves cuDNN and oneDNN on, which it switches for the whole process.
+
+    Other threads would compute with other kernels meanwhile, slower and rounded otherwise. Off, they keep the operators
+    of one backend out of decompositions; this capture is not decomposed.
+    """
+    from torch.export import _trace  # slow to import, and export does it anyway
+
+    name = "_ignore_backend_decomps"  # torch's own business, so it may be gone tomorrow
+    return patch.object(_trace, name, nullcontext) if hasattr(_trace, name) else nullcontext()
 
 
 @contextmanager
@@ -110,6 +139,7 @@ def _indexed_masks() -> Iterator[None]:
 
 def _read(
     program: torch.export.ExportedProgram,
+    state: State,
     inputs: Mapping[str, Tensor],
     dims: Mapping[str, int | None],
     opaque: OpaqueCalls,
@@ -140,6 +170,7 @@ def _read(
     if not isinstance(batch, torch.SymInt):
         raise CaptureError(f"The model was read for a batch of {batch} alone: its code fixes the batch size.")
     return Capture(
+        state=state,
         nodes=nodes,
         position={node: i for i, node in enumerate(nodes)},
         inputs=sources,

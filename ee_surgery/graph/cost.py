@@ -15,9 +15,9 @@ from sympy import Expr
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ee_surgery.backbone import eval_mode
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.opaque import is_opaque
+from ee_surgery.twin import twin
 
 _Shape = tuple[int, ...]
 _Formula = Callable[[fx.Node, list[_Shape], _Shape], int]
@@ -195,8 +195,7 @@ def module_macs(module: nn.Module, shape: Sequence[int]) -> int:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
-    was = [m for m in module.modules() if m.training]
     counter = FlopCounterMode(display=False)
-    with eval_mode(was), torch.no_grad(), counter:
-        torch.func.functional_call(module, meta, (torch.empty(1, *shape, dtype=dtype, device="meta"),))
+    with torch.no_grad(), counter:
+        torch.func.functional_call(twin(module), meta, (torch.empty(1, *shape, dtype=dtype, device="meta"),))
     return counter.get_total_flops() // 2

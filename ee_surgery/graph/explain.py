@@ -19,9 +19,9 @@ from ee_surgery.inputs import Arguments, tensors
 
 
 @contextmanager
-def explained(backbone: Backbone, arguments: Arguments) -> Iterator[None]:
-    """Turn whatever torch.export raises inside into a `CaptureError` that helps."""
-    names = {id(module): name for name, module in backbone.model.named_modules() if name}
+def explained(backbone: Backbone, model: nn.Module, arguments: Arguments) -> Iterator[None]:
+    """Turn whatever torch.export raises inside, reading `model`, into a `CaptureError` that helps."""
+    names = {id(module): name for name, module in model.named_modules() if name}
     fixed: list[str] = []  # where a size became a constant, that of the batch last
 
     try:

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ee_surgery.backbone import Backbone, eval_mode
+from ee_surgery.backbone import Backbone
 from ee_surgery.errors import CaptureError
 from ee_surgery.inputs import Arguments, batch_size, select
 from ee_surgery.registry import suggest
+from ee_surgery.twin import twin
 
 _running: list[OpaqueCalls] = []  # what the operator's shapes come from while a model is captured
 # Module, tensors in, values out, their structure, MACs.
@@ -44,28 +45,30 @@ class _Call:
 class OpaqueCalls:
     """The calls of all opaque modules of a model, in the order they happen."""
 
+    model: nn.Module
+    """In eval mode, with the original's tensors: what runs them."""
     calls: list[_Call] = field(default_factory=list)
     _inputs: dict[int, tuple[list[int], list[Any], pytree.TreeSpec]] = field(default_factory=dict)
     """Of each call: which of its flat arguments are tensors, the others, and the structure of all."""
 
     @classmethod
-    def record(cls, backbone: Backbone, arguments: Arguments) -> OpaqueCalls:
-        """Run the model with all samples and with one fewer, and keep what its opaque modules answer.
+    def record(cls, backbone: Backbone, model: nn.Module, arguments: Arguments) -> OpaqueCalls:
+        """Run a twin of the model with all samples and with one fewer, and keep what its opaque modules answer.
 
         Raises:
             CaptureError: there is no module of that name.
         """
         if not backbone.opaque:
-            return cls()
-        known = dict(backbone.model.named_modules())
+            return cls(model)
+        known = dict(model.named_modules())
         for name in backbone.opaque:
             if name not in known:
                 raise CaptureError(f"{backbone.model_id} has no module {name!r} to keep whole. {suggest(name, known)}")
         size = batch_size(arguments, backbone.dims(arguments))
         device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
         fewer = select(arguments, backbone.dims(arguments), torch.arange(size - 1, device=device))
-        many, few = (_observe(backbone, given) for given in (arguments, fewer))
-        return cls([_compare(name, a, b, size) for (name, *a), (_, *b) in zip(many, few, strict=True)])
+        many, few = (_observe(backbone, twin(model), given) for given in (arguments, fewer))
+        return cls(model, [_compare(name, a, b, size) for (name, *a), (_, *b) in zip(many, few, strict=True)])
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
@@ -99,20 +102,18 @@ class OpaqueCalls:
         """MACs of the module's call, one sample, as torch counted them."""
         return self.calls[_index(node)].macs
 
-    def function(self, node: fx.Node, model: nn.Module) -> Callable[[list[Tensor]], list[Tensor]]:
+    def function(self, node: fx.Node) -> Callable[[list[Tensor]], list[Tensor]]:
         """The module's own call, from input tensors to output tensors."""
         index = _index(node)
-        module = model.get_submodule(self.calls[index].module)
+        module = self.model.get_submodule(self.calls[index].module)
         places, rest, spec = self._inputs[index]
-        parts = list(module.modules())
 
         def call(given: list[Tensor]) -> list[Tensor]:
             flat = list(rest)
             for place, tensor in zip(places, given, strict=True):
                 flat[place] = tensor
             args, kwargs = pytree.tree_unflatten(flat, spec)
-            with eval_mode(parts):
-                return pytree.tree_leaves(module(*args, **kwargs))
+            return pytree.tree_leaves(module(*args, **kwargs))
 
         return call
 
@@ -130,7 +131,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = before
 
 
-def _observe(backbone: Backbone, arguments: Arguments) -> list[_Observed]:
+def _observe(backbone: Backbone, model: nn.Module, arguments: Arguments) -> list[_Observed]:
     seen: list[_Observed] = []
 
     def watch(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -148,9 +149,9 @@ def _observe(backbone: Backbone, arguments: Arguments) -> list[_Observed]:
 
     with ExitStack() as stack:
         for name in dict.fromkeys(backbone.opaque):
-            module = backbone.model.get_submodule(name)
+            module = model.get_submodule(name)
             stack.enter_context(_replaced_forward(module, watch(name, module)))
-        backbone.call(arguments)
+        backbone.call(arguments, model)
     return seen
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor, fx, nn
@@ -102,25 +103,17 @@ class Stage:
         exec(compile(code.source, "<stage>", "exec"), self._scope)
         self._run: Callable[..., tuple[Tensor, ...]] = self._scope["stage"]  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __call__(self, *live: Tensor) -> tuple[Tensor, ...]:
-        """Run the stage on live tensors, each with the batch in its own dimension."""
+    def __call__(self, *live: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        """Run the stage on live tensors, each with the batch in its own dimension.
+
+        Args:
+            options: `op_training=True` for a piece written with `learning=True`.
+        """
         current = [table[key] for table, key, _ in self._bound]
-        if not _same(current, self._values):
+        if len(self._values) != len(current) or not all(map(is_, current, self._values)):
             self._scope.update(zip((name for *_, name in self._bound), current, strict=True))
             self._values = current
-        return self._run(*live)
-
-    def learn(self, training: bool) -> None:
-        """Let the BatchNorms of a `learning` piece take their statistics from the batch, or from what they kept."""
-        self._scope["op_training"] = training
-
-
-def _same(left: Sequence[object], right: Sequence[object]) -> bool:
-    return len(left) == len(right) and all(map(_is, left, right))
-
-
-def _is(left: object, right: object) -> bool:
-    return left is right
+        return self._run(*live, **options)
 
 
 def compact(live: Sequence[Tensor], axes: Sequence[Axis | None], keep: Tensor) -> tuple[Tensor, ...]:
@@ -149,7 +142,7 @@ def cut(
     starts, stops = [0, *(i + 1 for i in positions)], [*(i + 1 for i in positions), len(capture.nodes)]
     pieces = zip(borders[:-1], borders[1:], starts, stops, strict=True)
     return [
-        Stage(write(calls(capture, liveness, *piece), *piece[:2], capture, liveness, model), lambda path: model)
+        Stage(write(calls(capture, liveness, *piece), *piece[:2], capture, liveness), lambda path: model)
         for piece in pieces
     ]
 
@@ -179,15 +172,15 @@ def write(
     wanted: Sequence[fx.Node],
     capture: Capture,
     liveness: Liveness,
-    model: nn.Module,
     learning: bool = False,
 ) -> Code:
     """Write calls out as a function from `given` to `wanted`.
 
     Args:
-        learning: BatchNorms can be told to take their statistics from the batch, and to keep a running mean of them.
+        learning: the function takes `op_training=`: with True its BatchNorms use the statistics of the batch and
+            update those they keep.
     """
-    scope: dict[str, object] = {"torch": torch, "op_training": False}
+    scope: dict[str, object] = {"torch": torch}
     used: dict[str, str] = {}
     names: dict[fx.Node, str] = {node: f"live{i}" for i, node in enumerate(given)}
     axes = [axis for node in given if not isinstance(axis := liveness.axis[node], str)]
@@ -238,7 +231,7 @@ def write(
             operator, given_to = f"op_{getattr(node.target, '__name__', 'call').replace('.', '_')}", node.args
             if is_opaque(node):
                 operator, given_to = f"op_{node.name}", node.args[1:]
-                scope[operator] = capture.opaque.function(node, model)
+                scope[operator] = capture.opaque.function(node)
             else:
                 scope[operator] = _callable(node.target)
             arguments = [text(arg) for arg in given_to] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
@@ -251,7 +244,8 @@ def write(
     outputs = "".join(f"{name_of(node)}, " for node in wanted)
     head = [_batch_size(axes)] if any("B" in line for line in lines) else []
     body = "\n".join(f"    {line}" for line in [*head, *lines, f"return ({outputs})"])
-    return Code(f"def stage({inputs}):\n{body}\n", scope, used, axes, mutates)
+    options = ", *, op_training=False" if learning else ""
+    return Code(f"def stage({inputs}{options}):\n{body}\n", scope, used, axes, mutates)
 
 
 def statistics(node: fx.Node) -> list[fx.Node]:

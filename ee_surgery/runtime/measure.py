@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ee_surgery.backbone import eval_mode
 from ee_surgery.branches.base import Branch, ExitLogits, ask
 from ee_surgery.errors import DataError
 from ee_surgery.graph.stages import compact
@@ -114,11 +113,12 @@ def measure(
     if not batches:
         raise DataError(f"{len(first)} inputs are no batch of {batch_size}.")
 
-    def original(batch: Inputs) -> object:
-        return branched.backbone(batch) if isinstance(batch, Tensor) else branched.backbone(**batch)
+    model = branched._backbone.state().model  # the original in eval mode, without our checks at every call
 
-    # the original itself is called: one in train mode would move its BatchNorm statistics
-    with torch.no_grad(), eval_mode(list(branched.backbone.modules())):
+    def original(batch: Inputs) -> object:
+        return model(batch) if isinstance(batch, Tensor) else model(**batch)
+
+    with torch.no_grad():
         cost = torch.cat([branched.predict(batch).macs_fraction for batch in batches]).mean().item()
         routed, plain = [[0.0] * rounds for _ in range(2)]
         latencies: dict[str, list[float]] = {"routed": [], "original": []}

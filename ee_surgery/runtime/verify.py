@@ -13,6 +13,7 @@ from ee_surgery.errors import ExitPointError
 from ee_surgery.graph.stages import compact
 from ee_surgery.inputs import Arguments, batch_size, select, tensors
 from ee_surgery.runtime.program import Program
+from ee_surgery.twin import twin
 
 
 def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
@@ -89,11 +90,9 @@ def _outputs(backbone: Backbone, arguments: Arguments) -> dict[str, Tensor]:
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in backbone.model.named_modules()]
-    try:
-        with torch.no_grad():
-            backbone(arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    model = twin(backbone.state().model)
+    for name, module in model.named_modules():
+        module.register_forward_hook(keep(name))
+    with torch.no_grad():
+        backbone.call(arguments, model)
     return seen

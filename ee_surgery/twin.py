@@ -1,0 +1,52 @@
+"""Twins: a module's structure again, over the very same tensors, for whatever must not show on the module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def twin(model: nn.Module, *, live: bool = False) -> nn.Module:
+    """A copy of a module in eval mode that shares its parameters and buffers instead of copying them.
+
+    Flags, hooks, attributes and fake tensors that are put on the twin never show on the module, which another thread
+    may be running or training meanwhile.
+
+    Args:
+        live: share the tables of parameters and buffers as well, so that the twin follows `Module.to`,
+            `load_state_dict(assign=True)` and replaced parameters. Otherwise tensors may be swapped in it at will.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    try:
+        copied = deepcopy(model, dict(shared))
+    except Exception:  # an attribute that has no copy: a lock, an open file, a generator
+        copied = deepcopy(model, {**shared, **_uncopied(model, shared)})
+    for path, module in copied.named_modules():
+        module.training = False
+        if live:
+            origin = model.get_submodule(path)
+            vars(module).update(_parameters=origin._parameters, _buffers=origin._buffers)
+    return copied
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that modules hold as plain attributes or in containers."""
+    for module in model.modules():
+        yield from (leaf for leaf in tree_leaves([*vars(module).values()]) if isinstance(leaf, Tensor))
+
+
+def _uncopied(model: nn.Module, shared: dict[int, Any]) -> dict[int, Any]:
+    """Attributes that cannot be copied, by id."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name != "_modules":
+                try:
+                    deepcopy(value, dict(shared))
+                except Exception:
+                    found[id(value)] = value
+    return found
