@@ -1,23 +1,22 @@
 """Does a model still compute what it did? Its structure, hooks and attributes, compared at every call.
 
 A captured program outlives the Python state it was captured in: a PEFT adapter switched off, a head replaced, a hook
-added or an attribute changed would go unnoticed. Comparing snapshots dict by dict runs in C: about 50 us for a network
-of 200 modules.
+added or an attribute changed would go unnoticed. The comparison is made of a few lists that are compared in C and touch
+little memory, for it runs at every call, on caches that are full of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 _BASE = frozenset(vars(nn.Module()))  # tables, hooks and flags that every module has
-_TABLES = frozenset({"_parameters", "_buffers"})  # stages are bound to these very dicts
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Of configuration objects: says nothing about what is computed.
 _LABELS = frozenset({"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id"})
-_MISSING = object()
 
 Attributes = dict[str, Any]
 
@@ -33,21 +32,22 @@ class Signature:
     """
 
     def __init__(self, model: nn.Module, volatile: Mapping[str, frozenset[str]] | None = None) -> None:
-        self.model = model
-        self.volatile = volatile or {}
+        self.model, self.volatile = model, volatile or {}
         self.modules = dict(model.named_modules())
         self._list = [*self.modules.values()]
         self._types = [*map(type, self._list)]
+        containers = [module._modules for module in self._list if module._modules]
+        self._children = [(table, dict(table)) for table in containers]
         # Hooks live in dicts that change in place. Most are empty: their truth tells.
         hooks: list[Mapping[int, Any]] = [vars(module)[name] for module in self._list for name in _HOOKS]
-        self._empty = [table for table in hooks if not table]
+        self._unhooked = [table for table in hooks if not table]
         self._hooked = [(table, dict(table)) for table in hooks if table]
         self._absent = [(m._parameters, name) for m in self._list for name, p in m._parameters.items() if p is None]
-        watched = [*self._watched()]
-        self._odd = [(path, live, _freeze(live)) for path, live in watched if path in self.volatile]
-        self._paths = [path for path, _ in watched if path not in self.volatile]
-        self._live = [live for path, live in watched if path not in self.volatile]
-        self._frozen = [*map(_freeze, self._live)]
+        self._attributes = [(path, live, self._freeze(path, live)) for path, live in self._watched()]
+        self._getters = [(itemgetter(*frozen), live) for _, live, frozen in self._attributes if frozen]
+        self._values = [itemgetter(*frozen)(frozen) for _, _, frozen in self._attributes if frozen]
+        self._fixed = [live for path, live, _ in self._attributes if path not in self.volatile]
+        self._sizes = [*map(len, self._fixed)]
 
     def _watched(self) -> Iterator[tuple[str, Attributes]]:
         """The attributes of every module, and of every object that they hold, by path."""
@@ -60,25 +60,25 @@ class Signature:
                     held.setdefault(id(value), (_join(path, name), vars(value)))
         yield from held.values()
 
+    def _freeze(self, path: str, live: Attributes) -> Attributes:
+        """What is compared of some attributes, containers as copies."""
+        left_out = self.volatile.get(path, frozenset()) | _LABELS | _BASE
+        return {name: _copied(value) for name, value in [*live.items()] if name not in left_out}
+
     def current(self) -> bool:
         """True when the model is as it was, training flags aside."""
-        if self._equal():
-            return True
-        if self.differences():
-            return False
-        self._frozen = [*map(_freeze, self._live)]  # flags alone differ: compare with those of now the next time
-        return True
+        return self._equal() or not self.differences()
 
     def _equal(self) -> bool:
         try:
             return (
-                not any(self._empty)
-                and self._live == self._frozen  # identical values count as equal without a look at them
+                not any(self._unhooked)
+                and [get(live) for get, live in self._getters] == self._values  # identical values are not looked into
+                and [*map(len, self._fixed)] == self._sizes
                 and [*map(type, self._list)] == self._types
                 and not [name for table, name in self._absent if table[name] is not None]
+                and all(table == was for table, was in self._children)
                 and all(table == was for table, was in self._hooked)
-                and not any(self._changed(*odd) for odd in self._odd)
-                and all(live["_modules"] == frozen["_modules"] for _, live, frozen in self._odd)
             )
         except Exception:  # tensors and arrays have no truth, and a key may be gone
             return False
@@ -94,20 +94,16 @@ class Signature:
         for (path, module), was in zip(self.modules.items(), self._types, strict=True):
             if type(module) is not was:
                 lines[path] = f"{was.__name__} -> {type(module).__name__}"
-        for table in [*(t for t in self._empty if t), *(t for t, was in self._hooked if t != was)]:
+        for table in [*(t for t in self._unhooked if t), *(t for t, was in self._hooked if t != was)]:
             lines[_join(self._owner(table), "hooks")] = "forward hooks added or removed"
         for table, name in self._absent:
             if table.get(name) is not None:
                 lines[_join(self._owner(table), name)] = "nothing -> a parameter"
-        for path, live, frozen in [*zip(self._paths, self._live, self._frozen, strict=True), *self._odd]:
-            for name in self._changed(path, live, frozen):
-                lines[_join(path, name)] = f"{_short(frozen, name)} -> {_short(live, name)}"
+        for path, live, frozen in self._attributes:
+            now_there = self._freeze(path, live)
+            for name in _changed(frozen, now_there):
+                lines[_join(path, name)] = f"{_short(frozen, name)} -> {_short(now_there, name)}"
         return [f"{path or 'the model'}: {told}" for path, told in lines.items()]
-
-    def _changed(self, path: str, live: Attributes, frozen: Attributes) -> list[str]:
-        """Names of the attributes that differ, modules and flags aside."""
-        names = (live.keys() | frozen.keys()) - self.volatile.get(path, frozenset()) - _LABELS
-        return sorted(name for name in names if not _same(name, live.get(name, _MISSING), frozen.get(name, _MISSING)))
 
     def _owner(self, table: object) -> str:
         """The path of the module that holds a table of hooks or parameters."""
@@ -116,23 +112,28 @@ class Signature:
 
 def attributes(model: nn.Module) -> dict[str, Attributes]:
     """The attributes of every module as they are now, by path: to find those that a call sets."""
-    return {path: _freeze(vars(module)) for path, module in model.named_modules()}
+    return {path: _copied(vars(module)) for path, module in model.named_modules()}
 
 
 def set_since(model: nn.Module, before: Mapping[str, Attributes]) -> dict[str, frozenset[str]]:
     """The attributes that are others than in `before`, by module path; modules where none is are left out."""
-    names: dict[str, frozenset[str]] = {}
-    for path, module in model.named_modules():
-        live, was = vars(module), before.get(path, {})
-        found = [n for n in live.keys() | was.keys() if not _same(n, live.get(n, _MISSING), was.get(n, _MISSING))]
-        if found:
-            names[path] = frozenset(found)
-    return names
+    found = {path: _changed(before.get(path, {}), vars(module)) for path, module in model.named_modules()}
+    return {path: frozenset(names) for path, names in found.items() if names}
 
 
-def _freeze(live: Attributes) -> Attributes:
-    """Attributes as they are now; base tables but that of submodules stay the same objects, for speed."""
-    return {name: value if name in _BASE and name != "_modules" else _copied(value) for name, value in [*live.items()]}
+def _changed(before: Attributes, after: Attributes) -> list[str]:
+    """Names of the attributes that differ, of those that a module has of its own."""
+    names = (before.keys() | after.keys()) - _BASE
+    return sorted(n for n in names if n not in before or n not in after or not _same(before[n], after[n]))
+
+
+def _same(left: Any, right: Any) -> bool:
+    if left is right:
+        return True
+    try:
+        return bool(left == right)
+    except Exception:  # arrays: another object is another value
+        return False
 
 
 def _copied(value: Any) -> Any:
@@ -142,17 +143,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(item) for item in value]
     return set(value) if type(value) is set else value
-
-
-def _same(name: str, left: Any, right: Any) -> bool:
-    if left is right or (name in _BASE and name not in _TABLES):
-        return True
-    if name in _TABLES:
-        return False
-    try:
-        return bool(left == right)
-    except Exception:  # arrays: another object is another value
-        return False
 
 
 def _join(path: str, name: str) -> str:
