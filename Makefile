@@ -1,5 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
+# Versions are the newest that fit, unless a file says otherwise. Where those fail:
+# make -B setup CONSTRAINTS=requirements/known-good.txt
+CONSTRAINTS :=
 BIN := $(VENV)/bin
 # glibc gives freed activations back to the system and faults them in again; see docs/limits.md
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
@@ -7,13 +10,13 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-all coverage docs check fmt clean
+.PHONY: setup demo test test-slow test-all test-lowest coverage docs check fmt clean
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[dev]'
 	touch $@
 
 demo: setup
@@ -26,6 +29,10 @@ test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 test-all: test test-slow
+
+# The oldest versions that pyproject.toml allows, in an environment of their own (7 GB); before each release.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=requirements/lowest.txt
 
 # Hours on two cores; goes on where it stopped.
 coverage: setup
@@ -46,4 +53,4 @@ fmt: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf .venv .venv-lowest runs

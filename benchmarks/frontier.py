@@ -73,7 +73,7 @@ def _cifar(
     images, mean, std = pictures("train", None)
     (test, labels), _, _ = pictures("test", None)
     test = (test.float() / 255 - mean) / std
-    common: dict[str, Any] = {"lr": 3e-3, "weight_decay": 5e-3, "mixed_precision": "bf16", "validation": 0}
+    common: dict[str, Any] = {"lr": 3e-3, "weight_decay": 5e-3, "mixed_precision": "auto", "validation": 0}
     settings = ee.TrainConfig(**{**common, **config})
     train, smaller = Batches(*images, mean, std), partial(_smaller, others)
     return Setup(model, torch.zeros(2, 3, 32, 32), train, test, labels, branches, settings, smaller)
@@ -109,7 +109,7 @@ def _mobilenetv2() -> Setup:
             f"the same at {n} px": (task.model, F.interpolate(test, n, mode="bicubic", antialias=True)) for n in sizes
         }
 
-    config = ee.TrainConfig(epochs=12, batch_size=64, lr=1e-3, weight_decay=5e-3, mixed_precision="bf16", validation=0)
+    config = ee.TrainConfig(epochs=12, batch_size=64, lr=1e-3, weight_decay=5e-3, mixed_precision="auto", validation=0)
     return Setup(task.model, task.sample, task.train, task.test, task.labels, TRIED, config, smaller)
 
 
@@ -156,6 +156,7 @@ def train(name: str, folder: Path) -> tuple[ee.ExitRecords, dict[str, Any]]:
         "search_seconds": round(searched - started),
         "train_seconds": round(trained - searched),
         "epochs": config.epochs,
+        "precision": branched.provenance["training"]["mixed_precision"],
         "static": _alone(setup.alternatives(unseen), records),
     }
 
@@ -229,7 +230,10 @@ def page(lines: list[dict[str, Any]], docs: Path) -> str:
     missing = [title for key, title in TITLES.items() if key not in {line["key"] for line in lines}]
     if missing:
         parts.append(f"Not run yet: {'; '.join(missing)}.")
-    parts.append(f"torch {lines[0]['torch']}, timm {lines[0]['timm']}, CPU, bfloat16 in training, seed 0.")
+    precisions = ", ".join(sorted({line.get("precision", "bf16") for line in lines}))
+    parts.append(
+        f"torch {lines[0]['torch']}, timm {lines[0]['timm']}, CPU, mixed precision in training: {precisions}; seed 0."
+    )
     return "\n\n".join(parts) + "\n"
 
 

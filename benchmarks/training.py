@@ -92,7 +92,7 @@ def run(name: str, epochs: int, few: int | None) -> dict[str, Any]:
             "distill": 0.0,
             "lr": 3e-3,
             "weight_decay": 5e-3,
-            "mixed_precision": "bf16",
+            "mixed_precision": "auto",
             "validation": 0,
             **setting.config,
         }
@@ -111,6 +111,7 @@ def run(name: str, epochs: int, few: int | None) -> dict[str, Any]:
         "images": len(images),
         "steps": steps * epochs,
         "seconds": round(seconds),
+        "precision": branched.provenance["training"]["mixed_precision"],
         "threads": torch.get_num_threads(),
         "alone": records.accuracies[-2],
         "original": records.base_accuracy,
@@ -136,7 +137,9 @@ def page(lines: list[dict[str, Any]]) -> str:
     first = lines[0]
     head = ["", "alone %", "AUROC", "0.5 points", "1 point", "2 points", "area", "steps"]
     told = _PAGE.format(exit=EXIT, blocks=EXITS[EXIT], epochs=first["epochs"], half=first["samples"], unseen=UNSEEN)
-    return f"{told}\n{table(head, rows)}\n\ntorch {first['torch']}, timm {first['timm']}, CPU, bfloat16, seed 0.\n"
+    versions = f"torch {first['torch']}, timm {first['timm']}, CPU"
+    precision = first.get("precision", "bf16")
+    return f"{told}\n{table(head, rows)}\n\n{versions}, mixed precision {precision}, seed 0.\n"
 
 
 _PAGE = """# Each part of a training recipe alone

@@ -73,7 +73,7 @@ def main() -> None:
         weight_decay=5e-3,
         distill_from=0.7,  # from there on the whole original runs
         cutmix=1.0,
-        mixed_precision="bf16",
+        mixed_precision="auto",
         validation=0,
         seed=options.seed,
         checkpoint_dir=str(options.out / "training"),

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where the file is run by i
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
+from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.track import JsonLines
 from recipes import data
 from recipes.networks import CifarResNet
@@ -66,7 +66,7 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
     """The pipeline; call it in every process."""
     out = Path(recipe.out)
     trackers = [JsonLines(out / "log.jsonl"), *recipe.log_with]
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=trackers, project_dir=recipe.out)
+    accelerator = make_accelerator(recipe.train, log_with=trackers, project_dir=recipe.out)
     console = Console(width=160, record=True, quiet=not accelerator.is_main_process)
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         console.print(

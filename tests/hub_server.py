@@ -503,9 +503,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     }.items():
         monkeypatch.setattr(constants, name, value)
     # `huggingface_hub.create_repo` and its like are methods of an object made at import, those of transformers of one
-    # made when first used.
+    # made when first used (from the same one in its first 5.x).
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr(hub_of_transformers, "_hf_api", None)
+    monkeypatch.setattr(hub_of_transformers, "_hf_api", None, raising=False)
     for module in (file_download, _http):  # between attempts they wait 1 to 8 seconds
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
     # A bar that cannot write, as in tests of full disks, keeps tqdm's lock for good, and later threads wait for it.

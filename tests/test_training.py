@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ee_surgery as ee
 from ee_surgery.training import checkpoint, reader
+from ee_surgery.training.precision import resolve_precision
 
 PROGRAM = Path(__file__).parent / "killed_training.py"
 
@@ -180,6 +183,61 @@ def test_mixed_precision_and_sgd_train() -> None:
         report = ee.train(branched, blobs(), config)
     assert report.epochs[-1].loss < report.epochs[0].loss
     assert next(branched.branches.parameters()).dtype == torch.float32
+
+
+_X86 = {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        (_X86, "no"),
+        ({**_X86, "avx512_bf16": True}, "bf16"),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, "no"),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, "bf16"),
+        ({}, "no"),
+    ],
+)
+def test_auto_precision_is_bfloat16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    config = replace(QUICK, epochs=1, mixed_precision="auto")
+    report = ee.train(small(), blobs(32), config)
+    assert report.model.provenance["training"]["mixed_precision"] == expected
+    assert "mixed_precision" not in capsys.readouterr().out
+    ee.train(small(), blobs(32), replace(config, progress=True))
+    number = {"no": "float32", "bf16": "bfloat16"}[expected]
+    assert capsys.readouterr().out.count(f"mixed_precision='auto' on this cpu: {number}\n") == 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_does_not_take_emulated_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert resolve_precision("auto", torch.device("cuda")) == ("bf16" if native else "no")
+    assert resolve_precision("bf16", torch.device("cuda")) == "bf16"  # asked for by name
+    assert resolve_precision("auto", torch.device("meta")) == "no"
+
+
+def test_a_checkpoint_of_auto_precision_goes_on_in_the_same_precision_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = replace(QUICK, epochs=1, checkpoint_dir=str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    ee.train(small(), blobs(32), replace(config, mixed_precision="auto"))
+    ee.train(small(), blobs(32), replace(config, mixed_precision="bf16"))  # the same by another name
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ee.TrainingError, match="mixed_precision"):
+        ee.train(small(), blobs(32), replace(config, mixed_precision="auto"))
+
+
+def test_precisions_that_are_not_known_are_refused() -> None:
+    for wrong in ("bfloat16", "Auto", "fp8", ""):
+        with pytest.raises(ee.ConfigError, match="mixed_precision must be one of"):
+            ee.TrainConfig(mixed_precision=wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_users_random_state_is_given_back() -> None:

@@ -69,7 +69,9 @@ class TrainConfig:
     """Largest norm of the gradient of all that learns together."""
     ensemble_epochs: int = 500
     """Passes over recorded answers that fit the ensembles of `ztw` branches, after all else; 0 for none."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "auto", "bf16", "fp16"] = "no"
+    """`auto`: bfloat16 where the device has instructions for it, float32 (`no`) elsewhere; training says which. The
+    default is the same on every machine."""
     validation: float = 0.1
     """Share of a map-style training set held out to report each exit's accuracy; 0 for none."""
     num_workers: int = 0
@@ -118,5 +120,5 @@ _CHOICES = {
     "teach": ("labels", "original"),
     "optimizer": ("adamw", "adam", "sgd"),
     "schedule": ("cosine", "linear", "step", "constant"),
-    "mixed_precision": ("no", "bf16", "fp16"),
+    "mixed_precision": ("no", "auto", "bf16", "fp16"),
 }

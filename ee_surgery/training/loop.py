@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.outcome import Epoch, TrainReport, describe
+from ee_surgery.training.precision import resolve_precision
 from ee_surgery.training.processes import OneBatch, Processes, Shares
 from ee_surgery.training.reader import Batch, Lesson, Reader, needs_original
 
@@ -89,11 +90,12 @@ def train(
         checkpoint.set_random_state(before)
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """One with the precision that the settings ask for."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    """One with the precision that the settings ask for, and with these options of `Accelerator`."""
+    precision = resolve_precision(config.mixed_precision, PartialState().device)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision
-    return Accelerator(mixed_precision=config.mixed_precision)
+    return Accelerator(mixed_precision=precision, **options)
 
 
 class _Run:
@@ -138,8 +140,9 @@ class _Run:
         self.validation = None if validation is None else Shares(loader(validation, config.batch_size), self.processes)
         self.joint = joint
         identity = branched.adapter_config()
-        self.settings = _settings(config, joint, self.total, identity)
+        self.settings = _settings(config, accelerator.mixed_precision, joint, self.total, identity)
         self.processes.agree("original", identity.base.fingerprint)
+        self.processes.agree("mixed_precision", accelerator.mixed_precision)  # "auto" looks at each machine
         if self.processes.number > 1:
             start = self.processes.of_main(lambda: {n: t.cpu() for n, t in branched.branches.state_dict().items()})
             branched.branches.load_state_dict(start)
@@ -160,6 +163,9 @@ class _Run:
             self._restore(state)
         self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
         track.start(self.accelerator, self.settings)
+        if self.config.mixed_precision == "auto":
+            device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
+            self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")
         try:
             while self.epoch < self.config.epochs and not self._at_the_end():
                 self._one_epoch(folder, state)
@@ -395,9 +401,9 @@ class _Run:
         self.report.epochs.extend(Epoch(**{**e, "accuracies": tuple(e["accuracies"])}) for e in state["history"])
 
 
-def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
+def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
     """What must not change between a checkpoint and its continuation; the number of processes may."""
-    settings = asdict(config)
+    settings = {**asdict(config), "mixed_precision": precision}  # not "auto", which another machine answers otherwise
     for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers", "cache_gb"):
         settings.pop(free)
     for listed in ("exit_weights", "milestones"):
@@ -407,4 +413,5 @@ def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterCon
 
 
 _ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
+_NUMBERS = {"no": "float32", "bf16": "bfloat16"}
 _COUNTERS = ("epoch", "step", "all_steps", "taken", "skipped", "in_a_row", "samples", "loss_sum")

@@ -1,0 +1,27 @@
+"""Which number format training computes in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def resolve_precision(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """Replace `auto` by bfloat16 where the device computes in it, and by float32 (`no`) elsewhere."""
+    if asked != "auto":
+        return asked
+    return "bf16" if has_bf16(device) else "no"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16. Emulated, it takes several times as long as float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # torch's own query for oneDNN's bfloat16 is also true for processors that lack the instructions (AVX-512 alone)
+        has = torch.cpu.get_capabilities()
+        return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: Arm
+    return False
