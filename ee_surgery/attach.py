@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from ee_surgery.answers import OutputKey
 from ee_surgery.backbone import Sample
 from ee_surgery.branches import BranchSpec, resolve
 from ee_surgery.branches.bank import BranchBank
@@ -28,6 +29,7 @@ def attach(
     sample: Sample | None = None,
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
+    output: OutputKey | None = None,
     seed: int = 0,
 ) -> EarlyExitModel:
     """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
@@ -38,12 +40,16 @@ def attach(
         sample: see `inspect`.
         opaque: see `inspect`.
         num_classes: see `inspect`.
+        output: see `inspect`.
         seed: of the branches' first weights; the global random state is left alone.
     Raises:
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
-    graph = model if isinstance(model, ModelGraph) else inspect(model, sample, opaque=opaque, num_classes=num_classes)
+    if isinstance(model, ModelGraph):
+        graph = model
+    else:
+        graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")

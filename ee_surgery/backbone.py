@@ -16,17 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ee_surgery.errors import CaptureError, DataError
-from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, tensors
+from ee_surgery.answers import OutputKey, check_logits, declared_classes, locate
+from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
 from ee_surgery.samples import default_sample
 from ee_surgery.signature import Signature, attributes, set_since
 from ee_surgery.twin import twin
+from ee_surgery.wrappers import library_model, unwrapped
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
-# What a model may answer with: logits, a tuple that begins with them, or a transformers ModelOutput.
 Sample: TypeAlias = Inputs | tuple[Tensor, ...]
 # Modules of well-known models that loop over samples by their values, each sample on its own.
 _OPAQUE = frozenset({"Siglip2VisionEmbeddings"})
+# What a model may answer with: logits, or a container that holds them.
 Output: TypeAlias = Tensor | tuple[object, ...] | list[object] | Mapping[str, object]
 
 
@@ -112,16 +114,21 @@ class Backbone:
     Whatever runs, runs on a twin in eval mode: the owner may train the model, or change its flags, in another thread.
 
     Args:
-        model: a timm model, a transformers classifier of images or texts, or any `nn.Module` from tensors to logits.
+        model: a timm model, a transformers classifier of images or texts, or any `nn.Module` from tensors to logits;
+            taken out of wrappers such as DataParallel or torch.compile's, see `unwrapped`.
         sample: an example input with its batch, e.g. `torch.randn(2, 3, 224, 224)`; a dict (or a tuple, by position)
             for a model of several inputs. Read from the model's own configuration when left out.
         opaque: modules to keep whole, by name: they are called as they are, and nothing leaves inside them. For
             modules that torch.export cannot read but that treat each sample on its own.
         num_classes: for a model without a classification head, whose answer are features: how many classes a head
             on them shall tell apart.
+        output: which part of the answer the logits are, by index or name (or several of them, from the outside in),
+            where more than one could be.
     Raises:
         DataError: `sample` is missing for a model that does not say what it takes, or is no batch.
-        CaptureError: the model's answer holds no logits of shape (B, C).
+        ConfigError: there is no tensor at `output`, or fewer than two classes.
+        CaptureError: the model's answer holds no logits of shape (B, C), several tensors that could be, or numbers that
+            are no logits of a softmax over classes.
     """
 
     def __init__(
@@ -130,43 +137,37 @@ class Backbone:
         sample: Sample | None = None,
         opaque: Sequence[str] = (),
         num_classes: int | None = None,
+        output: OutputKey | None = None,
     ) -> None:
-        self.model = model
-        self.library: Library = _library(model)
-        self.model_id, self.revision = _model_id(model, self.library)
+        if num_classes is not None and num_classes < 2:
+            raise ConfigError(f"num_classes must be at least 2, got {num_classes}: a softmax tells two classes apart.")
+        self.model = model = unwrapped(model)
+        self.named = library_model(model)
+        """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
+        self.library: Library = _library(self.named)
+        self.model_id, self.revision = _model_id(self.named, self.library)
         self._lock = threading.Lock()
         self._states: list[State] = []  # the one in force last
         self._first: State | None = None
-        self.input_names = _input_names(model)
+        self.input_names = _input_names(self.named)
         self.opaque = _outermost([*opaque, *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE)])
+        self.output = output if isinstance(output, (int, str, type(None))) else tuple(output)
         self.sample = self._sample(sample)
         """Four samples, in their normal form."""
         self.batch_dims = batch_dims(self.sample)
         """Where each input tensor holds the batch."""
         self.sample = as_sample(self.sample, self.batch_dims)
         rows = batch_size(self.sample, self.batch_dims)
-        try:
-            state, output = self._read()
-        except Exception as error:
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors(self.sample).items()}
-            raise DataError(
-                f"{self.model_id} does not take a sample of shape {shapes}: {type(error).__name__}: {str(error)[:300]} "
-                "Pass one that it takes: sample=."
-            ) from error
-        self._states, self._first = [state], state
+        answered = self._first_answer()
         self.headless = num_classes is not None
-        self._field = None
-        if isinstance(output, Mapping):
-            self._field = _features_field(output) if self.headless else _logits_field(output, rows)
-        logits = self.logits(output)
-        if not self.headless and (logits.ndim != 2 or logits.shape[0] != rows):
-            raise CaptureError(
-                f"{self.model_id} answers with a tensor of shape {tuple(logits.shape)}, not logits of shape "
-                f"({rows}, classes). Build it with a classification head, or say how many classes a head on these "
-                "features shall tell apart: num_classes=."
-            )
+        declared = declared_classes(self.named)
+        self._place = locate(answered, self.model_id, rows, output, self.headless, declared)
+        logits = self._place.read(answered)
+        assert logits is not None
+        if not self.headless:
+            check_logits(logits, rows, self.named, self.model_id)
         self.num_classes = int(logits.shape[1]) if num_classes is None else num_classes
-        self._answer: type | None = None if isinstance(output, Tensor) else type(output)
+        self._flat = not self.headless and self._one_is_flat()
 
     def __call__(self, inputs: Inputs) -> Output:
         """The original's own answer in eval mode, through its own forward: nothing of this package runs inside."""
@@ -258,27 +259,18 @@ class Backbone:
         return main.ndim == 2 and not main.is_floating_point()
 
     def logits(self, output: Output) -> Tensor:
-        """Find the logits in what the model answered; the features, for a model without a head."""
-        if isinstance(output, Tensor):
-            return output
-        if isinstance(output, Mapping):
-            found = output.get(self._field or "logits")
-        else:  # maps of several depths end in the deepest
-            found = output[-1 if self.headless and isinstance(output, list) else 0] if output else None
-        if not isinstance(found, Tensor):
-            raise CaptureError(
-                f"No logits in the {type(output).__name__} that {self.model_id} answers with. "
-                "Wrap the model in a module that returns its logits and pass a sample."
-            )
-        return found
+        """Find the logits (B, C) in what the model answered; the features, for a model without a head."""
+        found = self._place.read(output)
+        if found is None:  # another form than for the sample: in training mode, or for an option of the call
+            found = locate(output, self.model_id, features=self.headless).read(output)
+        assert found is not None
+        return found[None] if found.ndim == 1 else found
 
     def answer(self, logits: Tensor) -> Output:
         """Put logits into the type that the original answers with."""
         if self.headless:
             return _head_answer(logits) if self.library == "transformers" else logits
-        if self._answer is None:
-            return logits
-        return (logits,) if self._field is None else self._answer(**{self._field: logits})
+        return self._place.wrap(logits[0] if self._flat and len(logits) == 1 else logits)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters, then all buffers (non-persistent ones too), by name."""
@@ -296,22 +288,22 @@ class Backbone:
         stored = [(name, digests[name]) for name in sorted(self.model.state_dict()) if name in digests]
         fingerprint = hashlib.sha256("\n".join(f"{name} {value}" for name, value in stored).encode()).hexdigest()
         classes = 0 if self.headless else self.num_classes
-        name = type(self.model).__name__
+        name = type(self.named).__name__
         return Identity(self.library, self.model_id, self.revision, fingerprint, classes, name, self.hub_id)
 
     @property
     def hub_id(self) -> str | None:
         """Hub repository that the weights come from, as far as the model knows."""
         if self.library == "timm":
-            return (getattr(self.model, "pretrained_cfg", None) or {}).get("hf_hub_id") or None
-        named = self.library == "transformers" and self.model_id != type(self.model).__name__
+            return (getattr(self.named, "pretrained_cfg", None) or {}).get("hf_hub_id") or None
+        named = self.library == "transformers" and self.model_id != type(self.named).__name__
         return self.model_id if named and not Path(self.model_id).exists() else None
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
         """What `timm.data.create_transform` takes to prepare pictures for a timm model, as plain data."""
-        model = getattr(self.model, "timm_model", self.model)  # transformers wraps them
-        if self.library != "timm" and model is self.model:
+        model = getattr(self.named, "timm_model", self.named)  # transformers wraps them
+        if self.library != "timm" and model is self.named:
             return None
         from timm.data import resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
 
@@ -321,26 +313,49 @@ class Backbone:
     @property
     def label_names(self) -> list[str] | None:
         """Class names where the model's configuration holds them, in index order."""
-        config = getattr(self.model, "config", None)
+        config = getattr(self.named, "config", None)
         names = getattr(config, "id2label", None) if self.library == "transformers" else None
         if names:
             return [str(names[i]) for i in sorted(names)]
-        names = (getattr(self.model, "pretrained_cfg", None) or {}).get("label_names")
+        names = (getattr(self.named, "pretrained_cfg", None) or {}).get("label_names")
         return list(map(str, names)) if names else None
 
     @cached_property
     def prefix_tokens(self) -> int:
         """How many tokens before the patches (class token, registers) a token model carries."""
         if self.library == "timm":
-            return int(getattr(self.model, "num_prefix_tokens", 0))
+            return int(getattr(self.named, "num_prefix_tokens", 0))
         names = [name.rsplit(".", 1)[-1] for name, _ in self.model.named_parameters()]
         registers = [p for n, p in self.model.named_parameters() if n.rsplit(".", 1)[-1] == "register_tokens"]
         single = sum(name in names for name in ("cls_token", "class_embedding", "distillation_token"))
         return single + sum(int(p.shape[-2]) for p in registers)
 
+    def _first_answer(self) -> Output:
+        try:
+            state, answered = self._read()
+            self._states, self._first = [state], state
+            return answered
+        except Exception as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors(self.sample).items()}
+            raise DataError(
+                f"{self.model_id} does not take a sample of shape {shapes}: {type(error).__name__}: {str(error)[:300]} "
+                "Pass one that it takes: sample=."
+            ) from error
+
+    def _one_is_flat(self) -> bool:
+        """Whether the answer to one sample alone is (C,), as behind a `squeeze()` in the forward."""
+        device = next(iter(tensors(self.sample).values())).device
+        one = select(self.sample, self.batch_dims, torch.zeros(1, dtype=torch.long, device=device))
+        try:
+            with torch.no_grad():
+                logits = self._place.read(self(one))
+        except Exception:  # a model that takes no batch of one
+            return False
+        return logits is not None and logits.ndim == 1
+
     def _sample(self, sample: Sample | None) -> Arguments:
         if sample is None:
-            sample = default_sample(self.model, self.library)
+            sample = default_sample(self.named, self.library)
             if sample is None:
                 raise DataError(
                     f"{self.model_id} does not say what input it takes. Pass one: sample=torch.randn(2, 3, H, W), or a "
@@ -429,22 +444,7 @@ def _input_names(model: nn.Module) -> list[str]:
     return [main, *(name for name in names if name != main)]
 
 
-def _features_field(output: Mapping[str, object]) -> str:
-    """Under which name a model without a head holds its features: pooled ones, or else all of them."""
-    found = [name for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    return next((name for name in ("pooler_output", "last_hidden_state") if name in found), (found or [""])[0])
-
-
 def _head_answer(logits: Tensor) -> Output:
     from transformers.modeling_outputs import ImageClassifierOutput
 
     return ImageClassifierOutput(logits=logits)  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-def _logits_field(output: object, rows: int) -> str:
-    """Under which name an answer of several fields holds its logits: `logits`, or the only (B, C) there is."""
-    fields = output if isinstance(output, Mapping) else {}
-    if isinstance(fields.get("logits"), Tensor):
-        return "logits"
-    found = [n for n, v in fields.items() if isinstance(v, Tensor) and v.ndim == 2 and v.shape[0] == rows]
-    return found[0] if len(found) == 1 else "logits"

@@ -108,7 +108,8 @@ class EarlyExitModel(nn.Module):
         """An independent model: a copy of the original with copies of the branches."""
         mine = self._backbone
         classes = mine.num_classes if mine.headless else None
-        graph = inspect(deepcopy(self.original), mine.sample, opaque=mine.opaque, num_classes=classes)
+        known = {"opaque": mine.opaque, "num_classes": classes, "output": mine.output}
+        graph = inspect(deepcopy(self.original), mine.sample, **known)
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
         other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches))
         other.preprocessing, other.processor = self.preprocessing, self.processor
@@ -324,6 +325,7 @@ class EarlyExitModel(nn.Module):
             inputs=self._backbone.sample,
             opaque=self._backbone.opaque,
             head_classes=self.num_classes if self._backbone.headless else None,
+            output=self._backbone.output,
             points=self.plan.points,
             specs=self.specs,
             rule=self.plan.rule,

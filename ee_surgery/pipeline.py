@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ee_surgery.answers import OutputKey
 from ee_surgery.attach import attach
 from ee_surgery.backbone import Backbone, Identity, Sample, make_model
 from ee_surgery.branches import BranchSpec
@@ -33,6 +34,7 @@ from ee_surgery.training.loop import train as train_branches
 from ee_surgery.training.placing import TRIED, prune_exits, search_exits
 from ee_surgery.training.record import calibrate as calibrate_exits
 from ee_surgery.training.record import record
+from ee_surgery.wrappers import unwrapped
 
 
 def augment(
@@ -46,6 +48,7 @@ def augment(
     sample: Sample | None = None,
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
+    output: OutputKey | None = None,
     train: Data | None = None,
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
@@ -73,6 +76,7 @@ def augment(
         opaque: names of modules to keep whole; see `inspect`.
         num_classes: for a model without a classification head: how many classes a head shall tell apart, which is
             put on its features and trained with the branches.
+        output: which part of the answer the logits are, by index or name, where more than one could be; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
@@ -89,7 +93,7 @@ def augment(
     if joint and train is None:
         raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
     method = None if preset is None else PRESETS[preset]
-    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes)
+    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     config = config or (TrainConfig() if method is None else method.config)
     policy = "search" if method is None else method.policy
     if exits == "auto":
@@ -172,6 +176,7 @@ def from_pretrained(
     model: nn.Module | None = None,
     *,
     sample: Sample | None = None,
+    output: OutputKey | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -185,6 +190,7 @@ def from_pretrained(
         model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
             left out. Where the folder holds a base of its own, a copy of `model` takes those weights.
         sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
+        output: which part of the base's answer the logits are, as for `augment`; the adapter's own when left out.
         revision: branch, tag or commit of the repository.
         token: to read a private one; by default the one stored by `hf auth login`, or `HF_TOKEN`.
         cache_dir: where downloads are kept.
@@ -200,8 +206,7 @@ def from_pretrained(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if not folder.is_dir():
         folder = fetch(str(source), revision=revision, **hub)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    model = None if model is None else unwrapped(model)
     config, tensors, frontier = load_adapter(folder)
     given = model
     if model is None:
@@ -212,7 +217,7 @@ def from_pretrained(
     if sample is None:
         generator = torch.Generator().manual_seed(0)
         sample = {**config.options, **{name: spec.make(generator) for name, spec in config.inputs.items()}}
-    backbone = Backbone(model, sample, config.opaque, config.head_classes)
+    backbone = Backbone(model, sample, config.opaque, config.head_classes, config.output if output is None else output)
     identity = backbone.identity()
     provenance = dict(config.provenance)
     if identity.fingerprint != config.base.fingerprint:

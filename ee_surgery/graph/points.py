@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from ee_surgery.answers import OutputKey
 from ee_surgery.backbone import Backbone, Sample
 from ee_surgery.errors import CaptureError, ExitPointError
 from ee_surgery.graph.capture import Capture, capture
 from ee_surgery.graph.cost import count
 from ee_surgery.graph.features import NOTHING, Features, Layout, choose
+from ee_surgery.graph.last_call import refuse_probabilities
 from ee_surgery.graph.liveness import Liveness, analyse, live_after
 from ee_surgery.inputs import Arguments
 from ee_surgery.registry import suggest
@@ -134,6 +136,7 @@ def inspect(
     *,
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
+    output: OutputKey | None = None,
 ) -> ModelGraph:
     """Read a model as a graph and find where samples may leave it. The model is not changed.
 
@@ -143,17 +146,20 @@ def inspect(
             where the model does not say what it takes.
         opaque: names of modules to keep whole, see `Backbone`: the way out where torch.export cannot read one.
         num_classes: for a model that answers with features: how many classes a new head shall tell apart.
+        output: which part of the answer the logits are, by index or name, where more than one could be; see `Backbone`.
     Raises:
         CaptureError: the model cannot be exported with a symbolic batch.
         DataError: no sample given and none can be derived.
     """
-    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes)
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output)
     return read(backbone, backbone.sample)
 
 
 def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
     """The graph of a backbone for inputs of the shape, dtype and device of these, at least two samples."""
     program = capture(backbone, arguments)
+    if not backbone.headless:
+        refuse_probabilities(program, backbone.model_id)
     liveness = analyse(program)
     macs, uncounted = count(program, liveness.needed)
     live = live_after(program, liveness)

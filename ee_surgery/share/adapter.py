@@ -102,6 +102,8 @@ class AdapterConfig:
     """Whether the base was trained along with the branches, and its weights are stored with them."""
     preprocessing: dict[str, Any] | None = None
     """What timm's `create_transform` takes, for a timm base."""
+    output: int | str | tuple[int | str, ...] | None = None
+    """Which part of the base's answer the logits are, where the user had to say."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the branches come from; see `EarlyExitModel.provenance`."""
 
@@ -122,6 +124,7 @@ class AdapterConfig:
         label_names: list[str] | None,
         own_base: bool,
         preprocessing: dict[str, Any] | None,
+        output: int | str | tuple[int | str, ...] | None,
         provenance: dict[str, Any],
     ) -> AdapterConfig:
         """Gather the parts of a branched model."""
@@ -146,6 +149,7 @@ class AdapterConfig:
             versions=versions,
             own_base=own_base,
             preprocessing=preprocessing,
+            output=output,
             provenance=provenance,
         )
 
@@ -180,6 +184,7 @@ class AdapterConfig:
             versions=data["versions"],
             own_base=data.get("own_base", False),
             preprocessing=data.get("preprocessing"),
+            output=tuple(output) if isinstance(output := data.get("output"), list) else output,
             provenance=data.get("provenance", {}),
         )
 

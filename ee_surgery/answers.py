@@ -1,0 +1,237 @@
+"""What a model answers with: where its logits are, and whether they are those of a softmax over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ee_surgery.errors import CaptureError, ConfigError
+
+OutputKey: TypeAlias = int | str | Sequence[int | str]
+"""Which part of an answer the logits are: an index, a name, or several of them from the outside in."""
+
+_FEATURES = ("pooler_output", "last_hidden_state")  # what transformers models without a head answer with
+_NO_LOGITS = ("pool", "hidden", "embed", "feature", "box")  # in the names of what has the shape of logits
+LATER = "Multi-label and regression heads are not supported yet."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step into an answer of several parts."""
+
+    kind: type
+    """Of the container."""
+    key: int | str
+    size: int
+    """How many parts it has."""
+
+
+@dataclass(frozen=True)
+class LogitsPlace:
+    """Where in an answer the logits are; no steps where the answer is the logits."""
+
+    steps: tuple[Step, ...] = ()
+
+    def read(self, output: object) -> Tensor | None:
+        """The logits of an answer; None where it is of another form."""
+        for step in self.steps:
+            parts = _parts(output)
+            if step.key not in parts:
+                return None
+            output = parts[step.key]
+        return output if isinstance(output, Tensor) else None
+
+    def wrap(self, logits: Tensor) -> Any:
+        """Logits as an answer of that form: None stands for the other parts of a tuple, mappings leave them out."""
+        answer: Any = logits
+        for step in reversed(self.steps):
+            fields = getattr(step.kind, "_fields", None)
+            if issubclass(step.kind, Mapping):
+                answer = step.kind(**{step.key: answer}) if isinstance(step.key, str) else {step.key: answer}
+            elif fields:
+                answer = step.kind(**{**dict.fromkeys(fields), step.key: answer})
+            else:
+                items = [answer if i == step.key else None for i in range(step.size)]
+                answer = items if issubclass(step.kind, list) else tuple(items)
+        return answer
+
+
+def locate(
+    output: object,
+    model_id: str,
+    rows: int | None = None,
+    wanted: OutputKey | None = None,
+    features: bool = False,
+    classes: int | None = None,
+) -> LogitsPlace:
+    """Where the logits are in what a model answered.
+
+    Args:
+        rows: samples that were answered; any number when left out.
+        wanted: where the user says that they are.
+        features: look for the features that a new head reads instead.
+        classes: how many the model's configuration says it has.
+    Raises:
+        CaptureError: no tensor could be logits, or several could.
+        ConfigError: there is no tensor at `wanted`.
+    """
+    found = dict(_leaves(output))
+    listed = ", ".join(f"{_name(steps)} {tuple(tensor.shape)}" for steps, tensor in found.items())
+    if wanted is not None:
+        keys = [wanted] if isinstance(wanted, (int, str)) else [*wanted]
+        for steps in found:
+            if _is_at(steps, keys):
+                return LogitsPlace(steps)
+        raise ConfigError(
+            f"output={wanted!r}: {model_id} answers with no tensor there. "
+            + (
+                f"It answers with {listed}."
+                if found and () not in found
+                else "It answers with one tensor: leave it out."
+            )
+        )
+    if isinstance(output, Tensor):
+        return LogitsPlace()
+    candidates = _features(output, found) if features else _logits(found, rows, classes)
+    if len(candidates) == 1:
+        return LogitsPlace(candidates[0])
+    what = "features that a head could read" if features else "logits of shape (B, C)"
+    if not candidates:
+        raise CaptureError(
+            f"No {what} in the {type(output).__name__} that {model_id} answers with ({listed or 'no tensors'}). "
+            "Say where they are (output=), wrap the model in a module that returns them and pass a sample, or, for a "
+            "model without a head, say how many classes a head on its features shall tell apart: num_classes=."
+        )
+    names = ", ".join(f"{_name(steps)} {tuple(found[steps].shape)}" for steps in candidates)
+    raise CaptureError(
+        f"{model_id} answers with a {type(output).__name__} in which several tensors could be {what}: {names}. "
+        f"Say which: output={_key(candidates[0])!r}, for example."
+    )
+
+
+def check_logits(logits: Tensor, rows: int, model: nn.Module, model_id: str) -> None:
+    """Refuse answers that are not logits of a softmax over two classes or more: every loss and score takes them so.
+
+    Args:
+        logits: what was taken for them, in the answer to `rows` samples.
+        model: of timm or transformers, whose configuration may say what they are; or any.
+    Raises:
+        CaptureError: what they are instead, and the way out.
+    """
+    if logits.shape in ((rows, 1), (rows,)) and logits.is_floating_point():
+        raise CaptureError(
+            f"{model_id} answers with one number per sample, {tuple(logits.shape)}: a binary head (sigmoid) or a "
+            "regression, not a softmax over classes. A binary head becomes two classes in a wrapper that answers with "
+            f"[0, z], whose softmax is the sigmoid of z: torch.stack([torch.zeros_like(z), z], 1) for z (B,). {LATER}"
+        )
+    if logits.ndim != 2 or logits.shape[0] != rows or not logits.is_floating_point():
+        raise CaptureError(
+            f"{model_id} answers with a tensor of shape {tuple(logits.shape)} and type {logits.dtype}, not logits of "
+            f"shape ({rows}, classes). Build it with a classification head, or say how many classes a head on these "
+            "features shall tell apart: num_classes=. Detectors, segmenters and generators have no such logits."
+        )
+    if declared_classes(model) == 0:
+        raise CaptureError(
+            f"{model_id} was built without a classification head (for 0 classes) and answers with features, not logits "
+            f"of shape ({rows}, classes): say how many classes a head on them shall tell apart, num_classes=."
+        )
+    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem_type in ("multi_label_classification", "regression"):
+        raise CaptureError(
+            f"The configuration of {model_id} says problem_type={problem_type!r}: its answers are not a softmax over "
+            f"classes, as exits take them to be. {LATER} If it is an ordinary classifier, set config.problem_type to "
+            "'single_label_classification'."
+        )
+    if _probabilities(logits):
+        raise CaptureError(
+            f"{model_id} answers with probabilities (they sum to 1 over the classes), not logits: {PROBABILITIES}"
+        )
+
+
+def declared_classes(model: nn.Module) -> int | None:
+    """How many classes a model of timm or transformers was built for, as far as it says."""
+    return getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
+
+
+PROBABILITIES = (
+    "losses and scores would take the softmax of a softmax. Leave the softmax out, or wrap the model in a module that "
+    "answers with the logarithm of its probabilities."
+)
+
+
+def _probabilities(logits: Tensor) -> bool:
+    if logits.is_meta:
+        return False
+    numbers = logits.detach().double()
+    near = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool(((numbers >= 0) & (numbers <= 1)).all() and ((numbers.sum(1) - 1).abs() <= near).all())
+
+
+def _logits(found: Mapping[tuple[Step, ...], Tensor], rows: int | None, classes: int | None) -> list[tuple[Step, ...]]:
+    named = [steps for steps in found if len(steps) == 1 and steps[0].key == "logits"]
+    if named:
+        return named
+    shaped = [
+        steps
+        for steps, tensor in found.items()
+        if tensor.ndim == 2 and tensor.is_floating_point() and (rows is None or tensor.shape[0] == rows)
+    ]
+    # Some classifiers of transformers have their logits under a name of features (PP-LCNet).
+    likely = [steps for steps in shaped if not _named_otherwise(steps[-1].key)]
+    return likely or [steps for steps in shaped if found[steps].shape[1] == classes]
+
+
+def _named_otherwise(key: int | str) -> bool:
+    name = str(key).lower()
+    return "logit" not in name and any(word in name for word in _NO_LOGITS)
+
+
+def _features(output: object, found: Mapping[tuple[Step, ...], Tensor]) -> list[tuple[Step, ...]]:
+    floats = [steps for steps, tensor in found.items() if tensor.is_floating_point() and tensor.ndim > 1]
+    for name in _FEATURES:
+        if named := [steps for steps in floats if len(steps) == 1 and steps[0].key == name]:
+            return named
+    return floats[-1:] if isinstance(output, list) else floats  # maps of several depths end in the deepest
+
+
+def _parts(value: object) -> dict[Any, Any]:
+    """The parts of a container by index or name; nothing of anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        return dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+    return {}
+
+
+def _leaves(value: object, steps: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield steps, value
+    parts = _parts(value)
+    for key, part in parts.items():
+        yield from _leaves(part, (*steps, Step(type(value), key, len(parts))))
+
+
+def _is_at(steps: tuple[Step, ...], keys: Sequence[int | str]) -> bool:
+    """Whether these keys lead there: tuples with names know both, and indices from the end."""
+    return len(steps) == len(keys) and all(_is(step, key) for step, key in zip(steps, keys, strict=True))
+
+
+def _is(step: Step, key: int | str) -> bool:
+    fields = getattr(step.kind, "_fields", None)
+    if isinstance(key, str) or issubclass(step.kind, Mapping):
+        return step.key == key
+    index = key + step.size if key < 0 else key
+    return step.key == (fields[index] if fields and index < step.size else index)
+
+
+def _key(steps: tuple[Step, ...]) -> int | str | tuple[int | str, ...]:
+    keys = tuple(step.key for step in steps)
+    return keys[0] if len(keys) == 1 else keys
+
+
+def _name(steps: tuple[Step, ...]) -> str:
+    return "the answer" if not steps else repr(_key(steps))

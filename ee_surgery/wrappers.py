@@ -1,0 +1,103 @@
+"""The model inside its wrappers: data parallelism, torch.compile, accelerate, moving averages."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ee_surgery.errors import CaptureError
+
+# Their answers are the inner module's own.
+_HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+# By name: importing FSDP or DeepSpeed takes longer than everything else here.
+_SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "DTensor"})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside any number of wrappers, at the top or around its parts; `model` itself where there are none.
+
+    So parameters and exits have the same names, whatever the model was wrapped in. The wrapper stays as it is: of a
+    module of which a part is wrapped, or `forward` was replaced, the answer holds a twin, which shares its parameters,
+    buffers, hooks and all parts that are not wrapped.
+
+    Raises:
+        CaptureError: parameters are sharded over processes, or it is TorchScript.
+    """
+    for kind in (type(model), *{type(parameter) for parameter in model.parameters()}):
+        if sharded := _SHARDED.intersection(cls.__name__ for cls in kind.__mro__):
+            raise CaptureError(
+                f"{type(model).__name__}: {sorted(sharded)[0]} shards parameters over processes, but exits read whole "
+                "ones. Pass the inner module as it was before it was wrapped (for many wrappers a whole copy of "
+                "`model.module`), and train the branches with plain data parallelism."
+            )
+    return _unwrapped(model, {})
+
+
+def library_model(model: nn.Module) -> nn.Module:
+    """The model of timm or transformers that a PEFT model holds, with its configuration; any other model itself.
+
+    PEFT models are not unwrapped: their own forward may do more than that of the model inside.
+    """
+    held = getattr(model, "get_base_model", None)  # peft need not be installed
+    found = held() if callable(held) else model
+    return found if isinstance(found, nn.Module) else model
+
+
+def _unwrapped(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in known:  # used in several places: still one module
+        return known[module]
+    inner = module
+    while (held := _held(inner)) is not None:
+        inner = held
+    parts = {name: None if part is None else _unwrapped(part, known) for name, part in inner._modules.items()}
+    own: dict[str, Any] = {}
+    if any(parts[name] is not part for name, part in inner._modules.items()):
+        own["_modules"] = parts
+    if (forward := _plain_forward(inner)) is not None:
+        own["forward"] = forward
+    known[module] = _twin(inner, own) if own else inner
+    return known[module]
+
+
+def _held(module: nn.Module) -> nn.Module | None:
+    """What a wrapper holds; None for a module that is none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(module).__name__} is TorchScript, which torch.export does not read: pass the nn.Module it was made "
+            "from."
+        )
+    if isinstance(module, _HOLDERS):
+        return module.module
+    return module._modules.get("_orig_mod")  # torch.compile's; importing its class would import all of dynamo
+
+
+def _plain_forward(module: nn.Module) -> Any:
+    """The forward that accelerate (mixed precision) or `torch.compile(model.forward)` replaced on this object."""
+    given = vars(module).get("forward")
+    if given is None:
+        return None
+    found = vars(module).get("_original_forward", given)
+    while not isinstance(found, MethodType) and hasattr(found, "_torchdynamo_orig_callable"):
+        found = found._torchdynamo_orig_callable
+        if getattr(found, "__globals__", {}).get("__name__", "").startswith("torch._dynamo."):
+            found = getattr(found, "__wrapped__", found)  # dynamo wraps bound methods once more
+    return None if found is given else found
+
+
+def _twin(module: nn.Module, own: dict[str, Any]) -> nn.Module:
+    """A module that shares everything with another one but what is its own."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(own)
+    if "forward" in own:
+        twin.__dict__.pop("_original_forward", None)
+        function = getattr(own["forward"], "__func__", own["forward"])
+        if function is type(module).forward:
+            del twin.__dict__["forward"]
+        elif getattr(own["forward"], "__self__", None) is module:
+            twin.__dict__["forward"] = MethodType(function, twin)
+    return twin
