@@ -96,13 +96,18 @@ def make_model(
     return cls.from_pretrained(model_id, revision=revision, trust_remote_code=False, **hub)
 
 
-@dataclass(frozen=True, eq=False)
 class State:
-    """A backbone as its Python side is between two changes: what programs are captured from and kept for."""
+    """A model as its Python side is between two changes: what programs are captured from and kept for."""
 
-    signature: Signature
-    model: nn.Module
-    """Its twin in eval mode, whatever the owner's flags say; parameters and buffers are the owner's own."""
+    def __init__(self, owner: nn.Module) -> None:
+        self.model = twin(owner, live=True)
+        """In eval mode, whatever the owner's flags say; parameters and buffers are the owner's own."""
+        self.signature = Signature(owner)
+        self._unused = attributes(self.model)
+
+    def settle(self) -> None:
+        """After a first run: what a run itself sets is no change from now on."""
+        self.signature = Signature(self.signature.model, set_since(self.model, self._unused))
 
 
 _STATES_KEPT = 4  # a PEFT adapter that is switched on and off goes back and forth between two
@@ -147,8 +152,8 @@ class Backbone:
         self.library: Library = _library(self.named)
         self.model_id, self.revision = _model_id(self.named, self.library)
         self._lock = threading.Lock()
-        self._states: list[State] = []  # the one in force last
-        self._first: State | None = None
+        self._states = [State(model)]  # the one in force last
+        self._first: State | None = self._states[0]
         self.input_names = _input_names(self.named)
         self.opaque = _outermost([*opaque, *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE)])
         self.output = output if isinstance(output, (int, str, type(None))) else tuple(output)
@@ -189,7 +194,7 @@ class Backbone:
             return states[-1]
         with self._lock:
             found = next((state for state in reversed(self._states) if state.signature.current()), None)
-            found = found or self._read()[0]
+            found = found or self._read()
             self._first = self._first or found
             self._states = [*(state for state in self._states if state is not found), found][-_STATES_KEPT:]
             return found
@@ -203,13 +208,12 @@ class Backbone:
         """Take the model as it is now for the one that `altered` compares with."""
         self._first = self.state()
 
-    def _read(self) -> tuple[State, Output]:
-        """The model's state, and its answer to the sample: only a run tells which attributes a run sets."""
-        model = twin(self.model, live=True)
-        before = attributes(model)
+    def _read(self) -> State:
+        state = State(self.model)
         with torch.no_grad():
-            output = self.call(self._placed(self.sample), model)
-        return State(Signature(self.model, set_since(model, before)), model), output
+            self.call(self._placed(self.sample), state.model)
+        state.settle()
+        return state
 
     def __getstate__(self) -> dict[str, object]:
         # a copy reads its own state: signatures are bound to this very model's attributes
@@ -332,8 +336,9 @@ class Backbone:
 
     def _first_answer(self) -> Output:
         try:
-            state, answered = self._read()
-            self._states, self._first = [state], state
+            with torch.no_grad():
+                answered = self(self.sample)
+            self._states[0].settle()
             return answered
         except Exception as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors(self.sample).items()}
