@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ee_surgery.errors import CaptureError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, tensors
+from ee_surgery.pictures import Shape, timm_settings
 from ee_surgery.samples import default_sample
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
@@ -217,6 +218,12 @@ class Backbone:
         main = next(iter(tensors(self.sample).values()))
         return main.ndim == 2 and not main.is_floating_point()
 
+    @property
+    def channels(self) -> int | None:
+        """Of the pictures that the model takes; None for other inputs."""
+        main = next(iter(tensors(self.sample).values()))
+        return main.shape[1] if main.ndim == 4 else None
+
     def logits(self, output: Output) -> Tensor:
         """Find the logits in what the model answered; the features, for a model without a head."""
         if isinstance(output, Tensor):
@@ -264,19 +271,18 @@ class Backbone:
         """Hub repository that the weights come from, as far as the model knows."""
         if self.library == "timm":
             return (getattr(self.model, "pretrained_cfg", None) or {}).get("hf_hub_id") or None
+        return self.named[0] if self.named and not Path(self.named[0]).exists() else None
+
+    @property
+    def named(self) -> tuple[str, str | None] | None:
+        """Repository or folder that a transformers model was loaded from, and its revision."""
         named = self.library == "transformers" and self.model_id != type(self.model).__name__
-        return self.model_id if named and not Path(self.model_id).exists() else None
+        return (self.model_id, self.revision) if named else None
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
-        """What `timm.data.create_transform` takes to prepare pictures for a timm model, as plain data."""
-        model = getattr(self.model, "timm_model", self.model)  # transformers wraps them
-        if self.library != "timm" and model is self.model:
-            return None
-        from timm.data import resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
-
-        found = resolve_model_data_config(model)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        """What `timm.data.create_transform` takes to prepare pictures, as plain data; see `timm_settings`."""
+        return timm_settings(self.model, self.library, self._takes)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -298,10 +304,20 @@ class Backbone:
         single = sum(name in names for name in ("cls_token", "class_embedding", "distillation_token"))
         return single + sum(int(p.shape[-2]) for p in registers)
 
+    def _takes(self, shape: Shape) -> bool:
+        """Whether the model runs on pictures of this shape."""
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        try:
+            with torch.no_grad():
+                self(torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype))
+        except Exception:  # models check their inputs in ways of their own
+            return False
+        return True
+
     def _sample(self, sample: Sample | None) -> Arguments:
         weights = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         if sample is None:
-            sample = default_sample(self.model, self.library)
+            sample = default_sample(self.model, self.library, self._takes, self.named)
             if sample is None:
                 raise DataError(
                     f"{self.model_id} does not say what input it takes. Pass one: sample=torch.randn(2, 3, H, W), or a "
