@@ -32,9 +32,9 @@ def timm_settings(model: nn.Module, library: str, takes: Takes) -> dict[str, Any
     """
     inner = timm_model(model, library)
     stated = None if inner is None else _stated(model, inner)
-    if inner is None or stated is None:
+    size = timm_shape(model, library, takes)
+    if stated is None or size is None:
         return None
-    size = _size(inner, tuple(stated["input_size"]), library, takes)
     if not {len(stated["mean"]), len(stated["std"])} <= {1, size[0]}:
         return None
     return plain_settings({**stated, "input_size": size})
@@ -79,7 +79,7 @@ def _size(inner: nn.Module, stated: Shape | None, library: str, takes: Takes) ->
     if built is None or built == stated[1:]:
         return shape
     # timm builds for the size that `pretrained_cfg` states: another one was asked for, img_size=, or set later.
-    meant = library == "timm" and inner.pretrained_cfg.get("fixed_input_size", False)
+    meant = library == "timm" and getattr(inner, "pretrained_cfg", {}).get("fixed_input_size", False)
     return (channels, *built) if meant or not takes(shape) else shape
 
 

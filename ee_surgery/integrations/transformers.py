@@ -367,7 +367,8 @@ class EarlyExitForImageClassification(_EarlyExitForClassification):
         Raises:
             ConfigError: in training mode without labels; Trainer takes them away for label smoothing, for example.
         """
-        return self._answer(() if pixel_values is None else (pixel_values,), inputs, labels, return_dict)
+        main = () if pixel_values is None else (pixel_values,)
+        return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
 
 
 class EarlyExitForSequenceClassification(_EarlyExitForClassification):
@@ -394,7 +395,8 @@ class EarlyExitForSequenceClassification(_EarlyExitForClassification):
             labels, return_dict, inputs: as for images.
         """
         own = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        return self._answer(() if input_ids is None else (input_ids,), {**own, **inputs}, labels, return_dict)
+        main = () if input_ids is None else (input_ids,)
+        return self._answer(main, {**own, **inputs}, labels, return_dict)  # pyright: ignore[reportCallIssue]
 
 
 class _NotToLearnFrom(torch.autograd.Function):
