@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ee_surgery.answers import OutputKey, check_logits, declared_classes, locate
 from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
+from ee_surgery.pictures import Shape, timm_settings
 from ee_surgery.samples import default_sample
 from ee_surgery.signature import Signature, attributes, set_since
 from ee_surgery.twin import twin
@@ -262,6 +263,12 @@ class Backbone:
         main = next(iter(tensors(self.sample).values()))
         return main.ndim == 2 and not main.is_floating_point()
 
+    @property
+    def channels(self) -> int | None:
+        """Of the pictures that the model takes; None for other inputs."""
+        main = next(iter(tensors(self.sample).values()))
+        return main.shape[1] if main.ndim == 4 else None
+
     def logits(self, output: Output) -> Tensor:
         """Find the logits (B, C) in what the model answered; the features, for a model without a head."""
         found = self._place.read(output)
@@ -300,19 +307,18 @@ class Backbone:
         """Hub repository that the weights come from, as far as the model knows."""
         if self.library == "timm":
             return (getattr(self.named, "pretrained_cfg", None) or {}).get("hf_hub_id") or None
-        named = self.library == "transformers" and self.model_id != type(self.named).__name__
-        return self.model_id if named and not Path(self.model_id).exists() else None
+        return self.loaded_from[0] if self.loaded_from and not Path(self.loaded_from[0]).exists() else None
+
+    @property
+    def loaded_from(self) -> tuple[str, str | None] | None:
+        """Repository or folder that a transformers model was loaded from, and its revision."""
+        loaded = self.library == "transformers" and self.model_id != type(self.named).__name__
+        return (self.model_id, self.revision) if loaded else None
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
-        """What `timm.data.create_transform` takes to prepare pictures for a timm model, as plain data."""
-        model = getattr(self.named, "timm_model", self.named)  # transformers wraps them
-        if self.library != "timm" and model is self.named:
-            return None
-        from timm.data import resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
-
-        found = resolve_model_data_config(model)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        """What `timm.data.create_transform` takes to prepare pictures, as plain data; see `timm_settings`."""
+        return timm_settings(self.named, self.library, self._takes)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -358,9 +364,19 @@ class Backbone:
             return False
         return logits is not None and logits.ndim == 1
 
+    def _takes(self, shape: Shape) -> bool:
+        """Whether the model runs on pictures of this shape."""
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
+        try:
+            with torch.no_grad():
+                self(torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype))
+        except Exception:  # models check their inputs in ways of their own
+            return False
+        return True
+
     def _sample(self, sample: Sample | None) -> Arguments:
         if sample is None:
-            sample = default_sample(self.named, self.library)
+            sample = default_sample(self.named, self.library, self._takes, self.loaded_from)
             if sample is None:
                 raise DataError(
                     f"{self.model_id} does not say what input it takes. Pass one: sample=torch.randn(2, 3, H, W), or a "

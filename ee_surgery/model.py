@@ -34,7 +34,7 @@ from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.share.adapter import AdapterConfig, save_adapter
 from ee_surgery.share.card import CardInfo, write_card
 from ee_surgery.share.hub import push_folder
-from ee_surgery.share.processor import find_processor, picture_transform, save_processor
+from ee_surgery.share.processor import find_processor, picture_transform, processor_settings, save_processor
 
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
@@ -334,7 +334,7 @@ class EarlyExitModel(nn.Module):
             operating_point=self.operating_point,
             label_names=self._backbone.label_names,
             own_base=self.own_base,
-            preprocessing=self.preprocessing,
+            preprocessing=processor_settings(self.processor) or self.preprocessing,
             provenance=self.provenance,
         )
 
@@ -356,13 +356,13 @@ class EarlyExitModel(nn.Module):
         """
         if _beside_the_main_process():
             return Path(folder)
+        self.processor = self.processor if processor is None else processor
         config = self.adapter_config()
         if about := CardInfo.stored(config, card).to_dict():
             self.provenance["card"] = about
         receipt = str(self.receipt())
         config = replace(config, provenance={**self.provenance, "receipt": receipt})
         base = self.original if self.own_base else None
-        self.processor = self.processor if processor is None else processor
         save_processor(Path(folder), self.processor or find_processor(self._backbone, cached=True))
         saved = save_adapter(Path(folder), config, self.branches.state_dict(), self.frontier, base)
         write_card(saved, config, self.frontier, receipt)

@@ -8,45 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from ee_surgery.inputs import Arguments
+from ee_surgery.pictures import Takes, processor_shape, timm_shape
 
 # Whatever their configuration says.
 _BUILT_FOR_224 = ("PerceiverForImageClassificationFourier", "PerceiverForImageClassificationConvProcessing")
-_FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
 _TOKENS = 16  # of a text sample: any length does, others are captured when they come
 
 
-def default_sample(model: nn.Module, library: str) -> Tensor | Arguments | None:
-    """Four random inputs as the model's configuration describes them; None where it does not say.
+def default_sample(
+    model: nn.Module, library: str, takes: Takes, named: tuple[str, str | None] | None = None
+) -> Tensor | Arguments | None:
+    """Four random inputs as the model describes them, pictures of the size that its own preprocessing makes.
 
     Any finite picture does, but the same one each time: `augment` verifies its cuts on it.
+
+    Args:
+        takes: whether the model runs on pictures of a shape.
+        named: repository or folder of a transformers model, and its revision, to look for an image processor.
+    Returns:
+        None where it does not say.
     """
     generator = torch.Generator().manual_seed(0)
     if library == "timm":
-        shape = _timm_shape(model)
+        shape = timm_shape(model, library, takes)
         return None if shape is None else torch.randn(4, *shape, generator=generator)
     if library == "transformers":
-        return _transformers_sample(model, generator)
+        return _transformers_sample(model, generator, takes, named)
     return None
 
 
-def _timm_shape(model: nn.Module) -> tuple[int, ...] | None:
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    # Of this very model, where it was built for one size; the configuration has the architecture's.
-    sizes = (getattr(module, "img_size", None) for module in model.modules())
-    grid: Any = next((found for found in sizes if _is_grid(found)), None)
-    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 0)
-    known = size[0] if size else 3
-    channels = first if 0 < first < _FEW and first % known else known  # other pictures than the architecture's
-    if grid is None:
-        return None if size is None else (channels, *size[1:])
-    return (channels, *grid)
-
-
-def _is_grid(size: object) -> bool:
-    return isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
-
-
-def _transformers_sample(model: nn.Module, generator: torch.Generator) -> Tensor | Arguments:
+def _transformers_sample(
+    model: nn.Module, generator: torch.Generator, takes: Takes, named: tuple[str, str | None] | None
+) -> Tensor | Arguments:
     config: Any = model.config
     vision = getattr(config, "vision_config", config)
     if getattr(model, "main_input_name", "") == "input_ids":
@@ -60,14 +53,17 @@ def _transformers_sample(model: nn.Module, generator: torch.Generator) -> Tensor
             "pixel_attention_mask": mask,
             "spatial_shapes": torch.tensor([[side, side]] * 4),
         }
-    inner = getattr(model, "timm_model", None)  # TimmWrapper
-    shape = _timm_shape(inner) if isinstance(inner, nn.Module) else None
+    shape = timm_shape(model, "transformers", takes)
     if shape is None:
         size = getattr(vision, "image_size", None) or 224
         if type(model).__name__ in _BUILT_FOR_224:
             size = 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         shape = (int(getattr(vision, "num_channels", 3)), height, width)
+        # Some configurations state the size that the model was pretrained at, or none.
+        made = processor_shape(*named) if named else None
+        if made is not None and made != shape and takes(made):
+            shape = made
     return torch.randn(4, *shape, generator=generator)
 
 

@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    EvalPrediction,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -37,12 +38,13 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 
 import ee_surgery as ee
-from ee_surgery.integrations import register
+from ee_surgery.integrations import exit_metrics, register
 from ee_surgery.integrations.transformers import (
     EarlyExitConfig,
     EarlyExitForImageClassification,
     EarlyExitForSequenceClassification,
 )
+from ee_surgery.training.loss import batch_loss, relative_costs
 from recipes import validate
 from tests.hub_server import Hub
 
@@ -408,13 +410,14 @@ def test_trainer_changes_branches_and_nothing_else(kind: str, tmp_path: Path) ->
     rows = _Rows(kind)
 
     def accuracy(found: Any) -> dict[str, float]:
-        assert found.predictions.shape == (24, 3 if kind == "bert" else 5)  # logits alone: exits are left out
-        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+        classes = 3 if kind == "bert" else 5
+        assert [logits.shape for logits in found.predictions] == [(24, classes), (24, 3, classes)]
+        return {"accuracy": float((found.predictions[0].argmax(-1) == found.label_ids).mean())}
 
     trainer = Trainer(
         cls.of(model), _arguments(tmp_path), train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy
     )
-    first = trainer.evaluate()["eval_loss"]
+    first = trainer.evaluate()
     trainer.train()
     after = model.branches.state_dict()
     moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
@@ -423,7 +426,9 @@ def test_trainer_changes_branches_and_nothing_else(kind: str, tmp_path: Path) ->
     now = [(p.requires_grad, m.training) for m in original.modules() for p in m.parameters(recurse=False)]
     assert now == flags
     assert all(p.grad is None for p in original.parameters())
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(first)  # no operating point: the original's answers
+    last = trainer.evaluate()
+    assert last["eval_accuracy"] == first["eval_accuracy"]  # no operating point: the original's answers,
+    assert last["eval_loss"] < first["eval_loss"]  # but the exits' loss
     assert trainer.state.log_history[-2]["train_loss"] > 0
 
 
@@ -494,6 +499,185 @@ def test_checkpoints_are_adapter_folders_that_trainer_goes_on_from(tmp_path: Pat
     assert trainer.state.global_step == 4
     for name, value in whole.items():
         assert torch.equal(value, model.branches.state_dict()[name]), name
+
+
+# --- Trainer's evaluation
+
+
+def _wrapped(kind: str, model: ee.EarlyExitModel | None = None) -> Any:
+    cls = EarlyExitForSequenceClassification if kind == "bert" else EarlyExitForImageClassification
+    return cls.of(model or own(kind))
+
+
+def _evaluations(trainer: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def test_evaluation_while_training_sees_every_exit(kind: str, tmp_path: Path) -> None:
+    wrapped, rows = _wrapped(kind), _Rows(kind)
+    arguments = _arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    metrics = exit_metrics(wrapped)
+    trainer = Trainer(wrapped, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    trainer.train()
+    found = _evaluations(trainer)
+    assert len({entry["eval_loss"] for entry in found}) == 3
+    assert len({entry["eval_accuracy_original"] for entry in found}) == 1
+    records = ee.record(wrapped.branched, [(rows.columns | {"labels": rows.columns["labels"]})])
+    wanted = [found[-1][f"eval_accuracy_{name}"] for name in ("exit_0", "exit_1", "original")]
+    assert wanted == pytest.approx(records.accuracies)
+    assert found[-1]["eval_accuracy_exits"] == pytest.approx(sum(records.accuracies[:-1]) / 2)
+    point = ee.Frontier.search(records).at(max_accuracy_drop=0.01)
+    assert found[-1]["eval_macs_saved"] == pytest.approx(1 - point.macs_fraction)
+
+
+def test_the_loss_of_an_evaluation_is_the_objective_in_eval_mode() -> None:
+    wrapped, labels = _wrapped("vit"), torch.arange(12) % 5
+    found = wrapped.eval()(**inputs("vit"), labels=labels)
+    answers, original = wrapped.branched.answers(given("vit"))
+    costs = relative_costs(wrapped.branched)
+    torch.testing.assert_close(found.loss, batch_loss(answers, original, labels, costs, wrapped.train_config))
+    assert torch.equal(found.exit_logits, wrapped.branched.all_exits(given("vit")).transpose(0, 1))
+    assert torch.equal(found.logits, original)
+    assert sum(wrapped.exit_counts.values()) == 12
+
+
+def test_inference_returns_no_more_than_before() -> None:
+    assert list(_wrapped("vit").eval()(**inputs("vit"))) == ["logits", "exit_index", "score", "macs"]
+
+
+def test_an_evaluation_at_an_operating_point_is_of_the_answers_that_leave(tmp_path: Path) -> None:
+    model, rows = routed("vit"), _Rows("vit")
+    wrapped = _wrapped("vit", model)
+    trainer = Trainer(wrapped, _arguments(tmp_path), eval_dataset=rows, compute_metrics=exit_metrics(wrapped))
+    found = trainer.evaluate()
+    expected = model.predict(rows.columns["pixel_values"])
+    labels = rows.columns["labels"]
+    assert found["eval_accuracy"] == pytest.approx((expected.logits.argmax(-1) == labels).float().mean().item())
+    assert found["eval_loss"] == pytest.approx(F.cross_entropy(expected.logits, labels).item(), rel=1e-4)
+    assert trainer.predict(rows).predictions.shape == (24, 5)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def test_training_gives_up_the_operating_point_of_the_weights_before(tmp_path: Path) -> None:
+    model = own("vit")
+    _operate(model, "vit")
+    wrapped, rows = _wrapped("vit", model), _Rows("vit")
+    Trainer(wrapped, _arguments(tmp_path, max_steps=1), train_dataset=rows).train()
+    assert model.operating_point is None
+    assert model.frontier is None
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy_exits", "macs_saved"])
+def test_the_best_of_several_checkpoints_is_that_of_the_exits(metric: str, tmp_path: Path) -> None:
+    wrapped, rows = _wrapped("vit"), _Rows("vit")
+    more = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    arguments = _arguments(tmp_path, **more, load_best_model_at_end=True, metric_for_best_model=metric)
+    arguments.learning_rate = 0.3  # so large that the last step is not the best
+    metrics = exit_metrics(wrapped)
+    trainer = Trainer(wrapped, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    trainer.train()
+    values = [entry[f"eval_{metric}"] for entry in _evaluations(trainer)]
+    best = min(values) if metric == "loss" else max(values)
+    assert trainer.state.best_metric == pytest.approx(best)
+    assert trainer.evaluate()[f"eval_{metric}"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"batch_eval_metrics": True}, {"eval_accumulation_steps": 1}, {"eval_do_concat_batches": True, "bf16": True}],
+    ids=str,
+)
+def test_every_way_of_gathering_gives_the_same_metrics(more: dict[str, Any], tmp_path: Path) -> None:
+    wrapped, rows = _wrapped("vit", own("vit")), _Rows("vit")
+    plain = Trainer(wrapped, _arguments(tmp_path), eval_dataset=rows, compute_metrics=exit_metrics(wrapped)).evaluate()
+    arguments = _arguments(tmp_path, per_device_eval_batch_size=7, **more)
+    found = Trainer(wrapped, arguments, eval_dataset=rows, compute_metrics=exit_metrics(wrapped)).evaluate()
+    slack = 0.05 if "bf16" in more else 1e-6
+    for name in ("eval_accuracy_exit_0", "eval_accuracy_original", "eval_macs_saved"):
+        assert found[name] == pytest.approx(plain[name], abs=slack), name
+
+
+def test_losses_alone_are_those_of_the_exits(tmp_path: Path) -> None:
+    wrapped, rows = _wrapped("vit"), _Rows("vit")
+    arguments = _arguments(tmp_path, prediction_loss_only=True, per_device_eval_batch_size=24)
+    found = Trainer(wrapped, arguments, eval_dataset=rows, compute_metrics=exit_metrics(wrapped)).evaluate()
+    assert found["eval_loss"] == pytest.approx(wrapped(**rows.columns).loss.item(), rel=1e-5)
+
+
+def test_samples_without_a_label_count_in_no_metric() -> None:
+    model = routed("vit")
+    logits = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, -100, 1, 2, -100, 3])
+    known = labels >= 0
+    whole = exit_metrics(model)(EvalPrediction((logits[:, -1].numpy(), logits.numpy()), labels.numpy()))
+    part = exit_metrics(model)(
+        EvalPrediction((logits[known, -1].numpy(), logits[known].numpy()), labels[known].numpy())
+    )
+    assert whole == part
+    assert "macs_saved" not in exit_metrics(model, max_accuracy_drop=None)(
+        EvalPrediction(logits.numpy(), labels.numpy())
+    )
+    with pytest.raises(ee.DataError, match="None of the samples"):
+        exit_metrics(model)(EvalPrediction(logits.numpy(), labels.numpy() * 0 - 100))
+    with pytest.raises(ee.DataError, match="preprocess_logits_for_metrics"):
+        exit_metrics(model)(EvalPrediction(labels.numpy(), labels.numpy()))
+    with pytest.raises(ee.ConfigError, match="one percentage point"):
+        exit_metrics(model, max_accuracy_drop=1.5)
+
+
+# --- Trainer's other ways to a loss
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_label_smoothing_of_trainer_is_refused_at_the_first_step(kind: str, tmp_path: Path) -> None:
+    wrapped = _wrapped(kind)
+    arguments = _arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ee.ConfigError, match=r"without labels.*label_smoothing_factor"):
+        Trainer(wrapped, arguments, train_dataset=_Rows(kind)).train()
+    wrapped.train_config = ee.TrainConfig(teach="original")  # which does without labels
+    with pytest.raises(ee.ConfigError, match=r"no branch learns from them.*label_smoothing_factor"):
+        Trainer(wrapped, arguments, train_dataset=_Rows(kind)).train()
+
+
+def test_a_loss_function_of_trainer_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    wrapped = _wrapped("vit")
+
+    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(outputs.logits, labels)  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(ee.ConfigError, match=r"without labels.*compute_loss_func.*OBJECTIVES"):
+        Trainer(wrapped, _arguments(tmp_path), train_dataset=_Rows("vit"), compute_loss_func=loss).train()
+
+
+def test_a_loss_made_of_the_original_s_logits_is_refused() -> None:
+    wrapped = _wrapped("vit").train()
+    found = wrapped(**inputs("vit"), labels=torch.arange(12) % 5)
+    with pytest.raises(ee.ConfigError, match="no branch learns from them"):
+        found.logits.sum().backward()
+    with torch.no_grad():
+        assert wrapped(**inputs("vit")).loss is None
+
+
+def test_smoothed_labels_of_a_collator_train(tmp_path: Path) -> None:
+    wrapped, rows = _wrapped("vit"), _Rows("vit")
+    rows.columns["labels"] = 0.9 * F.one_hot(rows.columns["labels"], 5).float() + 0.02
+    trainer = Trainer(wrapped, _arguments(tmp_path), train_dataset=rows, eval_dataset=rows,
+                      compute_metrics=exit_metrics(wrapped))  # fmt: skip
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first
+
+
+@pytest.mark.parametrize("more", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"bf16": True}], ids=str)
+def test_compiled_and_bfloat16_trainings_end_where_a_plain_one_does(more: dict[str, Any], tmp_path: Path) -> None:
+    rows, losses = _Rows("timm"), []
+    for options in ({}, more):
+        torch.manual_seed(0)
+        wrapped = _wrapped("timm")
+        trainer = Trainer(wrapped, _arguments(tmp_path, **options), train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert wrapped.branched.receipt().unchanged
+    assert losses[1] == pytest.approx(losses[0], rel=0.05 if "bf16" in more else 1e-4)
 
 
 # --- refusals

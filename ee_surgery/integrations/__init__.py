@@ -9,6 +9,10 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from ee_surgery.integrations.metrics import exit_metrics
+
+__all__ = ["exit_metrics", "register"]
+
 
 def register() -> None:
     """Make the Auto classes of transformers know adapters: now where it is imported, else right after it is.

@@ -40,6 +40,12 @@ from ee_surgery.share.adapter import without_tensors
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loss import batch_loss, relative_costs
 
+_LABELS_TAKEN = (
+    "The loss of early exits is over all of them, and the model computes it itself, from `labels`. Trainer takes those "
+    "away for label_smoothing_factor and for compute_loss_func: leave both out. In place of smoothing, distill "
+    "(TrainConfig(distill=...)), or let a data collator make smoothed labels of shape (B, C); in place of a loss "
+    "function, register an objective in ee_surgery.OBJECTIVES. TrainConfig(teach='original') does without labels."
+)
 _UNSUPPORTED = ("output_attentions", "output_hidden_states")
 # What `from_pretrained` is handed and has no use for; nothing executable is read, whomever one trusts.
 _IGNORED = (
@@ -58,7 +64,8 @@ class EarlyExitConfig(PreTrainedConfig):
     """An adapter's `config.json` as attributes, and the names of the classes: the base's, where they are known."""
 
     model_type = "ee_surgery"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "score", "macs"]  # Trainer gathers logits alone
+    # What Trainer gathers: `logits`, and in an evaluation of all exits `exit_logits`.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "score", "macs"]
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Take everything in `config.json`; class names given beside it win."""
@@ -216,6 +223,7 @@ class _EarlyExitForClassification(PreTrainedModel):
 
     # --- running
 
+    @torch.compiler.disable  # what runs was captured already: tracing it again would pay at each new input size
     def _answer(
         self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None, return_dict: bool | None
     ) -> ModelOutput | tuple[Any, ...]:
@@ -224,36 +232,57 @@ class _EarlyExitForClassification(PreTrainedModel):
             raise DataError(
                 f"An early exit answers with logits alone: leave out {asked}, or call `.branched.backbone`."
             )
-        if self.training and (labels is not None or self.train_config.teach == "original"):
-            fields = self._learn(main, named, labels)
+        if self.training and labels is None and self.train_config.teach != "original" and torch.is_grad_enabled():
+            raise ConfigError(f"A step of training came without labels. {_LABELS_TAKEN}")
+        # Without an operating point nothing leaves, and the answers tell nothing about the exits: evaluate those.
+        evaluated = labels is not None and self.branched.policy is None
+        if (self.training and (labels is not None or self.train_config.teach == "original")) or evaluated:
+            fields = self._all_exits(main, named, labels)
         else:
             found = self.branched.predict(*main, **named)
             loss = None if labels is None else F.cross_entropy(found.logits.float(), labels.to(found.logits.device))
-            self._counts = self._counts.to(found.exit_index.device)
-            self._counts.index_add_(0, found.exit_index, torch.ones_like(found.exit_index))
             fields = {"loss": loss, "logits": found.logits, "exit_index": found.exit_index, "score": found.score}
             fields["macs"] = found.macs
+        if not self.training:
+            index = fields["exit_index"]
+            self._counts = self._counts.to(index.device)
+            self._counts.index_add_(0, index, torch.ones_like(index))
         given = self.branched._backbone.answer(fields["logits"])
         own = isinstance(given, ModelOutput) and "logits" in given and hasattr(given, "loss")
         output = _with_exits(type(given) if own else self.answers_with)(**fields)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _learn(self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        """The loss over all exits; logits are those of the original, as nobody leaves."""
+    def _all_exits(self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
+        """The loss over all exits; logits are those of the original, as no samples leave."""
         config, bank = self.train_config, self.branches
         if config.distill_from > 0 or config.exit_weights == "ramp":
             raise ConfigError("`distill_from` and `ramp` follow the progress of training, which Trainer does not tell "
                               "its model: use ee_surgery.train.")  # fmt: skip
-        told = {name: getattr(config, name) for name in ("objective", "teach", "distill", "temperature")}
-        self.branched.provenance["training"] = {"by": "a training loop of transformers", **told}
-        self.branched.provenance.pop("evaluation", None)  # it was of the weights before
+        if self.training:
+            self._forget_what_was_measured()
         features, original = self.branched.features(*main, **named)
         exits, original = self.branched.split(bank(features), original)
         costs = relative_costs(self.branched).to(original.device)
         loss = batch_loss(exits, original, labels, costs, config, new_head=bank.head is not None)
         last = torch.full((len(original),), len(bank), device=original.device)
-        return {"loss": loss, "logits": original.detach(), "exit_index": last}
+        fields = {"loss": loss, "logits": original.detach(), "exit_index": last}
+        if self.training:
+            fields["logits"] = _NotToLearnFrom.apply(fields["logits"], loss)
+        else:
+            fields["exit_logits"] = torch.stack(
+                [*(exit.logits.float() for exit in exits), original.float()], 1
+            ).detach()
+        return fields
+
+    def _forget_what_was_measured(self) -> None:
+        """Thresholds, frontier and evaluation are of the weights before this step."""
+        config, branched = self.train_config, self.branched
+        told = {name: getattr(config, name) for name in ("objective", "teach", "distill", "temperature")}
+        branched.provenance["training"] = {"by": "a training loop of transformers", **told}
+        branched.provenance.pop("evaluation", None)
+        branched.frontier = None
+        branched.operate(None)
 
     @property
     def exit_counts(self) -> dict[str, int]:
@@ -327,14 +356,19 @@ class EarlyExitForImageClassification(_EarlyExitForClassification):
 
         Args:
             pixel_values: shape (B, 3, H, W), or whatever the base's main input is.
-            labels: class numbers (B,): the loss is returned; in training mode that of all exits, and nobody leaves.
+            labels: class numbers (B,): the loss is returned. In training mode, and wherever no operating point is set,
+                it is that of all exits, as `train_config` says, and no samples leave; else that of the answers.
             return_dict: False: a tuple.
             inputs: other inputs of the base, by name.
         Returns:
             The base's output class with `loss`, `logits` and in addition `exit_index`, `score` and `macs`, each (B,);
-            see `ExitOutput`.
+            see `ExitOutput`. In eval mode with labels and without an operating point also `exit_logits` (B, K, C), of
+            every exit, the original's last: what `ee_surgery.integrations.exit_metrics` reads.
+        Raises:
+            ConfigError: in training mode without labels; Trainer takes them away for label smoothing, for example.
         """
-        return self._answer(() if pixel_values is None else (pixel_values,), inputs, labels, return_dict)
+        main = () if pixel_values is None else (pixel_values,)
+        return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
 
 
 class EarlyExitForSequenceClassification(_EarlyExitForClassification):
@@ -361,13 +395,26 @@ class EarlyExitForSequenceClassification(_EarlyExitForClassification):
             labels, return_dict, inputs: as for images.
         """
         own = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        return self._answer(() if input_ids is None else (input_ids,), {**own, **inputs}, labels, return_dict)
+        main = () if input_ids is None else (input_ids,)
+        return self._answer(main, {**own, **inputs}, labels, return_dict)  # pyright: ignore[reportCallIssue]
+
+
+class _NotToLearnFrom(torch.autograd.Function):
+    """The original's logits beside a loss: a loss made of them would train nothing, so its backward says so."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ConfigError(f"`logits` are the original's, and no branch learns from them. {_LABELS_TAKEN}")
 
 
 @cache
 def _with_exits(answer: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class of a base with three fields more, at its end."""
-    fields = [(name, "Tensor | None", None) for name in ("exit_index", "score", "macs")]
+    """The output class of a base with four fields more, at its end."""
+    fields = [(name, "Tensor | None", None) for name in ("exit_index", "score", "macs", "exit_logits")]
     name = f"EarlyExit{answer.__name__}"
     return make_dataclass(name, fields, bases=(answer,), namespace={"__module__": __name__})
 

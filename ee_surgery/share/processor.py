@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import DataError
+from ee_surgery.pictures import named_processor, plain_settings, timm_model
 
 PROCESSOR = "preprocessor_config.json"
 """Where transformers looks for an image processor. timm's settings are in the adapter's own `config.json`."""
@@ -25,10 +26,21 @@ class ProcessorTransform:
     """An image processor of transformers as a transform: one PIL picture to what the model takes of it, no batch."""
 
     processor: Any
+    mode: str = "RGB"
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Any mode of picture; its pixels, usually (3, H, W)."""
-        return self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return self.processor(picture.convert(self.mode), return_tensors="pt")["pixel_values"][0]
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A picture of any mode (palette, with transparency) in the one that the model takes."""
+
+    mode: str
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        return picture.convert(self.mode)
 
 
 def picture_transform(
@@ -49,14 +61,13 @@ def picture_transform(
     """
     preprocessing = preprocessing or backbone.preprocessing
     if preprocessing is not None and processor is None:
-        from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
-
-        return create_transform(**preprocessing, is_training=is_training)  # pyright: ignore[reportReturnType]
+        return _timm_transform(preprocessing, is_training)
     if is_training:
         raise DataError(f"Nothing says how to augment pictures for {backbone.model_id}: use transforms of your own.")
-    if processor is None and backbone.library == "transformers" and not backbone.reads_tokens:
+    by_timm = timm_model(backbone.model, backbone.library) is not None
+    if processor is None and backbone.library == "transformers" and not backbone.reads_tokens and not by_timm:
         try:
-            processor = base_processor(backbone)
+            processor = named_processor(backbone.model_id, backbone.revision, cached=False)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"The image processor of {backbone.model_id} cannot be had: {error} Give it when the adapter is saved, "
@@ -66,31 +77,35 @@ def picture_transform(
         raise DataError(
             f"{backbone.model_id} does not say how pictures are prepared for it: use a transform of your own."
         )
-    return ProcessorTransform(processor)
+    return ProcessorTransform(processor, "L" if backbone.channels == 1 else "RGB")
 
 
-def base_processor(backbone: Backbone, *, cached: bool = False) -> Any:
-    """The image processor under the name of a transformers base; `cached`: without asking the Hub.
+def _timm_transform(settings: Mapping[str, Any], is_training: bool) -> Callable[[Image.Image], Tensor]:
+    from timm.data import create_transform  # pyright: ignore[reportPrivateImportUsage]
 
-    Raises:
-        OSError, ValueError: it cannot be had.
-    """
-    from transformers import AutoImageProcessor
-
-    return AutoImageProcessor.from_pretrained(
-        backbone.model_id, revision=backbone.revision, local_files_only=cached, trust_remote_code=False
-    )
+    transform: Any = create_transform(**settings, is_training=is_training)
+    size = settings.get("input_size")
+    mode = {1: "L", 3: "RGB"}.get(size[0]) if isinstance(size, (list, tuple)) else None
+    if mode is not None:
+        transform.transforms.insert(0, _Converted(mode))
+    return transform
 
 
 def find_processor(backbone: Backbone, *, cached: bool) -> Any:
     """The image processor of a transformers base by its name; None where there is none to be had."""
-    named = backbone.library == "transformers" and backbone.model_id != type(backbone.model).__name__
-    if not named or backbone.reads_tokens or backbone.preprocessing is not None:
+    named = backbone.loaded_from
+    if named is None or backbone.reads_tokens or timm_model(backbone.model, backbone.library) is not None:
         return None
     try:
-        return base_processor(backbone, cached=cached)
+        return named_processor(*named, cached=cached)
     except Exception:  # whatever is wrong with it: it is an extra
         return None
+
+
+def processor_settings(processor: Any) -> dict[str, Any] | None:
+    """What a TimmWrapperImageProcessor says, which writes no file of its own; None for others."""
+    found = getattr(getattr(processor, "image_processor", processor), "data_config", None)
+    return None if found is None else plain_settings(found)
 
 
 def save_processor(folder: Path, processor: Any) -> None:
