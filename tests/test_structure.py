@@ -13,8 +13,9 @@ import ee_surgery as ee
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "errors", "registry", "inputs", "samples", "receipt", "backbone", "graph", "placement", "branches", "policies",
-    "runtime", "share", "model", "attach", "training", "presets", "pipeline", "integrations", "report", "demo", "cli",
+    "errors", "registry", "files", "inputs", "samples", "receipt", "backbone", "graph", "placement", "branches",
+    "policies", "runtime", "share", "model", "attach", "training", "presets", "pipeline", "integrations", "report",
+    "demo", "cli",
 ]  # fmt: skip
 
 
