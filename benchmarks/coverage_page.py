@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 from benchmarks.coverage import load
 from benchmarks.models import SMALLEST
+from ee_surgery.files import atomic_write
 
 Row = dict[str, Any]
 HEAD = """# Coverage: which models work, measured
@@ -57,9 +57,8 @@ def write(results: Path, page: Path) -> None:
         _section("transformers: text classifiers", texts),
         _architectures(load(results / "architectures.jsonl")),
     ]
-    partial = page.with_suffix(".partial")
-    partial.write_text("\n".join(parts))
-    os.replace(partial, page)
+    with atomic_write(page) as partial:
+        partial.write_text("\n".join(parts))
 
 
 def _machine() -> str:

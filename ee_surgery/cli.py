@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
+from ee_surgery.files import atomic_write
 from ee_surgery.report import adapter_table, frontier_table, graph_table
 from ee_surgery.runtime.measure import measure
 from ee_surgery.share.adapter import CONFIG, load_adapter
@@ -249,13 +250,11 @@ def pull(
         folder = fetch(repo_id, revision=revision)
         load_adapter(folder)  # whole and undamaged, before it is copied
         if out is not None:
-            partial = out.with_name(f"{out.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
             try:
-                shutil.copytree(folder, partial)
-                folder = partial.rename(out)
+                with atomic_write(out) as partial:
+                    shutil.copytree(folder, partial)
+                folder = out
             except OSError as error:
-                shutil.rmtree(partial, ignore_errors=True)
                 raise ee.AdapterError(f"Cannot copy {repo_id} to {out}: {error}. Nothing was left there.") from error
         _show(folder)
         console.print(f"in {folder}", highlight=False, soft_wrap=True)

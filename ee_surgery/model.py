@@ -31,9 +31,10 @@ from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.engine import Engine, eval_mode
 from ee_surgery.runtime.program import Program
 from ee_surgery.runtime.routed import ExitOutput
-from ee_surgery.share.adapter import AdapterConfig, save_adapter
-from ee_surgery.share.card import CardInfo, write_card
+from ee_surgery.share.adapter import AdapterConfig, change_adapter, save_adapter
+from ee_surgery.share.card import CardInfo, save_card
 from ee_surgery.share.hub import push_folder
+from ee_surgery.share.probe import Probe
 from ee_surgery.share.processor import find_processor, picture_transform, processor_settings, save_processor
 
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
@@ -341,8 +342,8 @@ class EarlyExitModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, processor: Any = None, **card: Any) -> Path:
         """Write the adapter folder: branches, plan, operating points and a model card; never the original's weights.
 
-        Only a base of its own, which `train(..., joint=True)` made, is stored along. Every file is written whole or
-        not at all. A folder that is there already is updated. Of several processes, the main one alone writes.
+        Only a base of its own, which `train(..., joint=True)` made, is stored along. All files change at once or not at
+        all. An adapter that is there already is replaced. Of several processes, the main one alone writes.
 
         Args:
             processor: the original's image processor or tokenizer in transformers, saved along so that `pipeline`
@@ -353,20 +354,25 @@ class EarlyExitModel(nn.Module):
                 `eval_dataset`, `eval_name`, `eval_split`, `eval_task`; see `CardInfo`.
         Raises:
             ConfigError: a card keyword that is unknown, or no text.
+            AdapterError: the folder holds a model that is not an adapter of ours, or cannot be written.
         """
+        folder = Path(folder)
         if _beside_the_main_process():
-            return Path(folder)
+            return folder
         self.processor = self.processor if processor is None else processor
         config = self.adapter_config()
         if about := CardInfo.stored(config, card).to_dict():
             self.provenance["card"] = about
-        receipt = str(self.receipt())
-        config = replace(config, provenance={**self.provenance, "receipt": receipt})
+        receipt = self.receipt()
+        # Of an original that was changed, the fingerprint is of before: what it computes now would not fit.
+        probe = Probe.of(self._backbone, config.inputs, config.options) if receipt.unchanged else None
+        config = replace(config, provenance={**self.provenance, "receipt": str(receipt)}, probe=probe)
         base = self.original if self.own_base else None
-        save_processor(Path(folder), self.processor or find_processor(self._backbone, cached=True))
-        saved = save_adapter(Path(folder), config, self.branches.state_dict(), self.frontier, base)
-        write_card(saved, config, self.frontier, receipt)
-        return saved
+        with change_adapter(folder) as change:
+            save_adapter(change, config, self.branches.state_dict(), self.frontier, base)
+            save_processor(change, self.processor or find_processor(self._backbone, cached=True))
+            save_card(change, config, self.frontier, str(receipt), CardInfo.stored(config, {}))
+        return folder
 
     def push_to_hub(
         self,
@@ -387,6 +393,7 @@ class EarlyExitModel(nn.Module):
             Where to look at the commit, or at the pull request; nothing in processes beside the main one, which alone
             uploads.
         Raises:
+            AdapterError: the repository holds another model, which the adapter would make unreadable.
             HubError: no such user, no right to write, no connection; the repository holds what it held before.
         """
         if _beside_the_main_process():

@@ -9,7 +9,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -24,8 +23,9 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.presets import PRESETS
-from ee_surgery.share.adapter import check_tensors, load_adapter, load_base
+from ee_surgery.share.adapter import AdapterConfig, check_tensors, load_adapter, load_base
 from ee_surgery.share.hub import fetch
+from ee_surgery.share.probe import make_inputs
 from ee_surgery.share.processor import load_processor
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, halves
@@ -195,8 +195,9 @@ def from_pretrained(
         token: to read a private one; by default the one stored by `hf auth login`, or `HF_TOKEN`.
         cache_dir: where downloads are kept.
         local_files_only: take what is in the cache, as `HF_HUB_OFFLINE=1` does.
-        other_base: take a base with other weights than the branches were trained on, with a warning; kept in
-            `provenance`. Nothing that was measured holds for it: calibrate again.
+        other_base: take a base with other weights than the branches were trained on, or one that computes something
+            else with them, with a warning; kept in `provenance`. Nothing that was measured holds for it: calibrate
+            again.
     Raises:
         HubError: the repository cannot be had.
         AdapterError: a file is missing or damaged, or the base cannot be made from its id.
@@ -213,37 +214,50 @@ def from_pretrained(
         model = _make_base(config.base, pretrained=not config.own_base, **hub)
     if config.own_base:
         model = model if given is None else deepcopy(model)
-        load_base(folder, model)
+        load_base(folder, model, config.files)
     if sample is None:
-        generator = torch.Generator().manual_seed(0)
-        sample = {**config.options, **{name: spec.make(generator) for name, spec in config.inputs.items()}}
+        sample = make_inputs(config.inputs, config.options)
     backbone = Backbone(model, sample, config.opaque, config.head_classes, config.output if output is None else output)
-    identity = backbone.identity()
     provenance = dict(config.provenance)
-    if identity.fingerprint != config.base.fingerprint:
-        differ = (
-            f"These branches belong to {config.base.model_id} with fingerprint {config.base.fingerprint}; the model "
-            f"given is {identity.model_id} with fingerprint {identity.fingerprint}."
-        )
+    if (differ := _difference(config, backbone)) is not None:
         if not other_base:
-            raise FingerprintError(
-                f"{differ} Load the very same weights (same checkpoint, dtype and number of classes)."
-            )
-        warnings.warn(f"{differ} other_base=True: what was measured does not hold, calibrate again.", stacklevel=2)
+            raise FingerprintError(" ".join(differ))
+        warnings.warn(f"{differ[0]} other_base=True: what was measured does not hold, calibrate again.", stacklevel=2)
         provenance.pop("evaluation", None)
         provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     graph = read(backbone, backbone.sample)
-    plan = ExitPlan(identity.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
+    plan = ExitPlan(backbone.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
     branched = attach(graph, plan, [exit.branch for exit in config.exits])
     check_tensors(tensors, branched.branches.state_dict(), folder)
     branched.branches.load_state_dict(tensors)
     branched.own_base = config.own_base
     branched.provenance = provenance
     branched.preprocessing = config.preprocessing or branched.preprocessing
-    branched.processor = load_processor(folder)
+    branched.processor = load_processor(folder, config.files)
     branched.frontier = frontier
     branched.operate(config.operating_point)
     return branched
+
+
+def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | None:
+    """How a base is not the one that an adapter belongs to, in weights or in what it computes, and what to do."""
+    base, identity = config.base, backbone.identity()
+    if identity.fingerprint != base.fingerprint:
+        return (
+            f"These branches belong to {base.model_id} with fingerprint {base.fingerprint}; the model given is "
+            f"{identity.model_id} with fingerprint {identity.fingerprint}.",
+            "Load the very same weights (same checkpoint, dtype and number of classes).",
+        )
+    answers = config.probe and config.probe.difference(backbone, config.inputs, config.options)
+    if not answers:
+        return None
+    saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    return (
+        f"The {identity.model_id} given has the weights of the one that these branches belong to (fingerprint "
+        f"{base.fingerprint}), but computes something else: {answers}.",
+        "Something that is no tensor differs: an activation, pooling, stride or dilation, an epsilon, the number of "
+        f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
+    )
 
 
 def _make_base(base: Identity, pretrained: bool, **hub: Any) -> nn.Module:

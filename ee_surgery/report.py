@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ee_surgery.errors import SurgeryError
+from ee_surgery.files import atomic_write
 from ee_surgery.graph.points import ModelGraph
 from ee_surgery.graph.shortcut import shortest
 from ee_surgery.policies.frontier import Frontier
@@ -131,8 +131,6 @@ def plot_frontier(frontier: Frontier, path: str | os.PathLike[str] | None = None
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     if path is not None:
-        path = Path(path)
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        figure.savefig(partial, dpi=150)
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            figure.savefig(partial, dpi=150)
     return figure

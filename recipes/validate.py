@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from torchvision.datasets import ImageFolder
 
 import ee_surgery as ee
 from ee_surgery.backbone import make_model
+from ee_surgery.files import atomic_write
 from ee_surgery.runtime.measure import environment
 from ee_surgery.share.adapter import AdapterConfig, load_adapter
 from ee_surgery.share.hub import fetch
@@ -179,10 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
                   f"{'nothing leaves early' if point is None else f'operating point {point.rule}'}.")  # fmt: skip
     console.print(f"{environment(device)}. Original {branched.receipt()}.")
     if options.results_file is not None:
-        partial = options.results_file.with_name(f"{options.results_file.name}.partial")
         about = {"adapter": options.adapter, "base": config.base.model_id, "exits": branched.exits}
-        partial.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-        os.replace(partial, options.results_file)
+        with atomic_write(options.results_file) as partial:
+            partial.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return rows
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load, load_model, save_model
 from torch import nn
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone
-from ee_surgery.share.hub import FILES
+from ee_surgery.share.adapter import CONFIG
+from ee_surgery.share.hub import FILES, push_folder
 from tests.hub_program import Net, X, base
 from tests.hub_server import Hub
 from tests.zoo import BY_NAME, original
@@ -551,3 +552,47 @@ def test_four_pool_exits_of_a_resnet56_are_small(tmp_path: Path) -> None:
     folder = branched.save_pretrained(tmp_path / "adapter")
     adapter = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert adapter < 0.15 * whole
+
+
+# --- whose files, whose repository
+
+
+def test_only_the_adapters_own_files_are_pushed(hub: Hub, model: ee.EarlyExitModel, tmp_path: Path) -> None:
+    folder = model.save_pretrained(tmp_path / "adapter")
+    for name in (
+        "notes.txt",
+        ".config.json.lock",
+        ".config.json.abc.partial/a",
+        ".config.json.abc.new/b",
+        "secret.safetensors",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    push_folder(folder, REPO)
+    own = {CONFIG, WEIGHTS, "README.md", "frontier.json", "assets/frontier.png"}
+    assert own <= set(hub.files(REPO)) <= {*own, ".gitattributes"}
+    (folder / WEIGHTS).write_bytes(b"other")
+    with pytest.raises(ee.AdapterError, match=f"{WEIGHTS} is not the file"):
+        push_folder(folder, "user/another")
+    assert "user/another" not in hub.repos
+
+
+@pytest.mark.parametrize("foreign", [CONFIG, "adapter_config.json", "pytorch_model.bin"])
+@pytest.mark.parametrize("revision", [None, "exits"])
+def test_a_repository_of_another_model_is_left_alone(
+    foreign: str, revision: str | None, hub: Hub, model: ee.EarlyExitModel
+) -> None:
+    model_files = {foreign: b'{"model_type": "vit"}', "notes.md": b"mine"}
+    HfApi().create_repo(REPO)
+    hub.put(REPO, model_files)
+    commits = hub.history(REPO)
+    with pytest.raises(ee.AdapterError, match=f"{REPO} holds {foreign}.*Nothing was uploaded"):
+        model.push_to_hub(REPO, revision=revision)
+    assert hub.history(REPO) == commits
+    assert list(hub.repos[REPO].branches) == ["main"]
+
+
+def test_a_branch_of_a_repository_is_made_and_pushed_to_again(hub: Hub, model: ee.EarlyExitModel) -> None:
+    for _ in range(2):
+        model.push_to_hub(REPO, revision="v1")
+    _same(_load(revision="v1"), model)

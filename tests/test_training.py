@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -330,6 +331,33 @@ def test_checkpoints_of_other_settings_or_none_are_refused(tmp_path: Path) -> No
     (tmp_path / checkpoint.FILE).write_bytes(b"torn")
     with pytest.raises(ee.TrainingError, match="no checkpoint of this version"):
         ee.train(small(), blobs(64), config)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_never_resumed(tmp_path: Path) -> None:
+    state = {"settings": {"lr": 1}, "learner": {"w": torch.arange(500.0)}, "random": [1, "a", None]}
+    checkpoint.save(tmp_path, state)
+    path = tmp_path / checkpoint.FILE
+    whole, random = path.read_bytes(), Random(0)
+    size, half = len(whole), len(whole) // 2
+    damages = [whole[:half], whole + b"\0", whole + whole, whole[half:] + whole[:half], b"", b"\0" * size, whole[::-1]]
+    damages += [whole[: random.randrange(size)] for _ in range(100)]
+    damages += [whole[: (k := random.randrange(size))] + whole[k + random.randrange(1, 99) :] for _ in range(100)]
+    damages += [whole + random.randbytes(random.randrange(1, 99)) for _ in range(50)]
+    for _ in range(1000):
+        place = random.randrange(size)
+        damages.append(whole[:place] + bytes([whole[place] ^ 1 << random.randrange(8)]) + whole[place + 1 :])
+    for damage in damages:
+        path.write_bytes(damage)
+        with pytest.raises(ee.TrainingError, match=rf"{path} is no checkpoint of this version, or was damaged.*Remove"):
+            checkpoint.load(tmp_path, {"lr": 1})
+    torch.save(state, path)  # as older versions wrote them
+    with pytest.raises(ee.TrainingError, match=r"does not end in a digest.*Remove it .*another checkpoint_dir"):
+        checkpoint.load(tmp_path, {"lr": 1})
+    path.write_bytes(whole)
+    again = checkpoint.load(tmp_path, {"lr": 1})
+    assert again is not None
+    assert torch.equal(again["learner"]["w"], state["learner"]["w"])
+    assert [file.name for file in tmp_path.iterdir()] == [checkpoint.FILE]
 
 
 def test_calibrate_operate_evaluate() -> None:

@@ -34,6 +34,7 @@ from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassif
 from transformers.utils.generic import ModelOutput
 
 from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.files import atomic_write
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.pipeline import from_pretrained
 from ee_surgery.share.adapter import without_tensors
@@ -322,9 +323,8 @@ class _EarlyExitForClassification(PreTrainedModel):
         about = {name: value for name, value in about.items() if name not in _UNSAVED}
         self.branched.save_pretrained(folder, **about)
         if re.fullmatch(r"checkpoint-\d+", folder.name):
-            partial = folder / "model.safetensors.partial"
-            save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, partial)
-            os.replace(partial, folder / "model.safetensors")
+            with atomic_write(folder / "model.safetensors") as path:
+                save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, path)
         if push_to_hub:
             self.push_to_hub(repo_id or folder.name, token=token, **about)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ee_surgery.errors import DataError
+from ee_surgery.files import atomic_write
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State
 
@@ -209,10 +210,8 @@ class ExitRecords:
             "chained": self.chained,
         }
         meta = {"format_version": str(FORMAT_VERSION), **{key: json.dumps(value) for key, value in plain.items()}}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=meta)
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, metadata=meta)
         return path
 
     @classmethod

@@ -11,9 +11,8 @@ measured is not there.
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ee_surgery.errors import ConfigError
+from ee_surgery.files import FolderChange
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import describe
 from ee_surgery.registry import suggest
 from ee_surgery.share import card_text as text
-from ee_surgery.share.adapter import CONFIG, AdapterConfig, load_adapter, whole_files
-from ee_surgery.share.processor import PROCESSOR
+from ee_surgery.share.adapter import CARD, PLOT, PROCESSOR, RESULTS, AdapterConfig, change_adapter, load_adapter
 
-CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
 MARKER = (
     "<!-- Written by ee_surgery, and written anew with every save: delete this line to keep a card of your own. -->"
 )
@@ -120,27 +118,33 @@ def write_card(
         AdapterError: the folder cannot be written.
     """
     info = CardInfo.stored(config, about)
-    path = folder / CARD
+    with change_adapter(folder) as change:
+        save_card(change, config, frontier, receipt, info)
+    return folder / CARD
+
+
+def save_card(
+    change: FolderChange, config: AdapterConfig, frontier: Frontier | None, receipt: str | None, info: CardInfo
+) -> None:
+    """`write_card`, as part of a change of the folder."""
+    path = change.folder / CARD
     foreign = path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace")
     measured = _measured(config)
-    files: dict[str, Callable[[Path], object]] = {}
-    if frontier is not None and importlib.util.find_spec("matplotlib") is not None:
-        files[PLOT] = lambda place: frontier.plot().savefig(place, dpi=150, format="png")
+    for name in (PLOT, RESULTS):  # of an earlier card
+        change.kept.pop(name, None)
+        change.stray.add(name)
+    plot = frontier is not None and importlib.util.find_spec("matplotlib") is not None
+    if plot:
+        frontier.plot().savefig(change.place(PLOT), dpi=150, format="png")
     if entries := _leaderboard(info, measured):
         results = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        files[RESULTS] = lambda place: place.write_text(results, encoding="utf-8")
+        change.place(RESULTS).write_text(results, encoding="utf-8")
     if foreign:
+        change.kept.pop(CARD, None)
         warnings.warn(f"{path} is not a card of ee_surgery's: it is kept. Delete it to get one.", stacklevel=3)
     else:
-        content = _render(folder, config, frontier, receipt, info, measured, plot=PLOT in files)
-        files[CARD] = lambda place: place.write_text(content, encoding="utf-8")
-    with whole_files(folder) as place:
-        for name, write in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            write(place(name))
-    for name in {PLOT, RESULTS} - files.keys():  # of an earlier card
-        (folder / name).unlink(missing_ok=True)
-    return path
+        content = _render(change, config, frontier, receipt, info, measured, plot=plot)
+        change.place(CARD).write_text(content, encoding="utf-8")
 
 
 def update_card(folder: Path, **about: Any) -> Path:
@@ -153,13 +157,13 @@ def update_card(folder: Path, **about: Any) -> Path:
         ConfigError: see `CardInfo.of`.
     """
     config, _, frontier = load_adapter(folder)
-    if about:
-        config = replace(config, provenance={**config.provenance, "card": CardInfo.stored(config, about).to_dict()})
-        data = json.loads((folder / CONFIG).read_text())
-        with whole_files(folder) as place:
-            place(CONFIG).write_text(json.dumps({**data, "provenance": config.provenance}, indent=1) + "\n")
+    info = CardInfo.stored(config, about)
+    config = replace(config, provenance={**config.provenance, "card": info.to_dict()} if about else config.provenance)
     receipt = config.provenance.get("receipt")
-    return write_card(folder, config, frontier, receipt if isinstance(receipt, str) else None)
+    with change_adapter(folder) as change:
+        change.data = {**change.data, "provenance": config.provenance}
+        save_card(change, config, frontier, receipt if isinstance(receipt, str) else None, info)
+    return folder / CARD
 
 
 def _check_id(name: str, given: str) -> None:
@@ -238,7 +242,7 @@ def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None) -> list[Eva
 
 
 def _render(
-    folder: Path,
+    change: FolderChange,
     config: AdapterConfig,
     frontier: Frontier | None,
     receipt: str | None,
@@ -247,7 +251,7 @@ def _render(
     *,
     plot: bool,
 ) -> str:
-    where = info.repo_id or folder.resolve().name
+    where = info.repo_id or change.folder.resolve().name
     name = where.rsplit("/", 1)[-1]
     data = ", ".join(filter(None, [info.eval_name or info.eval_dataset or "data that were not named", info.eval_split]))
     card = ModelCard.from_template(
@@ -257,7 +261,7 @@ def _render(
         title=name,
         summary=text.summary(config),
         snippet=text.snippet(config, frontier, where),
-        usage=text.usage(config, frontier, where, processor=(folder / PROCESSOR).exists()),
+        usage=text.usage(config, frontier, where, processor=change.holds(PROCESSOR)),
         measured=None if measured is None else text.measured(measured, data),
         frontier=None if frontier is None else {**text.trade_offs(frontier), "plot": PLOT if plot else None},
         exits=text.exits(config, frontier),

@@ -10,7 +10,8 @@ from typing import Any
 from ee_surgery.backbone import Identity
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
-from ee_surgery.share.adapter import AdapterConfig, InputSpec
+from ee_surgery.share.adapter import AdapterConfig
+from ee_surgery.share.probe import InputSpec
 
 
 def found_by_name(base: Identity, own_base: bool) -> bool:

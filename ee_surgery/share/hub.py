@@ -21,10 +21,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ee_surgery.errors import HubError
-from ee_surgery.share.adapter import BASE, CONFIG, FRONTIER, WEIGHTS
-from ee_surgery.share.card import CARD, MARKER, PLOT, RESULTS
-from ee_surgery.share.processor import PROCESSOR
+from ee_surgery.errors import AdapterError, HubError
+from ee_surgery.share.adapter import (
+    BASE,
+    CARD,
+    CONFIG,
+    FRONTIER,
+    PLOT,
+    PROCESSOR,
+    RESULTS,
+    WEIGHTS,
+    of_others,
+    own_files,
+)
+from ee_surgery.share.card import MARKER
 
 FILES = [CONFIG, WEIGHTS, FRONTIER, BASE, PROCESSOR]
 """What loading reads, and all that it downloads: cards, plots and whatever else is there stay on the Hub."""
@@ -42,6 +52,8 @@ def push_folder(
 ) -> str:
     """Upload an adapter folder in one commit, the repository and branch made where they are not there yet.
 
+    Only the adapter's own files go, whatever else lies in the folder.
+
     Args:
         private: of a repository that is made; the account's default when left out.
         token: None takes the one that was stored by `hf auth login` or `HF_TOKEN`.
@@ -49,22 +61,25 @@ def push_folder(
     Returns:
         Where to look at the commit, or at the pull request.
     Raises:
+        AdapterError: the folder is no adapter, its files do not belong together, or the repository holds another model.
         HubError: no such user, no right to write, no connection. The branch holds what it held before; or all of the
             new adapter, where only the Hub's answer was lost, and pushing again then changes nothing.
     """
     api = HfApi(token=token)
+    files = own_files(folder)
     with _hub_errors(f"push to {repo_id}", revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        new = revision is not None and not create_pr and not api.revision_exists(repo_id, revision)
+        _refuse_others(api, repo_id, None if new else revision)  # a new branch begins as the main one
+        if new:
+            api.create_branch(repo_id, branch=revision or "main", exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".partial"]
-        add = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        add = [CommitOperationAdd(name, path) for name, path in files.items()]
         if CARD in there and MARKER not in _text(api.hf_hub_download(repo_id, CARD, revision=revision)):
             warnings.warn(f"{repo_id} has a card of its own: it is kept. Delete it there to get one.", stacklevel=3)
             add = [operation for operation in add if operation.path_in_repo != CARD]
         # of an earlier version of this adapter, what the new one no longer has
-        stale = [name for name in (FRONTIER, BASE, PLOT, RESULTS) if name in there and not (folder / name).exists()]
+        stale = [name for name in (FRONTIER, BASE, PLOT, RESULTS) if name in there and name not in files]
         # Not `upload_folder`, which may commit in parts, and again where the answer to a commit is lost.
         commit = api.create_commit(
             repo_id,
@@ -109,6 +124,18 @@ def fetch(
     return folder
 
 
+def _refuse_others(api: HfApi, repo_id: str, revision: str | None) -> None:
+    names = api.list_repo_files(repo_id, revision=revision)
+    config = None
+    if CONFIG in names:
+        config = Path(api.hf_hub_download(repo_id, CONFIG, revision=revision)).read_bytes()
+    if (found := of_others(names, config)) is not None:
+        raise AdapterError(
+            f"{repo_id} holds {found}, which is not of an ee_surgery adapter: pushed beside it, the adapter would make "
+            "that model unreadable. Nothing was uploaded: push to a repository of its own."
+        )
+
+
 def _text(path: str) -> str:
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
@@ -117,6 +144,8 @@ def _text(path: str) -> str:
 def _hub_errors(what: str, revision: str | None) -> Iterator[None]:
     try:
         yield
+    except AdapterError:
+        raise
     except Exception as error:
         # All of them: the client lets through what httpx, xet and the file system raise, and wraps it in whatever.
         at = "" if revision is None else f" at revision {revision!r}"

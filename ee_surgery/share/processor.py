@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import DataError
+from ee_surgery.files import FolderChange, locate
 from ee_surgery.pictures import named_processor, plain_settings, timm_model
-
-PROCESSOR = "preprocessor_config.json"
-"""Where transformers looks for an image processor. timm's settings are in the adapter's own `config.json`."""
+from ee_surgery.share.adapter import CONFIG, PROCESSOR
 
 
 @dataclass(frozen=True)
@@ -108,26 +106,37 @@ def processor_settings(processor: Any) -> dict[str, Any] | None:
     return None if found is None else plain_settings(found)
 
 
-def save_processor(folder: Path, processor: Any) -> None:
-    """Write the files of an image processor or a tokenizer, each whole or not at all; nothing for None."""
+def save_processor(change: FolderChange, processor: Any) -> None:
+    """Write the files of an image processor or a tokenizer into an adapter folder; nothing for None."""
     if processor is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as partial:
-        getattr(processor, "image_processor", processor).save_pretrained(partial)
-        for path in Path(partial).iterdir():
+    with tempfile.TemporaryDirectory() as folder:
+        getattr(processor, "image_processor", processor).save_pretrained(folder)
+        for path in Path(folder).iterdir():
             if path.suffix in (".json", ".txt", ".model"):  # what a processor of the Hub's own code brings stays out
-                os.replace(path, folder / path.name)
+                change.place(path.name).write_bytes(path.read_bytes())
 
 
-def load_processor(folder: Path) -> Any:
-    """The image processor of an adapter folder; None where there is none, or with a warning none that can be read."""
-    if not (folder / PROCESSOR).exists():
+def load_processor(folder: Path, files: Mapping[str, str]) -> Any:
+    """The image processor of an adapter folder; None where there is none, or with a warning none that can be read.
+
+    Args:
+        files: what the folder's `config.json` lists. Another processor was put there by hand: taken, with a warning.
+    """
+    path = locate(folder / CONFIG, PROCESSOR, files)
+    if path is None and (folder / PROCESSOR).exists():
+        path = folder / PROCESSOR
+        warnings.warn(
+            f"{path} is not the one that was saved with the adapter; it is used all the same: see that it prepares "
+            "pictures for this base.",
+            stacklevel=3,
+        )
+    if path is None:
         return None
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # the branches are fine without
         warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {error}", stacklevel=3)
         return None

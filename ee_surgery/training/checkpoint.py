@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
 import random
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 
 from ee_surgery.errors import TrainingError
+from ee_surgery.files import atomic_write
 
 FILE = "training.pt"
+_MARK = b"ee_surgery SHA-256:"
 
 
 def random_state() -> dict[str, Any]:
@@ -39,14 +42,30 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; whole or not at all, even when the machine loses power."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{FILE}.partial"
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / FILE)
+    """Write a checkpoint; whole or not at all, even when the machine loses power.
+
+    The file is torch's, and ends in the SHA-256 of all before it. torch reads it as it is; it looks at no such end.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    with atomic_write(folder / FILE) as path, open(path, "wb") as file:
+        file.write(content.getbuffer())
+        file.write(_MARK + hashlib.sha256(content.getbuffer()).digest())
+
+
+def _verified(path: Path) -> io.BytesIO:
+    """The content of a file with its digest; nothing of a damaged one is read any further.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    content = memoryview(path.read_bytes())
+    size = len(content) - len(_MARK) - hashlib.sha256().digest_size
+    if size < 0 or content[size : size + len(_MARK)] != _MARK:
+        raise ValueError("it does not end in a digest.")
+    if content[size + len(_MARK) :] != hashlib.sha256(content[:size]).digest():
+        raise ValueError("its content has another digest (SHA-256) than the one that was written.")
+    return io.BytesIO(content[:size])
 
 
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -55,16 +74,19 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     Args:
         settings: what must be the same as when it was written, as plain data.
     Raises:
-        TrainingError: it cannot be read, or was made with other settings; the differences are named.
+        TrainingError: it is damaged, or was made with other settings; the differences are named.
     """
     path = folder / FILE
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(_verified(path), map_location="cpu", weights_only=True)
         stored = state["settings"]
     except Exception as error:
-        raise TrainingError(f"{path} is no checkpoint of this version: {error}. Remove it to start over.") from error
+        raise TrainingError(
+            f"{path} is no checkpoint of this version, or was damaged: {error} Remove it to start over, or use another "
+            "checkpoint_dir."
+        ) from error
     differ = {key: (stored.get(key), value) for key, value in settings.items() if stored.get(key) != value}
     if differ:
         changes = ", ".join(f"{key}: {was!r} there, {now!r} now" for key, (was, now) in differ.items())

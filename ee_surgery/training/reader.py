@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ee_surgery.errors import TrainingError
+from ee_surgery.files import atomic_write
 from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.training.checkpoint import random_state, set_random_state
@@ -242,9 +243,8 @@ def _save(lesson: Lesson, path: Path) -> None:
     # the order in memory decides which kernels run, and so the last bits
     last = [name for name, tensor in found.items() if tensor.ndim == 4 and not tensor.is_contiguous()]
     about = {"total": lesson.total, "own": lesson.own, "channels_last": last}
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"lesson": json.dumps(about)})
-    partial.replace(path)
+    with atomic_write(path, durable=False) as partial:  # no other run reads it
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"lesson": json.dumps(about)})
 
 
 def _load(path: Path, device: torch.device) -> Lesson:

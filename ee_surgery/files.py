@@ -1,0 +1,301 @@
+"""Files that are whole or not there, and folders whose files change all at once.
+
+`atomic_write` replaces one file. `change_folder` replaces files that belong together, by one rename of the manifest
+that names them all:
+
+    .config.json.<random>.partial/      every new file under its own name                killed here: as before
+    .config.json.<digest of list>.new/  the same folder, complete and on the disk        killed here: as before
+    config.json                         moved out of it, lists every file's SHA-256      <- the change happens here
+    ee_adapter.safetensors, ...         moved out of it, one after the other             killed here: as it shall be
+
+In the last step a listed file may still lie in the `.new` folder, whose name follows from the list: readers take it
+from there (`locate`), writing nothing, and the next writer finishes the move. Nothing is ever written through a link:
+new files are made in a folder that was made for them, and a rename replaces a link itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+from filelock import FileLock
+
+Found = TypeVar("Found")
+
+LISTED = "files"
+"""Where a manifest holds the SHA-256 of each file, by its name (`assets/plot.png`)."""
+_PATIENCE = 600.0  # seconds that a writer waits for another one
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
+    """Where to write a file, or a new folder, that then takes its place at `path`; on an error nothing changes.
+
+    Args:
+        durable: wait until it is on the disk, so that it survives a loss of power.
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writer(path), _staging(path) as staging:
+        new = staging / path.name
+        yield new
+        _finish(staging, durable)
+        os.replace(new, path)
+        if durable:
+            _sync(path.parent)
+
+
+class FolderChange:
+    """New files of a folder, written beside it until all of them take their places; see `change_folder`."""
+
+    def __init__(self, folder: Path, manifest: str, staging: Path) -> None:
+        self.folder, self.manifest, self.staging = folder, manifest, staging
+        self.data = read_manifest(folder / manifest)
+        """What the manifest says, as plain data; the list of files is added at the end."""
+        self.before = dict(listed(self.data))
+        self.kept = dict(self.before)
+        """SHA-256 of listed files that stay as they are, unless written anew: all, unless it is made smaller."""
+        self.stray: set[str] = set()
+        """Files that go although no list has them: left by an interrupted change, or by older versions."""
+        self.committed = False
+
+    def place(self, name: str) -> Path:
+        """Where to write the file of this name, which may name folders (`assets/plot.png`)."""
+        new = self.staging / name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        return new
+
+    def holds(self, name: str) -> bool:
+        """Whether the folder will have a file of this name."""
+        there = name not in self.before or name in self.kept
+        return (self.staging / name).exists() or (there and name not in self.stray and (self.folder / name).exists())
+
+    def commit(self) -> None:
+        """Make the change.
+
+        Raises:
+            OSError: something cannot be written: before `committed` nothing has changed, after it all has.
+        """
+        new = {path.relative_to(self.staging).as_posix(): sha256(path) for path in _files(self.staging)}
+        files = dict(sorted({**self.kept, **new}.items()))
+        gone = (self.before.keys() | self.stray) - files.keys()
+        for name in (*files, *gone):
+            _refuse_linked_folders(self.folder, name)
+        text = json.dumps({**self.data, LISTED: files}, indent=1) + "\n"
+        self.place(self.manifest).write_text(text, encoding="utf-8")
+        _finish(self.staging, durable=True)
+        ready = _ready(self.folder / self.manifest, files)
+        try:
+            os.replace(self.staging, ready)
+            _sync(self.folder)
+            os.replace(ready / self.manifest, self.folder / self.manifest)
+        except BaseException:
+            if (ready / self.manifest).exists():
+                shutil.rmtree(ready, ignore_errors=True)
+            raise
+        self.committed = True
+        _sync(self.folder)
+        _roll_forward(self.folder / self.manifest)
+        for name in gone:
+            if name in self.stray or _is(self.folder / name, self.before[name]):  # never what its user made of it
+                (self.folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def change_folder(folder: Path, manifest: str) -> Iterator[FolderChange]:
+    """Change files of a folder all at once: what was placed is there in the end, or on an error nothing of it.
+
+    One writer at a time; a change that was interrupted before is finished or undone first.
+
+    Args:
+        manifest: name of the JSON file that lists the others.
+    Raises:
+        OSError: the folder cannot be written, or another process has been writing for ten minutes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _writer(folder / manifest):
+        _roll_forward(folder / manifest)
+        with _staging(folder / manifest) as staging:
+            change = FolderChange(folder, manifest, staging)
+            yield change
+            change.commit()
+
+
+# --- reading
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest as plain data; nothing where there is none, or none that can be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def listed(data: Mapping[str, Any]) -> Mapping[str, str]:
+    """SHA-256 of each file that a manifest lists, by name; nothing for one from before there were lists."""
+    files = data.get(LISTED)
+    files = files if isinstance(files, dict) else {}
+    return {name: digest for name, digest in files.items() if isinstance(digest, str) and _is_inside(name)}
+
+
+def locate(manifest: Path, name: str, files: Mapping[str, str]) -> Path | None:
+    """Where the very file lies that a manifest's list means; None where it does not.
+
+    A name that is not listed, or a list of no files, is taken as it is.
+    """
+    place = manifest.parent / name
+    if name not in files:
+        return place if place.exists() else None
+    # Its place is looked at twice: a writer may move it there in between.
+    for path in (place, _ready(manifest, files) / name, place):
+        if _is(path, files[name]):
+            return path
+    return None
+
+
+def read_consistently(manifest: Path, read: Callable[[], Found]) -> Found:
+    """What `read` returns or raises, again and again where a writer changed the folder meanwhile."""
+    while True:
+        before = _state(manifest)
+        try:
+            found = read()
+        except Exception:
+            if _state(manifest) == before:
+                raise
+            continue
+        if _state(manifest)[0] == before[0]:  # files that were moved to their places are the same files
+            return found
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+# --- parts
+
+
+@contextmanager
+def _writer(path: Path) -> Iterator[None]:
+    """Take turns with other writers of `path`; what killed ones left of it goes."""
+    # The lock file goes with its last holder; filelock drops a lock on a file that was removed meanwhile.
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock, timeout=_PATIENCE):
+        try:
+            for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
+                _remove(left)
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps an open file
+                lock.unlink()
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder of our own beside `path`, gone in the end."""
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    staging.mkdir()  # never an existing one, and through no link
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _roll_forward(manifest: Path) -> None:
+    """Move the files that an accepted change has ready to their places, and remove those of one that never was."""
+    folder = manifest.parent
+    files = listed(read_manifest(manifest))
+    ready = _ready(manifest, files)
+    for name in files:
+        if (ready / name).is_file():
+            _refuse_linked_folders(folder, name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(ready / name, folder / name)
+            _sync((folder / name).parent)
+    for left in folder.glob(f".{escape(manifest.name)}.*.new"):
+        _remove(left)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name out of a manifest, which anyone may have written, stays in its folder."""
+    return bool(name) and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+
+
+def _refuse_linked_folders(folder: Path, name: str) -> None:
+    for parent in PurePath(name).parents:
+        if parent != PurePath() and (folder / parent).is_symlink():
+            raise OSError(f"{folder / parent} is a link, and nothing is written through links: remove it.")
+
+
+def _ready(manifest: Path, files: Mapping[str, str]) -> Path:
+    """Where the files of this list wait for their places."""
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return manifest.with_name(f".{manifest.name}.{digest[:16]}.new")
+
+
+def _finish(staging: Path, durable: bool) -> None:
+    """Modes as the umask has them, whatever libraries made of them, and all on the disk."""
+    mode = staging.stat().st_mode & 0o666
+    for path in _files(staging):
+        path.chmod(mode)
+        if durable:
+            _sync(path)
+    if durable:
+        for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+            _sync(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Whether this file has this SHA-256."""
+    try:
+        return sha256(path) == digest
+    except OSError:
+        return False
+
+
+def _state(manifest: Path) -> tuple[tuple[int, ...], list[str]]:
+    """Which manifest it is, and which files are still on their way to their places."""
+    try:
+        stat = manifest.stat()
+    except OSError:
+        return (), []
+    ready = manifest.parent.glob(f".{escape(manifest.name)}.*.new")
+    waiting = [os.path.join(place, name) for path in ready for place, _, names in os.walk(path) for name in names]
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns), sorted(waiting)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # which has no such call for folders
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
