@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
 from huggingface_hub import hf_hub_download
 from rich.console import Console
 from torch import nn
-from torch.utils.data import Dataset
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
@@ -191,8 +190,8 @@ def bench(
         torch.set_num_threads(threads)
         branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
         pictures = _images(branched, data, unlabelled=True)
-        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]  # pyright: ignore[reportArgumentType]
-        inputs = torch.stack([pictures[int(i)][0] for i in order])
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
+        inputs = torch.stack([pictures[int(i)] for i in order])
         console.print(str(measure(branched, inputs, batch_size=batch_size)), highlight=False)
 
 
@@ -328,18 +327,7 @@ def _load(
     return branched
 
 
-class _Unlabelled(Dataset):  # pyright: ignore[reportMissingTypeArgument]
-    def __init__(self, pictures: Dataset) -> None:  # pyright: ignore[reportMissingTypeArgument]
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)  # pyright: ignore[reportArgumentType]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor]:
-        return (self.pictures[index][0],)
-
-
-def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyright: ignore[reportMissingTypeArgument]
+def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
     """Pictures with the model's own preprocessing; folder names are class names, class numbers, or in class order."""
     from torchvision.datasets import ImageFolder
 
@@ -349,7 +337,7 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyr
     except FileNotFoundError as error:
         raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
     if unlabelled:
-        return _Unlabelled(pictures)
+        return ee.unlabelled(pictures)
     names = backbone.label_names or []
     if all(name in names for name in pictures.classes):
         index = [names.index(name) for name in pictures.classes]

@@ -30,11 +30,12 @@ from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.joint import JointModel
+from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard, ignored
 from ee_surgery.training.loss import batch_loss, relative_costs
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.outcome import Epoch, TrainReport, describe
 from ee_surgery.training.processes import OneBatch, Processes, Shares
-from ee_surgery.training.reader import Batch, Lesson, Reader, needs_original
+from ee_surgery.training.reader import Batch, Lesson, Reader, compare, needs_original
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     validation: Data | None = None,
     accelerator: Accelerator | None = None,
     joint: bool = False,
+    class_map: ClassMap | None = None,
 ) -> TrainReport:
     """Train the branches. The original runs in eval mode without gradients and keeps every bit.
 
@@ -58,18 +60,22 @@ def train(
 
     Args:
         data: a Dataset of samples, or a DataLoader or iterable of batches; `(inputs, labels)`, dicts, or, with
-            `teach="original"`, inputs alone. The same in all processes.
+            `teach="original"`, inputs alone. The same in all processes. Labels are class numbers of any integer
+            type, or class probabilities (B, C); samples labelled -100 count nowhere.
         validation: what each exit's accuracy is reported on after every epoch; by default a random
             `config.validation` of a map-style `data`, which then is not trained on.
         accelerator: your own, perhaps with trackers (`log_with=`), which then get loss, learning rate and
             accuracies of every epoch; one is made from `config.mixed_precision` otherwise.
         joint: train the original along, as EENet, EENets, BranchyNet and MSDNet do, on a copy: the model that was
             given keeps every bit, and `report.model` is a new base with branches, saved with its weights.
+        class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
+            class numbers, names or WordNet ids.
     Raises:
         ConfigError: `joint` with answers of the original as labels; an accelerator that splits models up (FSDP,
             DeepSpeed), that accumulates gradients otherwise, or that does not see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
-        DataError: batches of unknown form, no labels where they are needed, or data that runs out.
+        DataError: batches of unknown form, no labels where they are needed, labels that are no classes of the model or
+            that the original surely knows nothing about (see `strangers`), or data that runs out.
         TrainingError: the loss stays non-finite, or a checkpoint of another run is in the way.
     """
     config = config or TrainConfig()
@@ -83,7 +89,8 @@ def train(
     branched.frontier = None
     branched.provenance.pop("evaluation", None)
     try:
-        return _Run(branched, data, config, validation, accelerator or make_accelerator(config), joint).run()
+        accelerator = accelerator or make_accelerator(config)
+        return _Run(branched, data, config, validation, accelerator, joint, class_map).run()
     finally:
         branched.eval()
         checkpoint.set_random_state(before)
@@ -105,6 +112,7 @@ class _Run:
         validation: Data | None,
         accelerator: Accelerator,
         joint: bool,
+        class_map: ClassMap | None,
     ) -> None:
         self.processes = Processes(accelerator)
         if accelerator.gradient_accumulation_steps not in (1, config.accumulate):
@@ -125,7 +133,9 @@ class _Run:
                 "Pass a Dataset, a DataLoader or a list of batches."
             )
         self.batch_size = getattr(batches, "batch_size", None)
-        self.batches = Shares(batches, self.processes)
+        labels = Labels(branched, class_map)
+        read = _unread if config.teach == "original" else labels
+        self.batches = Shares(batches, self.processes, read)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
         """A pass over the data."""
         if self.steps is None and config.max_steps is None and config.schedule != "constant":
@@ -135,8 +145,10 @@ class _Run:
         lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
         self.total = min((length for length in lengths if length is not None), default=0)
         """Steps of the whole training; 0 where that is not known."""
-        self.validation = None if validation is None else Shares(loader(validation, config.batch_size), self.processes)
-        self.joint = joint
+        self.validation = None
+        if validation is not None:
+            self.validation = Shares(loader(validation, config.batch_size), self.processes, read)
+        self.joint, self.class_map = joint, class_map
         identity = branched.adapter_config()
         self.settings = _settings(config, joint, self.total, identity)
         self.processes.agree("original", identity.base.fingerprint)
@@ -146,7 +158,7 @@ class _Run:
         self.learner: nn.Module = JointModel(branched) if joint else branched.branches
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
         self.average = Average(self.learner, config.ema)
-        self.reader = Reader(branched, self.batches, config, self.processes, joint, self._say)
+        self.reader = Reader(branched, self.batches, config, self.processes, joint, labels, self._say)
         self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
         self.console = Console(quiet=not self.processes.main)
@@ -159,6 +171,7 @@ class _Run:
         if state is not None:
             self._restore(state)
         self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
+        self._check_validation(Labels(self.branched, self.class_map))
         track.start(self.accelerator, self.settings)
         try:
             while self.epoch < self.config.epochs and not self._at_the_end():
@@ -198,6 +211,8 @@ class _Run:
                     self._save(folder)
         if self.step == 0:
             raise DataError("No batches: the training data is empty.")
+        if self.taken == self.skipped == 0:
+            raise DataError(f"No sample of the training data has a label: all are {IGNORED}, which is ignored.")
         self.learner.eval()
         mean = self.loss_sum / self.taken if self.taken else math.nan
         with self.average.in_place():
@@ -221,14 +236,18 @@ class _Run:
 
     def _one_step(self, batches: list[Batch]) -> None:
         """One step on all of these. All processes see the same loss and gradient, and so take or skip it alike."""
+        total = sum(batch.counted for batch in batches)
+        if total == 0:  # all ignored
+            for batch in batches:
+                self.reader.lesson(batch, False)  # where features are kept, they are read again
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self._progress(), self.total)
         self.optimizer.zero_grad()
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        total = sum(batch.total for batch in batches)
         value, good = 0.0, True
         for batch in batches:
-            loss = self._loss(batch) * (batch.total / total)
+            loss = self._loss(batch) * (batch.counted / total)
             value += loss.item()
             good = math.isfinite(value)
             if not good:
@@ -312,15 +331,29 @@ class _Run:
             answers, original = self.branched.answers(place(share.inputs, self.accelerator.device, self.dtype))
             own = answers[-1].handed
             assert own is not None
-            labels = share.labels
-            if labels is None or self.config.teach == "original":
-                labels = original.argmax(-1)
-            log_p.append(self.processes.rows(own.float(), share.total))
-            truth.append(self.processes.rows(labels.to(own.device), share.total))
-            seen += share.total
+            labels = self.processes.rows(
+                original.argmax(-1) if share.labels is None else share.labels.to(own.device), share.total
+            )
+            counts = ~ignored(labels)
+            log_p.append(self.processes.rows(own.float(), share.total)[counts])
+            truth.append(labels[counts])
+            seen += len(truth[-1])
             if seen >= _ENSEMBLE_SAMPLES:
                 break
         fit_ensembles(self.branched.branches, torch.cat(log_p), torch.cat(truth), self.config.ensemble_epochs)
+
+    def _check_validation(self, labels: Labels) -> None:
+        """Look at the first labels of the validation data now, not when the first epoch is over."""
+        if self.validation is None or isinstance(self.validation.batches, Iterator):
+            return
+        before = checkpoint.random_state()
+        for share in self.validation:
+            if share.labels is None or not labels.curious:
+                break
+            inputs = place(share.inputs, self.accelerator.device, self.dtype)
+            if not self.joint:
+                compare(self.branched, share._replace(inputs=inputs), labels, self.processes)
+        checkpoint.set_random_state(before)
 
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
@@ -328,12 +361,11 @@ class _Run:
         counts = torch.zeros(len(self.branched.exits) + 2, dtype=torch.long, device=self.accelerator.device)
         for share in self.validation:
             answers = self.branched.all_exits(place(share.inputs, self.accelerator.device, self.dtype)).argmax(-1)
-            labels = None if self.config.teach == "original" else share.labels
-            truth = answers[-1] if labels is None else labels.to(answers.device)
+            truth = answers[-1] if share.labels is None else hard(share.labels).to(answers.device)
             counts[:-1] += (answers == truth)[:, : share.own].sum(1)
-            counts[-1] += share.own
+            counts[-1] += (truth != IGNORED)[: share.own].sum()
         *right, seen = self.processes.total(counts).tolist()
-        return tuple(count / max(1, seen) for count in right)
+        return tuple(count / seen for count in right) if seen else ()
 
     def _bar(self) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -393,6 +425,10 @@ class _Run:
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.report.epochs.extend(Epoch(**{**e, "accuracies": tuple(e["accuracies"])}) for e in state["history"])
+
+
+def _unread(labels: Tensor, rows: int) -> None:
+    """What is made of labels where the original's answers stand for them."""
 
 
 def _settings(config: TrainConfig, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
