@@ -25,6 +25,7 @@ _POOR = 0.2  # accuracy below which an original does not know its labels: it has
 _SURE = 0.002
 _ENOUGH = 256  # labelled samples after which only the end of the data is looked at
 _CLASSES = 3  # seen before anything is said of data that may be sorted by class
+_MANY = 8  # classes, most of which are not off by the same number without a reason
 
 
 def check_labels(labels: Tensor, num_classes: int, rows: int) -> Tensor:
@@ -202,25 +203,26 @@ def strangers(answers: Tensor, truth: Tensor, classes: int, least: int = 1) -> s
     if n < 1 or bdtr(hits, n, _POOR) >= _SURE:
         return None
     expected = classes * (1 - (1 - 1 / classes) ** len(truth))  # distinct classes among so many samples
-    if len(seen) <= expected / 2:
+    if len(seen) <= min(expected / 2, classes / 4):
         numbers = f"{int(seen[0])} to {int(seen[-1])}" if len(seen) > 1 else f"{int(seen[0])}"
         return f"the labels are {len(seen)} of its {classes} class numbers, {numbers}, and surely not those classes."
     modes = [answers[truth == label].bincount(minlength=classes).max(0) for label in seen.tolist()]
-    one_to_one = len({int(mode.indices) for mode in modes}) == len(seen) > 1
-    if len(truth) >= 8 * len(seen) and one_to_one and sum(int(m.values) for m in modes) > 0.7 * len(truth):
+    # of two or three classes, an untrained model may tell each from the others and be wrong about all
+    one_to_one = len({int(mode.indices) for mode in modes}) == len(seen) > _CLASSES
+    if len(truth) >= 8 * len(seen) and one_to_one and sum(int(m.values) for m in modes) > 0.9 * len(truth):
         return "its answers follow the labels, but under other numbers."
     return None
 
 
 def _moved(answers: Tensor, truth: Tensor, seen: Tensor) -> int | None:
     """By how much labels are off where most of them are, and by the same number in most classes."""
-    if len(truth) < 28 or len(seen) < _CLASSES:
+    if len(truth) < 28 or len(seen) < _MANY:
         return None
     by = int((answers - truth).mode().values)
     off = answers == truth + by
     if by == 0 or off.double().mean() <= 0.5:
         return None
-    return by if len(truth[off].unique()) >= max(_CLASSES, len(seen) / 2) else None
+    return by if len(truth[off].unique()) >= len(seen) / 2 else None
 
 
 def _warning(answers: Tensor, truth: Tensor) -> str | None:

@@ -244,17 +244,20 @@ class OneBatch(TorchFunctionMode):
     Like `torch.nn.SyncBatchNorm`, but on any device, for any module that calls `batch_norm`, and without the samples
     that only fill up.
 
+    A batch of one sample with one value per channel has no statistics: it takes those that were kept.
+
     Args:
         own: how many of the samples here count.
+        total: how many samples the batch has in all processes.
     """
 
-    def __init__(self, processes: Processes, own: int) -> None:
+    def __init__(self, processes: Processes, own: int, total: int) -> None:
         super().__init__()
-        self.processes, self.own = processes, own
+        self.processes, self.own, self.total = processes, own, total
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace `batch_norm`, and nothing else."""
-        if func is F.batch_norm and self.processes.number > 1:
+        if func is F.batch_norm:
             return self._batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -269,8 +272,10 @@ class OneBatch(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        alone = self.total * input[0, 0].numel() == 1 and running_mean is not None
+        if not training or alone or self.processes.number == 1:
+            statistics = training and not alone
+            return F.batch_norm(input, running_mean, running_var, weight, bias, statistics, momentum, eps)
         x = input.float()
         places = [dim for dim in range(x.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]

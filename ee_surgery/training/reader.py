@@ -72,6 +72,7 @@ class Reader:
     Args:
         joint: the original learns too: nothing is run through it here.
         labels: holds the first labels against what the original answers.
+        dtype: what the model takes.
         say: prints a line.
     """
 
@@ -83,12 +84,12 @@ class Reader:
         processes: Processes,
         joint: bool,
         labels: Labels,
+        dtype: torch.dtype,
         say: Callable[[str], None],
     ) -> None:
         self.branched, self.batches, self.config, self.processes = branched, batches, config, processes
         self.joint, self.labels, self.say = joint, labels, say
-        weight = next(branched.branches.parameters())
-        self.home = weight.device, weight.dtype
+        self.home = next(branched.branches.parameters()).device, dtype
         self.mixing = Mixing(config, branched.num_classes)
         self.keeps: bool | None = None if config.views and not joint and config.epochs > config.views else False
         """Whether features are kept; None until the first batch tells."""
