@@ -25,6 +25,7 @@ from ee_surgery.share.adapter import CONFIG, load_adapter
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
 from ee_surgery.share.processor import picture_transform
+from ee_surgery.training.labels import class_numbers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -328,7 +329,7 @@ def _load(
 
 
 def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
-    """Pictures with the model's own preprocessing; folder names are class names, class numbers, or in class order."""
+    """Pictures with the model's own preprocessing; folders named by class, WordNet id or number, or in class order."""
     from torchvision.datasets import ImageFolder
 
     backbone = Backbone(model.backbone if isinstance(model, ee.EarlyExitModel) else model)
@@ -338,21 +339,25 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
         raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
     if unlabelled:
         return ee.unlabelled(pictures)
-    names = backbone.label_names or []
-    if all(name in names for name in pictures.classes):
-        index = [names.index(name) for name in pictures.classes]
-    elif all(name.isdigit() and int(name) < backbone.num_classes for name in pictures.classes):
-        index = [int(name) for name in pictures.classes]
-    elif len(pictures.classes) == backbone.num_classes:
-        index = list(range(backbone.num_classes))
-    else:
-        raise ee.DataError(
-            f"The {len(pictures.classes)} folders in {folder} ({', '.join(pictures.classes[:5])} ...) are not the "
-            f"{backbone.num_classes} classes of {backbone.model_id}. Name them by class or class number, or use "
-            "--unlabelled."
-        )
+    index = _class_index(pictures.classes, backbone, folder)
     pictures.target_transform = index.__getitem__
     return pictures
+
+
+def _class_index(names: list[str], backbone: Backbone, folder: Path) -> list[int]:
+    """Which class of the model each folder is."""
+    try:
+        return class_numbers(names, backbone).tolist()
+    except ee.ConfigError as error:
+        if all(name.isdigit() and int(name) < backbone.num_classes for name in names):
+            return [int(name) for name in names]
+        if len(names) == backbone.num_classes:
+            return list(range(backbone.num_classes))
+        raise ee.DataError(
+            f"The {len(names)} folders in {folder} ({', '.join(names[:5])} ...) are not the {backbone.num_classes} "
+            f"classes of {backbone.model_id} ({error}). Name them by class, WordNet id or class number, or use "
+            "--unlabelled."
+        ) from error
 
 
 def _preprocess(model: nn.Module, backbone: Backbone) -> Callable[..., torch.Tensor]:

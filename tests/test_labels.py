@@ -5,19 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ee_surgery as ee
+from ee_surgery import cli
 from ee_surgery.backbone import Backbone
 from ee_surgery.training.data import halves
-from ee_surgery.training.labels import Labels, _table, check_labels, hard, strangers
+from ee_surgery.training.labels import Labels, check_labels, class_numbers, hard, strangers
 from ee_surgery.training.loss import batch_loss, relative_costs
 from ee_surgery.training.mixing import Mixing
 from tests.test_training import blobs, small
@@ -289,8 +292,8 @@ def test_without_labels_agreement_is_measured() -> None:
 def test_a_class_map_is_by_number_name_or_wordnet_id() -> None:
     base = Backbone(timm.create_model("test_resnet", num_classes=1000).eval())
     names = ["tench", "English springer", "english_springer", "n02102040", 701, "parachute, chute", "n01440764"]
-    assert _table(names, base).tolist() == [0, 217, 217, 217, 701, 701, 0]
-    assert _table({3: "tench", 0: 5}, base).tolist() == [5, -1, -1, 0]
+    assert class_numbers(names, base).tolist() == [0, 217, 217, 217, 701, 701, 0]
+    assert class_numbers({3: "tench", 0: 5}, base).tolist() == [5, -1, -1, 0]
     wrong: list[tuple[Any, str]] = [
         (["dog"], "no class 'dog'"),
         (["crane"], "several classes 'crane'"),
@@ -302,12 +305,12 @@ def test_a_class_map_is_by_number_name_or_wordnet_id() -> None:
     ]
     for class_map, message in wrong:
         with pytest.raises(ee.ConfigError, match=message):
-            _table(class_map, base)
+            class_numbers(class_map, base)
     config = transformers.ResNetConfig(id2label={0: "cat, puss", 1: "dog"}, hidden_sizes=[8] * 4, embedding_size=8)
     own = Backbone(transformers.ResNetForImageClassification(config).eval(), torch.randn(2, 3, 32, 32))
-    assert _table(["dog", "puss"], own).tolist() == [1, 0]
+    assert class_numbers(["dog", "puss"], own).tolist() == [1, 0]
     with pytest.raises(ee.ConfigError, match="no class 'n01440764'"):
-        _table(["n01440764"], own)
+        class_numbers(["n01440764"], own)
 
 
 def test_probabilities_over_the_datas_classes_are_mapped_too() -> None:
@@ -317,3 +320,12 @@ def test_probabilities_over_the_datas_classes_are_mapped_too() -> None:
     assert hard(mapped).tolist() == [4, 5]
     assert known(torch.tensor([2, -100]), 2).tolist() == [4, -100]
     assert check_labels(torch.tensor([0.0, 0.0]).reshape(1, 2), 2, 1).sum() == 0
+
+
+def test_folders_named_by_wordnet_ids_are_found_on_the_command_line(tmp_path: Path) -> None:
+    for name in ("n01440764", "English springer"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    found = cli._images(timm.create_model("test_resnet", num_classes=1000).eval(), tmp_path, unlabelled=False)
+    assert [label for _, label in found] == [217, 0]
+    assert torch.is_tensor(cli._images(timm.create_model("test_resnet").eval(), tmp_path, unlabelled=True)[0])

@@ -105,7 +105,8 @@ class Labels:
     def __init__(self, branched: EarlyExitModel, class_map: ClassMap | None = None) -> None:
         self.backbone: Backbone = branched._backbone
         self.classes = branched.num_classes
-        self.table = None if class_map is None else _table(class_map, self.backbone)
+        self.table = None if class_map is None else class_numbers(class_map, self.backbone)
+        self.compares = branched.branches.head is None  # a new head knows what it has learned so far
         self.told = False
         self.answers: list[Tensor] = []
         self.truth: list[Tensor] = []
@@ -127,7 +128,7 @@ class Labels:
     @property
     def curious(self) -> bool:
         """Whether the first samples do not tell yet if the original knows these labels."""
-        return self.seen < _ENOUGH
+        return self.compares and self.seen < _ENOUGH
 
     def compare(self, answers: Tensor, labels: Tensor) -> None:
         """Hold the classes that the original answers with, (B,), against checked labels: does it know them at all?
@@ -135,6 +136,8 @@ class Labels:
         Raises:
             DataError: surely not.
         """
+        if not self.compares:
+            return
         counts = ~ignored(labels)
         self.answers.append(answers[counts].cpu())
         self.truth.append(hard(labels)[counts].cpu())
@@ -246,8 +249,12 @@ def _percent(right: Tensor) -> str:
 # --- class maps
 
 
-def _table(class_map: ClassMap, backbone: Backbone) -> Tensor:
-    """Class of the model for every label of the data, int64; -1 for those that the map leaves out."""
+def class_numbers(class_map: ClassMap, backbone: Backbone) -> Tensor:
+    """Class of the model for every label of the data, int64; -1 for those that the map leaves out.
+
+    Raises:
+        ConfigError: a class that the model has not, or a name that several have.
+    """
     if isinstance(class_map, str) or not isinstance(class_map, (Mapping, Sequence)) or not len(class_map):
         raise ConfigError(
             f"class_map must be a list with one class per label, or a dict {{label: class}}; got {class_map!r}."

@@ -94,9 +94,8 @@ def verdict(
     records = record(branched, data, batch_size=batch_size, class_map=class_map)
     if records.labels is None:
         raise DataError("Without labels nothing tells which model is more accurate: give labelled data.")
-    found = []
+    known, found = Labels(branched, class_map), []
     for name, other in alternatives.items():
-        known = Labels(branched, class_map)
         accuracy, cost = other if isinstance(other, tuple) else _measure(branched, other, data, batch_size, known)
         point = branched.frontier.at(max_accuracy_drop=min(1.0, max(0.0, records.base_accuracy - accuracy)))
         realised = realise(records, point.policy, point.rule)
