@@ -40,7 +40,7 @@ from ee_surgery.presets import PRESETS, Preset
 from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.routed import ExitOutput
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import batches
+from ee_surgery.training.data import batches, unlabelled
 from ee_surgery.training.loop import TrainReport, train
 from ee_surgery.training.objectives import OBJECTIVES
 from ee_surgery.training.placing import ExitSearch, prune_exits, search_exits
@@ -113,6 +113,7 @@ __all__ = [
     "scale_temperatures",
     "search_exits",
     "train",
+    "unlabelled",
     "verdict",
 ]
 

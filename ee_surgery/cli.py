@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
 from huggingface_hub import hf_hub_download
 from rich.console import Console
 from torch import nn
-from torch.utils.data import Dataset
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
@@ -27,6 +26,7 @@ from ee_surgery.share.adapter import CONFIG, load_adapter
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
 from ee_surgery.share.processor import picture_transform
+from ee_surgery.training.labels import class_numbers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -192,8 +192,8 @@ def bench(
         torch.set_num_threads(threads)
         branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
         pictures = _images(branched, data, unlabelled=True)
-        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]  # pyright: ignore[reportArgumentType]
-        inputs = torch.stack([pictures[int(i)][0] for i in order])
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
+        inputs = torch.stack([pictures[int(i)] for i in order])
         console.print(str(measure(branched, inputs, batch_size=batch_size)), highlight=False)
 
 
@@ -327,19 +327,8 @@ def _load(
     return branched
 
 
-class _Unlabelled(Dataset):  # pyright: ignore[reportMissingTypeArgument]
-    def __init__(self, pictures: Dataset) -> None:  # pyright: ignore[reportMissingTypeArgument]
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)  # pyright: ignore[reportArgumentType]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor]:
-        return (self.pictures[index][0],)
-
-
-def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyright: ignore[reportMissingTypeArgument]
-    """Pictures with the model's own preprocessing; folder names are class names, class numbers, or in class order."""
+def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
+    """Pictures with the model's own preprocessing; folders named by class, WordNet id or number, or in class order."""
     from torchvision.datasets import ImageFolder
 
     backbone = Backbone(model.backbone if isinstance(model, ee.EarlyExitModel) else model)
@@ -348,22 +337,26 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Dataset:  # pyr
     except FileNotFoundError as error:
         raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
     if unlabelled:
-        return _Unlabelled(pictures)
-    names = backbone.label_names or []
-    if all(name in names for name in pictures.classes):
-        index = [names.index(name) for name in pictures.classes]
-    elif all(name.isdigit() and int(name) < backbone.num_classes for name in pictures.classes):
-        index = [int(name) for name in pictures.classes]
-    elif len(pictures.classes) == backbone.num_classes:
-        index = list(range(backbone.num_classes))
-    else:
-        raise ee.DataError(
-            f"The {len(pictures.classes)} folders in {folder} ({', '.join(pictures.classes[:5])} ...) are not the "
-            f"{backbone.num_classes} classes of {backbone.model_id}. Name them by class or class number, or use "
-            "--unlabelled."
-        )
+        return ee.unlabelled(pictures)
+    index = _class_index(pictures.classes, backbone, folder)
     pictures.target_transform = index.__getitem__
     return pictures
+
+
+def _class_index(names: list[str], backbone: Backbone, folder: Path) -> list[int]:
+    """Which class of the model each folder is."""
+    try:
+        return class_numbers(names, backbone).tolist()
+    except ee.ConfigError as error:
+        if all(name.isdigit() and int(name) < backbone.num_classes for name in names):
+            return [int(name) for name in names]
+        if len(names) == backbone.num_classes:
+            return list(range(backbone.num_classes))
+        raise ee.DataError(
+            f"The {len(names)} folders in {folder} ({', '.join(names[:5])} ...) are not the {backbone.num_classes} "
+            f"classes of {backbone.model_id} ({error}). Name them by class, WordNet id or class number, or use "
+            "--unlabelled."
+        ) from error
 
 
 def _preprocess(model: nn.Module, backbone: Backbone) -> Callable[..., torch.Tensor]:

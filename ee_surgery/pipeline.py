@@ -29,6 +29,7 @@ from ee_surgery.share.probe import make_inputs
 from ee_surgery.share.processor import load_processor
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, halves
+from ee_surgery.training.labels import ClassMap
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
 from ee_surgery.training.placing import TRIED, prune_exits, search_exits
@@ -55,6 +56,7 @@ def augment(
     max_accuracy_drop: float = 0.01,
     seed: int = 0,
     accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
 ) -> EarlyExitModel:
     """Give a pretrained model early exits: inspect -> place -> attach, and train and calibrate where data is given.
 
@@ -84,6 +86,8 @@ def augment(
             be asked for later.
         seed: of the branches' first weights.
         accelerator: your own, as for `train`: of several processes, each runs its part.
+        class_map: which class of the model each label of `train` and `calibrate` is, where they are not the same; see
+            `train`.
 
     With `exits="auto"`, branches at many points learn for a few steps (`search_exits`), those that are chosen are
     trained anew, and what then costs more than it saves is left out (`prune_exits`). Both look at one half of the
@@ -102,7 +106,9 @@ def augment(
                 'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'
             )
         kinds = branch or (TRIED if method is None else method.branch)
-        return _by_search(graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed, accelerator)
+        return _by_search(
+            graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed, accelerator, class_map
+        )
     if isinstance(exits, ExitPlan):
         plan = exits
     elif method is not None and exits is None and placement is None:
@@ -114,9 +120,10 @@ def augment(
         branch = "auto" if method is None else method.branches(plan.points)
     branched = attach(graph, plan, branch, seed=seed)
     if train is not None:
-        branched = train_branches(branched, train, config, joint=joint, accelerator=accelerator).model
+        report = train_branches(branched, train, config, joint=joint, accelerator=accelerator, class_map=class_map)
+        branched = report.model
     if calibrate is not None:
-        calibrate_exits(branched, calibrate, policy=policy, accelerator=accelerator)
+        calibrate_exits(branched, calibrate, policy=policy, accelerator=accelerator, class_map=class_map)
     return branched
 
 
@@ -131,10 +138,12 @@ def _by_search(
     drop: float,
     seed: int,
     accelerator: Accelerator | None,
+    class_map: ClassMap | None,
 ) -> EarlyExitModel:
     """`augment(exits="auto")`: what chooses exits never chooses thresholds."""
     searching, thresholds = halves(held_out, config.batch_size)
     accelerator = accelerator or make_accelerator(config)
+    shared = {"accelerator": accelerator, "class_map": class_map}
     size = config.batch_size
     found = search_exits(
         graph,
@@ -144,15 +153,15 @@ def _by_search(
         config=config,
         seed=seed,
         max_accuracy_drop=drop,
-        accelerator=accelerator,
+        **shared,
     )
     branched = attach(graph, found.plan, found.branches, seed=seed)
-    branched = train_branches(branched, train, config, joint=joint, accelerator=accelerator).model
-    records = record(branched, searching, batch_size=size, accelerator=accelerator)
+    branched = train_branches(branched, train, config, joint=joint, **shared).model
+    records = record(branched, searching, batch_size=size, **shared)
     branched = prune_exits(branched, records, drop)
     left = [name for name in found.plan.names if name not in branched.exits]
     branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=size, accelerator=accelerator)
+    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=size, **shared)
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:

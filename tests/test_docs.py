@@ -22,7 +22,7 @@ SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two folders of pictures in the working directory, no downloads, small models."""
     for split in ("train", "held_out"):
-        for name in ("cat", "dog"):
+        for name in ("tench", "English springer"):
             (tmp_path / "photos" / split / name).mkdir(parents=True)
             for i in range(4):
                 pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 import ee_surgery as ee
+from ee_surgery.training.joint import JointModel
 
 CONFIG = ee.TrainConfig(epochs=1, batch_size=16, lr=1e-2, validation=0, progress=False, distill=0)
 
@@ -149,3 +155,117 @@ def test_a_preset_places_its_own_exits_and_fits_texts_and_tokens() -> None:
         assert len(ee.attach(graph, plan, preset.branches(plan.points)).exits) == len(plan.points)
     with pytest.raises(ee.UnknownNameError, match="Did you mean 'pteenet'"):
         ee.augment(_model(), preset="ptenet", sample=torch.zeros(1, 3, 32, 32))
+
+
+# --- what is frozen stays, and nothing stays behind
+
+
+class Lora(nn.Module):
+    """A frozen linear layer and a low-rank update that learns."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both added."""
+        return self.base(x) + self.up(self.down(x))
+
+
+def _with_lora() -> nn.Module:
+    model = _model("test_vit").requires_grad_(False)
+    for block in model.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+        block.attn.qkv = Lora(block.attn.qkv)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return model
+
+
+def test_only_parameters_that_require_gradients_learn() -> None:
+    model = _with_lora()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    branched = ee.augment(model, 2, sample=torch.zeros(1, 3, 32, 32))
+    config = replace(CONFIG, epochs=3, ema=0.5, weight_decay=0.1)
+    trained = ee.train(branched, _data(), config, joint=True).model
+    changed = {n for n, p in trained.original.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert changed == trainable
+    assert {n for n, p in trained.original.named_parameters() if p.requires_grad} == trainable
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_norms_with_frozen_parameters_keep_their_statistics(ema: float) -> None:
+    model = _model()
+    frozen = ["conv1", "bn1", "layer1", "layer3"]
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    branched = ee.augment(model, 2, sample=torch.zeros(1, 3, 32, 32))
+    trained = ee.train(branched, _data(), replace(CONFIG, ema=ema), joint=True).model
+    for name, tensor in trained.original.state_dict().items():
+        same = torch.equal(tensor, model.state_dict()[name])
+        assert same == (name.split(".")[0] in frozen), name
+
+
+def test_modules_that_their_owner_put_in_eval_mode_stay_there() -> None:
+    model = _model().train()
+    model.get_submodule("layer2").eval()
+    branched = ee.augment(model, 2, sample=torch.zeros(1, 3, 32, 32))
+    trained = ee.train(branched, _data(), CONFIG, joint=True).model
+    for name, buffer in trained.original.named_buffers():
+        if "running" in name:
+            assert torch.equal(buffer, model.get_buffer(name)) == name.startswith("layer2"), name
+
+
+def test_an_original_that_is_frozen_as_a_whole_is_refused() -> None:
+    branched = ee.augment(_model().requires_grad_(False), 2, sample=torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ee.ConfigError, match="requires_grad=False"):
+        ee.train(branched, _data(), CONFIG, joint=True)
+
+
+def test_nothing_stays_on_the_new_base(tmp_path: Path) -> None:
+    branched = ee.augment(_model(), 2, sample=torch.zeros(1, 3, 32, 32))
+    trained = ee.train(branched, _data(), replace(CONFIG, ema=0.5), joint=True).model
+    for module in trained.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+    x = torch.randn(3, 3, 32, 32)
+    expected = trained.all_exits(x)
+    torch.save(trained, tmp_path / "whole.pt")
+    again = [
+        pickle.loads(pickle.dumps(trained)),
+        deepcopy(trained),
+        torch.load(tmp_path / "whole.pt", weights_only=False),
+        ee.from_pretrained(trained.save_pretrained(tmp_path / "folder"), _model()),
+        trained.copy(),
+    ]
+    for other in again:
+        torch.testing.assert_close(other.all_exits(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_trainings_and_calls_leave_no_tensors_behind(joint: bool) -> None:
+    branched = ee.augment(_model(), 2, sample=torch.zeros(1, 3, 32, 32))
+    accelerator = Accelerator()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())  # none of torch's own fakes
+
+    counts = []
+    trained = branched
+    for _ in range(4):
+        trained = ee.train(branched, _data(), CONFIG, joint=joint, accelerator=accelerator).model
+        counts.append(alive())
+    assert counts[1] == counts[2] == counts[3]
+    for _ in range(3):
+        trained.original(torch.randn(3, 3, 32, 32))
+    assert alive() == counts[3]
+
+
+def test_an_error_in_the_models_own_forward_leaves_no_hooks() -> None:
+    branched = ee.augment(_model(), 2, sample=torch.zeros(1, 3, 32, 32))
+    learner = JointModel(branched.copy())
+    with pytest.raises(RuntimeError):
+        learner({"x": torch.randn(2, 4, 32, 32)})
+    assert not any(module._forward_hooks for module in learner.modules())

@@ -476,3 +476,113 @@ def test_passes_repeat_after_so_many_views() -> None:
     assert not torch.equal(passes[0], passes[1])
     with pytest.raises(ee.ConfigError, match="views"):
         ee.TrainConfig(views=0)
+
+
+# --- half precision, steps that are skipped, batches of one
+
+
+def half(dtype: torch.dtype, branch: str = "mlp") -> ee.EarlyExitModel:
+    model = small().backbone.to(dtype)
+    options = {"budget": 0.9} if branch == "shortcut" else {}
+    spec = ee.BranchSpec(branch, options=options)
+    return ee.augment(model, ["2", "4"], branch=spec, sample=torch.randn(3, 3, 8, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("branch", ["mlp", "bnpool", "ztw", "shortcut"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_branches_of_a_base_in_half_precision_learn_in_float32(dtype: torch.dtype, branch: str, optimizer: str) -> None:
+    config = replace(QUICK, epochs=2, optimizer=optimizer, distill=0, validation=0)
+    whole, branched = half(torch.float32, branch), half(dtype, branch)
+    branched.branches.load_state_dict(whole.branches.state_dict())
+    data = blobs(128)
+    expected = ee.train(whole, data, config)
+    report = ee.train(branched, data, config)
+    assert sum(epoch.skipped for epoch in report.epochs) == 0
+    assert report.epochs[-1].loss == pytest.approx(expected.epochs[-1].loss, rel=0.02)
+    assert {p.dtype for p in branched.branches.parameters()} == {dtype}
+    assert all(torch.isfinite(p).all() for p in branched.branches.parameters())
+    assert branched.receipt().unchanged
+    accuracies, wanted = (ee.record(model, data).accuracies[:-1] for model in (branched, whole))
+    assert accuracies == pytest.approx(wanted, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_average_in_half_precision_moves_as_far_as_in_float32(dtype: torch.dtype) -> None:
+    moved = []
+    for kind in (torch.float32, dtype):
+        branched = half(kind)
+        before = [p.detach().float().clone() for p in branched.branches.parameters()]
+        ee.train(branched, blobs(256), replace(QUICK, ema=0.99, lr=1e-3, validation=0, distill=0))
+        after = [p.detach().float() for p in branched.branches.parameters()]
+        moved.append(sum((a - b).square().sum().item() for a, b in zip(after, before, strict=True)) ** 0.5)
+    assert moved[1] == pytest.approx(moved[0], rel=0.1)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_training_in_half_precision_goes_on_exactly_where_it_stopped(tmp_path: Path, joint: bool) -> None:
+    batches = list(DataLoader(blobs(64), 16))
+
+    class Failing:
+        def __init__(self, good: int) -> None:
+            self.good = good
+
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self) -> Iterator[list[Tensor]]:
+            for batch in batches:
+                self.good -= 1
+                if self.good < 0:
+                    raise RuntimeError("out of power")
+                yield batch
+
+    config = replace(QUICK, ema=0.9, validation=0, checkpoint_steps=1)
+    whole = ee.train(half(torch.bfloat16), batches, config, joint=joint).model
+    kept = replace(config, checkpoint_dir=str(tmp_path))
+    stopped = half(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="out of power"):
+        ee.train(stopped, Failing(6), kept, joint=joint)
+    assert {p.dtype for p in stopped.branches.parameters()} == {torch.bfloat16}
+    again = ee.train(half(torch.bfloat16), batches, kept, joint=joint).model
+    for (name, a), (_, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_original_in_half_precision_learns_in_float32_too() -> None:
+    branched = half(torch.bfloat16)
+    trained = ee.train(branched, blobs(), replace(QUICK, epochs=6, optimizer="adam"), joint=True).model
+    assert {p.dtype for p in trained.parameters()} == {torch.bfloat16}
+    assert min(ee.record(trained, blobs()).accuracies) > 0.8
+    assert branched.receipt().unchanged
+    assert trained.receipt().unchanged
+
+
+def test_a_training_that_is_mostly_skipped_fails() -> None:
+    good = (torch.randn(4, 3, 8, 8), torch.arange(4))
+    bad = (torch.full((4, 3, 8, 8), torch.nan), torch.arange(4))
+    branched = small()
+    with pytest.raises(ee.TrainingError, match="8 of 12 steps were skipped"):
+        ee.train(branched, [bad, good, bad] * 4, ee.TrainConfig(epochs=1, progress=False))
+    ee.train(branched, [bad, good, good] * 4, ee.TrainConfig(epochs=1, progress=False))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("objective", ["sum_ce", "kd", "tagged"])
+def test_a_last_batch_of_one_sample_is_learned_from(objective: str, joint: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8),
+        nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    spec = ee.BranchSpec("bnpool", confidence=True)
+    branched = ee.augment(model, ["4", "7"], branch=spec, sample=torch.randn(2, 3, 8, 8))
+    config = replace(QUICK, epochs=1, validation=0, objective=objective, max_steps=3)
+    report = ee.train(branched, blobs(65), config, joint=joint)  # 32, 32 and 1
+    assert report.epochs[0].skipped == 0
+    assert all(torch.isfinite(tensor).all() for tensor in report.model.branches.state_dict().values())
+    before = report.model.branches.state_dict()
+    one = ee.train(report.model, [blobs(1).tensors], config, joint=joint).model.branches.state_dict()
+    for name in before:
+        if "running" in name:  # one value has no variance: they stay
+            assert torch.equal(before[name], one[name]), name

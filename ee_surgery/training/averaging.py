@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -31,17 +29,6 @@ class Average:
         """Leave the average in the module: training is over."""
         if self.mean is not None:
             self.learner.load_state_dict(self.mean.module.state_dict())
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The average in the module, for a while."""
-        own = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()} if self.mean else None
-        self.settle()
-        try:
-            yield
-        finally:
-            if own is not None:
-                self.learner.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

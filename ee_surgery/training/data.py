@@ -64,6 +64,55 @@ class Half:
             )
 
 
+def unlabelled(data: Data) -> Data:
+    """The same data without its labels: then the original's own answers stand for them, and accuracy is agreement."""
+    if isinstance(data, Iterator):
+        return map(_without_labels, data)
+    if isinstance(data, IterableDataset):
+        return _UnlabelledStream(data)
+    if is_samples(data):
+        return _UnlabelledSamples(data)
+    return _SizedUnlabelledBatches(data) if isinstance(data, Sized) else _UnlabelledBatches(data)
+
+
+class _UnlabelledSamples(Dataset[Any]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return _without_labels(self.data[index])
+
+
+class _UnlabelledStream(IterableDataset[Any]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_without_labels, self.data)
+
+
+class _UnlabelledBatches:
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_without_labels, self.data)
+
+
+class _SizedUnlabelledBatches(_UnlabelledBatches):
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def _without_labels(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {name: value for name, value in given.items() if name not in _LABELS}
+    return given[0] if isinstance(given, (tuple, list)) else given
+
+
 def is_samples(data: Data) -> bool:
     """True for a dataset of single samples, False for an iterable of batches."""
     return isinstance(data, Dataset) or (
@@ -112,8 +161,9 @@ def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
             f"names that the model takes) with one of {_LABELS}, all tensors; got {seen}. For a PIL dataset, give it a "
             "transform that ends in tensors."
         )
-    if labels is not None and len(labels) != count(inputs):
-        raise DataError(f"{count(inputs)} inputs but {len(labels)} labels in one batch.")
+    if labels is not None and (labels.ndim == 0 or len(labels) != count(inputs)):
+        seen = len(labels) if labels.ndim else "a single number in place of"
+        raise DataError(f"{count(inputs)} inputs but {seen} labels in one batch.")
     return inputs, labels
 
 

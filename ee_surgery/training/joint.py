@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,20 +11,28 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ee_surgery.branches import ExitLogits
-from ee_surgery.errors import ExitPointError
-from ee_surgery.inputs import Arguments
+from ee_surgery.errors import ConfigError, ExitPointError
+from ee_surgery.inputs import Arguments, tensors
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.training.data import place
+
+Outputs = dict[str, list[Tensor]]
+"""Tensors that each call of a module answered with, by the name of the exit there."""
 
 
 class JointModel(nn.Module):
     """A model and its branches as one module that learns: the model's own forward, its exits read by hooks.
 
     The stages of an early-exit model are captured in eval mode: BatchNorm would not update there, nothing would be
-    dropped. So in training the model's own code runs.
+    dropped. So in training the model's own code runs; hooks are on it only while it does.
+
+    Parameters with `requires_grad=False` stay as they are, and so do the running statistics of norms that have none
+    other. Modules that were in eval mode inside a model in training mode stay in eval mode.
 
     Args:
         branched: a copy, which will change.
     Raises:
+        ConfigError: no parameter of the original may learn.
         ExitPointError: what a branch reads at an exit is no output of the module that the exit is named after.
     """
 
@@ -32,49 +41,65 @@ class JointModel(nn.Module):
         self.model = branched.original
         self.bank = branched.branches
         self._branched = [branched]  # in a list: not a submodule
-        for parameter in self.model.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_()
-        self._seen: dict[str, list[Tensor]] = {}
-        self._calls: dict[str, int] = {}
-        for name in branched.exits:
-            path = name.partition("@")[0]
-            self.model.get_submodule(path).register_forward_hook(self._hook(path))
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError(
+                "joint=True trains the original along, but all of its parameters have requires_grad=False. Set it to "
+                "True for those that shall learn, or leave joint=True out."
+            )
+        self._still = list(_still(self.model))
         self._taps, self._masks = self._locate(branched)
 
     def forward(self, arguments: Arguments) -> tuple[list[ExitLogits], Tensor]:
         """Inputs in their normal form to the answer of every branch and the model's logits."""
         branched = self._branched[0]
-        logits = branched.logits_of(arguments)
+        logits, seen = self._watch(arguments)
         features = []
         for name, tap, mask in zip(branched.exits, self._taps, self._masks, strict=True):
-            read = self._seen[name][tap]
+            read = seen[name][tap]
             features.append((read,) if mask is None else (read, arguments[mask]))
         if self.bank.head is not None:
             features.append((logits,))
-        self._forget()
         return branched.split(self.bank(features), logits)
 
-    def _forget(self) -> None:
-        self._seen, self._calls = {}, {}
+    def train(self, mode: bool = True) -> JointModel:
+        """Training mode for what learns; what does not stays in eval mode."""
+        super().train(mode)
+        for module in self._still:
+            module.training = False
+        return self
 
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            call = self._calls.get(path, 0)
-            self._calls[path] = call + 1
-            # Cloned: the next module may write to it.
-            found = [leaf.clone() for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            self._seen[f"{path}@{call}" if call else path] = found
+    def _watch(self, arguments: Arguments) -> tuple[Tensor, Outputs]:
+        """The model's logits, and what the modules that end at exits answered on the way."""
+        seen: Outputs = {}
+        calls: Counter[str] = Counter()
 
-        return keep
+        def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                call = calls[path]
+                calls[path] += 1
+                # Cloned: the next module may write to it.
+                found = [leaf.clone() for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+                seen[f"{path}@{call}" if call else path] = found
+
+            return keep
+
+        branched = self._branched[0]
+        paths = dict.fromkeys(name.partition("@")[0] for name in branched.exits)
+        handles = [self.model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+        try:
+            return branched.logits_of(arguments), seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _locate(self, branched: EarlyExitModel) -> tuple[list[int], list[str | None]]:
         """Which output of each module its branch reads, and which input is the mask: compared in eval mode."""
-        sample = branched.sample
+        weight = next(branched.branches.parameters())
+        sample = place(branched.sample, weight.device, weight.dtype)
         features, _ = branched.features(**sample)
         with torch.no_grad():
             branched.original.eval()
-            branched.logits_of(sample)
+            _, seen = self._watch(sample)
         taps: list[int] = []
         masks: list[str | None] = []
         for name, (wanted, *mask) in zip(branched.exits, features, strict=False):
@@ -83,10 +108,27 @@ class JointModel(nn.Module):
                     f"joint=True reads one tensor at an exit, but {1 + len(mask)} cross {name!r}, and its branch reads "
                     "them all. Choose an exit where one does (`inspect` shows how many are live)."
                 )
-            taps.append(_which(wanted, dict(enumerate(self._seen.get(name, []))), name))
-            masks.append(_which(mask[0], sample, name) if mask else None)
-        self._forget()
+            taps.append(_which(wanted, dict(enumerate(seen.get(name, []))), name))
+            masks.append(_which(mask[0], tensors(sample), name) if mask else None)
         return taps, masks
+
+
+def _still(model: nn.Module, frozen: bool = False) -> Iterator[nn.Module]:
+    """Modules that stay in eval mode: norms whose parameters are frozen, and what their owner put there one by one.
+
+    Args:
+        frozen: whether the parameters of the module around are, which is what one without parameters goes by.
+    """
+    own = list(model.parameters())
+    frozen = not any(parameter.requires_grad for parameter in own) if own else frozen
+    for child in model.children():
+        # a model in eval mode is one that is not being trained: that says nothing about its modules
+        if model.training and not child.training:
+            yield from child.modules()
+        else:
+            yield from _still(child, frozen)
+    if frozen and getattr(model, "running_mean", None) is not None:
+        yield model
 
 
 def _which(wanted: Tensor, among: Any, name: str) -> Any:

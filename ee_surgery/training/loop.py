@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
+from ee_surgery.branches.base import Prepared
 from ee_surgery.errors import ConfigError, DataError, TrainingError
+from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.training import checkpoint, track
@@ -30,12 +33,13 @@ from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.joint import JointModel
+from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard, ignored
 from ee_surgery.training.loss import batch_loss, relative_costs
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.outcome import Epoch, TrainReport, describe
 from ee_surgery.training.precision import resolve_precision
 from ee_surgery.training.processes import OneBatch, Processes, Shares
-from ee_surgery.training.reader import Batch, Lesson, Reader, needs_original
+from ee_surgery.training.reader import Batch, Lesson, Reader, compare, needs_original
 
 
 def train(
@@ -46,8 +50,11 @@ def train(
     validation: Data | None = None,
     accelerator: Accelerator | None = None,
     joint: bool = False,
+    class_map: ClassMap | None = None,
 ) -> TrainReport:
     """Train the branches. The original runs in eval mode without gradients and keeps every bit.
+
+    Branches on a base in float16 or bfloat16 learn in float32, and have the base's type again when training is over.
 
     Frontier and operating point, which were found with other weights, are dropped: calibrate afterwards. The model is
     moved to the accelerator's device. With `config.checkpoint_dir`, the same call after a kill goes on where the last
@@ -59,19 +66,26 @@ def train(
 
     Args:
         data: a Dataset of samples, or a DataLoader or iterable of batches; `(inputs, labels)`, dicts, or, with
-            `teach="original"`, inputs alone. The same in all processes.
+            `teach="original"`, inputs alone. The same in all processes. Labels are class numbers of any integer
+            type, or class probabilities (B, C); samples labelled -100 count nowhere.
         validation: what each exit's accuracy is reported on after every epoch; by default a random
             `config.validation` of a map-style `data`, which then is not trained on.
         accelerator: your own, perhaps with trackers (`log_with=`), which then get loss, learning rate and
             accuracies of every epoch; one is made from `config.mixed_precision` otherwise.
         joint: train the original along, as EENet, EENets, BranchyNet and MSDNet do, on a copy: the model that was
-            given keeps every bit, and `report.model` is a new base with branches, saved with its weights.
+            given keeps every bit, and `report.model` is a new base with branches, saved with its weights. Parameters
+            with `requires_grad=False` stay as they are, with the running statistics of their norms; of a model in
+            training mode, modules that are in eval mode stay in it.
+        class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
+            class numbers, names or WordNet ids.
     Raises:
-        ConfigError: `joint` with answers of the original as labels; an accelerator that splits models up (FSDP,
-            DeepSpeed), that accumulates gradients otherwise, or that does not see the other processes.
+        ConfigError: `joint` with answers of the original as labels, or an original that is frozen as a whole; an
+            accelerator that splits models up (FSDP, DeepSpeed), that accumulates gradients otherwise, or that does not
+            see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
-        DataError: batches of unknown form, no labels where they are needed, or data that runs out.
-        TrainingError: the loss stays non-finite, or a checkpoint of another run is in the way.
+        DataError: batches of unknown form, no labels where they are needed, labels that are no classes of the model or
+            that the original surely knows nothing about (see `strangers`), or data that runs out.
+        TrainingError: the loss stays non-finite, or is in most steps; or a checkpoint of another run is in the way.
     """
     config = config or TrainConfig()
     before = checkpoint.random_state()
@@ -84,7 +98,8 @@ def train(
     branched.frontier = None
     branched.provenance.pop("evaluation", None)
     try:
-        return _Run(branched, data, config, validation, accelerator or make_accelerator(config), joint).run()
+        accelerator = accelerator or make_accelerator(config)
+        return _Run(branched, data, config, validation, accelerator, joint, class_map).run()
     finally:
         branched.eval()
         checkpoint.set_random_state(before)
@@ -107,6 +122,7 @@ class _Run:
         validation: Data | None,
         accelerator: Accelerator,
         joint: bool,
+        class_map: ClassMap | None,
     ) -> None:
         self.processes = Processes(accelerator)
         if accelerator.gradient_accumulation_steps not in (1, config.accumulate):
@@ -116,6 +132,7 @@ class _Run:
             )
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
         self.dtype = next(branched.branches.parameters()).dtype
+        """Of the branches when they run, and of what the model takes."""
         if validation is None and config.validation and is_samples(data) and isinstance(data, Sized):
             held = max(1, round(len(data) * config.validation))
             parts = [len(data) - held, held]
@@ -127,7 +144,9 @@ class _Run:
                 "Pass a Dataset, a DataLoader or a list of batches."
             )
         self.batch_size = getattr(batches, "batch_size", None)
-        self.batches = Shares(batches, self.processes)
+        labels = Labels(branched, class_map)
+        read = _unread if config.teach == "original" else labels
+        self.batches = Shares(batches, self.processes, read)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
         """A pass over the data."""
         if self.steps is None and config.max_steps is None and config.schedule != "constant":
@@ -137,8 +156,10 @@ class _Run:
         lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
         self.total = min((length for length in lengths if length is not None), default=0)
         """Steps of the whole training; 0 where that is not known."""
-        self.validation = None if validation is None else Shares(loader(validation, config.batch_size), self.processes)
-        self.joint = joint
+        self.validation = None
+        if validation is not None:
+            self.validation = Shares(loader(validation, config.batch_size), self.processes, read)
+        self.joint, self.class_map = joint, class_map
         identity = branched.adapter_config()
         self.settings = _settings(config, accelerator.mixed_precision, joint, self.total, identity)
         self.processes.agree("original", identity.base.fingerprint)
@@ -146,10 +167,15 @@ class _Run:
         if self.processes.number > 1:
             start = self.processes.of_main(lambda: {n: t.cpu() for n, t in branched.branches.state_dict().items()})
             branched.branches.load_state_dict(start)
+        self.halves = _halves(branched if joint else branched.branches)
+        """What learns in float32, for steps are too small for so few digits, and runs in the type beside it."""
+        self._widen()
+        self.ways = _float_ways(branched) if self.halves and not joint else []
         self.learner: nn.Module = JointModel(branched) if joint else branched.branches
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
         self.average = Average(self.learner, config.ema)
-        self.reader = Reader(branched, self.batches, config, self.processes, joint, self._say)
+        takes = torch.float32 if joint and self.halves else self.dtype
+        self.reader = Reader(branched, self.batches, config, self.processes, joint, labels, takes, self._say)
         self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
         self.console = Console(quiet=not self.processes.main)
@@ -158,21 +184,25 @@ class _Run:
         self.epoch = self.step = self.all_steps = self.taken = self.skipped = self.in_a_row = self.samples = 0
         self.loss_sum = 0.0
         folder = Path(self.config.checkpoint_dir) if self.config.checkpoint_dir else None
-        state = checkpoint.load(folder, self.settings) if folder else None
-        if state is not None:
-            self._restore(state)
-        self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
-        track.start(self.accelerator, self.settings)
-        if self.config.mixed_precision == "auto":
-            device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
-            self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")
         try:
+            state = checkpoint.load(folder, self.settings) if folder else None
+            if state is not None:
+                self._restore(state)
+            self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
+            self._check_validation(Labels(self.branched, self.class_map))
+            track.start(self.accelerator, self.settings)
+            if self.config.mixed_precision == "auto":
+                device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
+                self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")
             while self.epoch < self.config.epochs and not self._at_the_end():
                 self._one_epoch(folder, state)
                 state = None
+            self._check_skipped()
+            self.average.settle()
         finally:
             self.reader.close()
-        self.average.settle()
+            self._narrow()
+            self.accelerator._optimizers = [o for o in self.accelerator._optimizers if o is not self.optimizer]
         if self.joint:
             self.branched.rebase()
             self._say(
@@ -204,9 +234,11 @@ class _Run:
                     self._save(folder)
         if self.step == 0:
             raise DataError("No batches: the training data is empty.")
+        if self.taken == self.skipped == 0:
+            raise DataError(f"No sample of the training data has a label: all are {IGNORED}, which is ignored.")
         self.learner.eval()
         mean = self.loss_sum / self.taken if self.taken else math.nan
-        with self.average.in_place():
+        with self._as_it_will_run():
             accuracies = self._validate()
         epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped)
         self.report.epochs.append(epoch)
@@ -227,14 +259,18 @@ class _Run:
 
     def _one_step(self, batches: list[Batch]) -> None:
         """One step on all of these. All processes see the same loss and gradient, and so take or skip it alike."""
+        total = sum(batch.counted for batch in batches)
+        if total == 0:  # all ignored
+            for batch in batches:
+                self.reader.lesson(batch, False)  # where features are kept, they are read again
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self._progress(), self.total)
         self.optimizer.zero_grad()
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        total = sum(batch.total for batch in batches)
         value, good = 0.0, True
         for batch in batches:
-            loss = self._loss(batch) * (batch.total / total)
+            loss = self._loss(batch) * (batch.counted / total)
             value += loss.item()
             good = math.isfinite(value)
             if not good:
@@ -284,12 +320,16 @@ class _Run:
 
     def _answers(self, lesson: Lesson) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
-        one_batch = OneBatch(self.processes, lesson.own) if self.processes.number > 1 else nullcontext()
+        plain = self.processes.number == 1 and lesson.total > 1
+        one_batch = nullcontext() if plain else OneBatch(self.processes, lesson.own, lesson.total)
         with self.accelerator.autocast(), one_batch:
             if self.joint:
                 assert lesson.inputs is not None
                 return self.learner(self.branched.normal(lesson.inputs))
-            return self.branched.split(self.learner(lesson.features), lesson.original)
+            features = lesson.features
+            if self.halves:
+                features = [tuple(place(tensor, None, torch.float32) for tensor in read) for read in features]  # pyright: ignore[reportArgumentType]
+            return self.branched.split(self.learner(features), lesson.original)
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -318,15 +358,60 @@ class _Run:
             answers, original = self.branched.answers(place(share.inputs, self.accelerator.device, self.dtype))
             own = answers[-1].handed
             assert own is not None
-            labels = share.labels
-            if labels is None or self.config.teach == "original":
-                labels = original.argmax(-1)
-            log_p.append(self.processes.rows(own.float(), share.total))
-            truth.append(self.processes.rows(labels.to(own.device), share.total))
-            seen += share.total
+            labels = self.processes.rows(
+                original.argmax(-1) if share.labels is None else share.labels.to(own.device), share.total
+            )
+            counts = ~ignored(labels)
+            log_p.append(self.processes.rows(own.float(), share.total)[counts])
+            truth.append(labels[counts])
+            seen += len(truth[-1])
             if seen >= _ENSEMBLE_SAMPLES:
                 break
         fit_ensembles(self.branched.branches, torch.cat(log_p), torch.cat(truth), self.config.ensemble_epochs)
+
+    def _widen(self) -> None:
+        for tensor, _ in self.halves:
+            tensor.data = tensor.data.float()
+
+    def _narrow(self) -> None:
+        for tensor, dtype in self.halves:
+            tensor.data = tensor.data.to(dtype)
+
+    @contextmanager
+    def _as_it_will_run(self) -> Iterator[None]:
+        """The weights that training would end with now, averaged and in the base's type, for a while."""
+        changes = self.average.mean is not None or self.halves
+        own = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()} if changes else None
+        self.average.settle()
+        self._narrow()
+        try:
+            yield
+        finally:
+            self._widen()
+            if own is not None:
+                self.learner.load_state_dict(own)
+
+    def _check_skipped(self) -> None:
+        skipped = sum(epoch.skipped for epoch in self.report.epochs)
+        if 2 * skipped > self.all_steps:
+            raise TrainingError(
+                f"{skipped} of {self.all_steps} steps were skipped, as their loss or gradient was not finite: the "
+                f"branches have learned next to nothing. Lower lr (now {self.config.lr}), check the inputs for NaN and "
+                "infinity, or train without mixed_precision."
+            )
+
+    def _check_validation(self, labels: Labels) -> None:
+        """Look at the first labels of the validation data now, not when the first epoch is over."""
+        if self.validation is None or isinstance(self.validation.batches, Iterator):
+            return
+        before = checkpoint.random_state()
+        for share in self.validation:
+            if share.labels is None or not labels.curious:
+                break
+            inputs = place(share.inputs, self.accelerator.device, self.dtype)
+            if not self.joint:
+                compare(self.branched, share._replace(inputs=inputs), labels, self.processes)
+        checkpoint.set_random_state(before)
 
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
@@ -334,12 +419,11 @@ class _Run:
         counts = torch.zeros(len(self.branched.exits) + 2, dtype=torch.long, device=self.accelerator.device)
         for share in self.validation:
             answers = self.branched.all_exits(place(share.inputs, self.accelerator.device, self.dtype)).argmax(-1)
-            labels = None if self.config.teach == "original" else share.labels
-            truth = answers[-1] if labels is None else labels.to(answers.device)
+            truth = answers[-1] if share.labels is None else hard(share.labels).to(answers.device)
             counts[:-1] += (answers == truth)[:, : share.own].sum(1)
-            counts[-1] += share.own
+            counts[-1] += (truth != IGNORED)[: share.own].sum()
         *right, seen = self.processes.total(counts).tolist()
-        return tuple(count / max(1, seen) for count in right)
+        return tuple(count / seen for count in right) if seen else ()
 
     def _bar(self) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -399,6 +483,27 @@ class _Run:
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self.report.epochs.extend(Epoch(**{**e, "accuracies": tuple(e["accuracies"])}) for e in state["history"])
+
+
+def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
+    """Its parameters and buffers in half precision, each with its type."""
+    found = [*module.parameters(), *module.buffers()]
+    return [(tensor, tensor.dtype) for tensor in found if tensor.dtype in (torch.float16, torch.bfloat16)]
+
+
+def _float_ways(branched: EarlyExitModel) -> list[Prepared]:
+    """What shortcuts need to run in float32 behind a base in half precision: their code was written for its types."""
+    mine = branched._backbone
+    if not any(branch.reads_all for branch in branched.branches):
+        return []
+    sample = place(branched.sample, None, torch.float32)  # pyright: ignore[reportArgumentType]
+    graph = inspect(deepcopy(branched.original).float(), sample, opaque=mine.opaque)
+    pairs = zip(branched.branches, branched.exits, strict=True)
+    return [branch.prepare(graph, graph[name]) for branch, name in pairs if branch.reads_all]
+
+
+def _unread(labels: Tensor, rows: int) -> None:
+    """What is made of labels where the original's answers stand for them."""
 
 
 def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.labels import check_labels, ignored
 from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
 
 
@@ -36,7 +37,8 @@ def batch_loss(
     Args:
         exits: answers of the branches, with gradients.
         original: logits of the original or, with `new_head`, of the head that stands in for the one it lacks, (B, C).
-        labels: class numbers (B,) or probabilities (B, C); not read where `config` does without.
+        labels: see `check_labels`; samples that it ignores count nowhere. Not read with `teach="original"`, not needed
+            by the objective `kd`.
         costs: see `relative_costs`.
         joint: the original learns too.
         progress: share of the training that is done.
@@ -47,17 +49,18 @@ def batch_loss(
         raise DataError("The model has no head of its own to learn from: its new head needs labels.")
     if config.teach == "original":
         labels = original.argmax(-1)
+    elif labels is not None:
+        labels = check_labels(labels.to(original.device), exits[0].logits.shape[-1], len(original))
+        counts = ~ignored(labels)
+        if not counts.any():
+            return torch.stack([exit.logits.sum() for exit in exits]).sum() * 0 + original.sum() * 0
+        if not counts.all():
+            labels, original = labels[counts], original[counts]
+            exits = [ExitLogits(logits[counts], None if c is None else c[counts]) for logits, c, _ in exits]
     elif config.objective == "kd" and not new_head:
         labels = original.argmax(-1)  # not read
-    elif labels is None:
+    else:
         raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
-    labels = labels.to(original.device)
-    classes = exits[0].logits.shape[-1]
-    if labels.ndim == 1 and (labels.dtype.is_floating_point or not 0 <= int(labels.max()) < classes):
-        raise DataError(
-            f"Labels must be class numbers below {classes} (or probabilities of shape (B, C)); got "
-            f"{labels.dtype} up to {labels.max().item()}."
-        )
     exits = [exit._replace(logits=exit.logits.float()) for exit in exits]
     teacher = original.float() if joint else original.detach().float()
     answers = Answers(exits, teacher, labels, costs, progress)

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from ee_surgery.errors import DataError
 from ee_surgery.inputs import Inputs
 from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.labels import IGNORED
 
 
 class Mixing:
@@ -25,13 +26,14 @@ class Mixing:
     def __init__(self, config: TrainConfig, classes: int) -> None:
         self.share, self.classes = config.mix_share, classes
         self.ways = [
-            way(alpha=alpha, num_classes=classes)
+            way(alpha=alpha, num_classes=classes + 1)  # the last class stands for ignored samples
             for way, alpha in ((v2.CutMix, config.cutmix), (v2.MixUp, config.mixup))
             if alpha > 0
         ]
 
     def __call__(self, inputs: Inputs, labels: Tensor | None) -> tuple[Inputs, Tensor | None]:
         """Inputs as they came or mixed, and class probabilities (B, C); no labels stay no labels.
+        What is mixed with an ignored sample is ignored.
 
         Raises:
             DataError: the inputs hold no pictures, or labels are probabilities already.
@@ -42,10 +44,15 @@ class Mixing:
         name, pictures = next(((n, x) for n, x in named.items() if isinstance(x, Tensor) and x.ndim == 4), ("", None))
         if pictures is None or (labels is not None and labels.ndim != 1):
             raise DataError("cutmix= and mixup= need pictures (B, C, H, W) and class numbers (B,) to mix.")
-        numbers = torch.zeros(len(pictures), dtype=torch.long) if labels is None else labels
-        mixed: Tensor = F.one_hot(numbers, self.classes).to(pictures.dtype)
+        numbers = torch.zeros(len(pictures), dtype=torch.long)
+        if labels is not None:
+            numbers = torch.where(labels == IGNORED, self.classes, labels)
+        mixed: Tensor = F.one_hot(numbers, self.classes + 1).float()
         if torch.rand(()) < self.share:
             way = self.ways[int(torch.randint(len(self.ways), ()))]
             pictures, mixed = way(pictures, numbers)
         inputs = pictures if isinstance(inputs, Tensor) else {**inputs, name: pictures}
-        return inputs, None if labels is None else mixed
+        if labels is None:
+            return inputs, None
+        # what is mixed with an ignored sample is ignored: a row of zeros
+        return inputs, mixed[:, :-1] * (mixed[:, -1:] == 0)

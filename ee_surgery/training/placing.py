@@ -26,6 +26,7 @@ from ee_surgery.policies.subset import cheapest_exits
 from ee_surgery.runtime.measure import interleave, parts
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, batches, loader
+from ee_surgery.training.labels import ClassMap
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
 from ee_surgery.training.processes import Processes
@@ -110,6 +111,7 @@ def search_exits(
     sample: Sample | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
 ) -> ExitSearch:
     """Find the exits that are worth training, by what short trainings say: their number, positions and sizes.
 
@@ -136,6 +138,7 @@ def search_exits(
         sample: see `inspect`.
         seed: of the branches' first weights.
         accelerator: as for `train`; of several processes, all find the same.
+        class_map: as for `train`.
     Raises:
         ExitPointError: no candidate saves anything at that drop.
         BranchError: no branch can be built anywhere.
@@ -163,7 +166,7 @@ def search_exits(
     for spec in specs:
         for fitting in _groups(graph, _fitting(graph, tried, spec, found, left_out)):
             console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
-            found += _try(graph, fitting, train, held_out, short, cost, seed, accelerator)
+            found += _try(graph, fitting, train, held_out, short, cost, seed, accelerator, class_map)
     if not found:
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
@@ -238,12 +241,14 @@ def _try(
     cost: str,
     seed: int,
     accelerator: Accelerator,
+    class_map: ClassMap | None,
 ) -> list[_Probe]:
     """These branches after a short training, side by side."""
     plan = ExitPlan(graph.backbone.model_id, "search", tuple(each.point for each in fitting))
     branched = attach(graph, plan, [each.branch for each in fitting], seed=seed)
-    train_branches(branched, train, short, accelerator=accelerator)
-    records = record(branched, held_out, batch_size=short.batch_size, accelerator=accelerator)
+    train_branches(branched, train, short, accelerator=accelerator, class_map=class_map)
+    size = short.batch_size
+    records = record(branched, held_out, batch_size=size, accelerator=accelerator, class_map=class_map)
     if cost == "time":
         inputs, _ = next(iter(batches(held_out, short.batch_size, accelerator.device)))
         records = _in_time(records, branched, inputs)

@@ -131,6 +131,9 @@ def _gathered(x: Tensor) -> Tensor:
 class Shares:
     """Batches, of which each process runs its piece. Can be iterated as often as the batches themselves.
 
+    Args:
+        labels: what is made of the labels of a batch of so many samples, see `Labels`; nothing when left out.
+
     Of a Dataset, or a DataLoader over one, each process loads only what it runs, in an order that the main process
     draws. Any other iterable is read by the main process alone, which hands out the pieces.
 
@@ -138,8 +141,13 @@ class Shares:
         DataError: the loader is for one process already.
     """
 
-    def __init__(self, batches: Iterable[Any], processes: Processes) -> None:
-        self.processes = processes
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        processes: Processes,
+        labels: Callable[[Tensor, int], Tensor | None] | None = None,
+    ) -> None:
+        self.processes, self.labels = processes, labels
         split = isinstance(batches, DataLoaderAdapter) or isinstance(
             getattr(batches, "sampler", None), DistributedSampler
         )
@@ -170,33 +178,38 @@ class Shares:
 
     def _loaded(self, order: list[list[Any]]) -> Iterator[Share]:
         for whole, batch in zip(order, self.batches, strict=True):
-            inputs, labels = unpack(batch)
+            inputs, labels = self._unpack(batch)
             yield Share(inputs, labels, len(whole), self.processes.own(len(whole)))
 
     def _handed_out(self) -> Iterator[Share]:
         if self.processes.number == 1:
             for batch in self.batches:
-                inputs, labels = unpack(batch)
+                inputs, labels = self._unpack(batch)
                 yield Share(inputs, labels, count(inputs), count(inputs))
             return
         iterator = iter(self.batches) if self.processes.main else iter(())
-        while (given := self.processes.of_main(lambda: _next(iterator))) is not None:
+        while (given := self.processes.of_main(lambda: self._next(iterator))) is not None:
             inputs, labels = given
             total = count(inputs)
             rows = torch.tensor(self.processes.piece(list(range(total))))
             yield Share(take(inputs, rows), None if labels is None else labels[rows], total, self.processes.own(total))
 
+    def _next(self, iterator: Iterator[Any]) -> tuple[Inputs, Tensor | None] | None:
+        """The next batch, on the CPU, or None behind the last."""
+        for batch in iterator:
+            inputs, labels = self._unpack(batch)
+            if isinstance(inputs, Tensor):
+                inputs = inputs.cpu()
+            else:
+                inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            return inputs, None if labels is None else labels.cpu()
+        return None
 
-def _next(iterator: Iterator[Any]) -> tuple[Inputs, Tensor | None] | None:
-    """The next batch, on the CPU, or None behind the last."""
-    for batch in iterator:
+    def _unpack(self, batch: Any) -> tuple[Inputs, Tensor | None]:
         inputs, labels = unpack(batch)
-        if isinstance(inputs, Tensor):
-            inputs = inputs.cpu()
-        else:
-            inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        return inputs, None if labels is None else labels.cpu()
-    return None
+        if labels is None or self.labels is None:
+            return inputs, labels
+        return inputs, self.labels(labels, count(inputs))
 
 
 class _Pieces(Sampler[list[Any]]):
@@ -231,17 +244,20 @@ class OneBatch(TorchFunctionMode):
     Like `torch.nn.SyncBatchNorm`, but on any device, for any module that calls `batch_norm`, and without the samples
     that only fill up.
 
+    A batch of one sample with one value per channel has no statistics: it takes those that were kept.
+
     Args:
         own: how many of the samples here count.
+        total: how many samples the batch has in all processes.
     """
 
-    def __init__(self, processes: Processes, own: int) -> None:
+    def __init__(self, processes: Processes, own: int, total: int) -> None:
         super().__init__()
-        self.processes, self.own = processes, own
+        self.processes, self.own, self.total = processes, own, total
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace `batch_norm`, and nothing else."""
-        if func is F.batch_norm and self.processes.number > 1:
+        if func is F.batch_norm:
             return self._batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -256,8 +272,10 @@ class OneBatch(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        alone = self.total * input[0, 0].numel() == 1 and running_mean is not None
+        if not training or alone or self.processes.number == 1:
+            statistics = training and not alone
+            return F.batch_norm(input, running_mean, running_var, weight, bias, statistics, momentum, eps)
         x = input.float()
         places = [dim for dim in range(x.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]

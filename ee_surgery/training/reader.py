@@ -26,6 +26,7 @@ from ee_surgery.model import EarlyExitModel
 from ee_surgery.training.checkpoint import random_state, set_random_state
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import count, place
+from ee_surgery.training.labels import Labels, hard, ignored
 from ee_surgery.training.mixing import Mixing
 from ee_surgery.training.objectives import LABELS_ALONE
 from ee_surgery.training.processes import Processes, Share, Shares
@@ -58,8 +59,8 @@ class Batch:
     """None where its features are kept."""
     path: Path | None
     """Where they are, or may be put; None where batches do not come again."""
-    total: int
-    """Samples of it in all processes."""
+    counted: int
+    """Samples of it in all processes that are not ignored."""
 
 
 class Reader:
@@ -71,6 +72,8 @@ class Reader:
 
     Args:
         joint: the original learns too: nothing is run through it here.
+        labels: holds the first labels against what the original answers.
+        dtype: what the model takes.
         say: prints a line.
     """
 
@@ -81,18 +84,19 @@ class Reader:
         config: TrainConfig,
         processes: Processes,
         joint: bool,
+        labels: Labels,
+        dtype: torch.dtype,
         say: Callable[[str], None],
     ) -> None:
         self.branched, self.batches, self.config, self.processes = branched, batches, config, processes
-        self.joint, self.say = joint, say
-        weight = next(branched.branches.parameters())
-        self.home = weight.device, weight.dtype
+        self.joint, self.labels, self.say = joint, labels, say
+        self.home = next(branched.branches.parameters()).device, dtype
         self.mixing = Mixing(config, branched.num_classes)
         self.keeps: bool | None = None if config.views and not joint and config.epochs > config.views else False
         """Whether features are kept; None until the first batch tells."""
         self.folder: Path | None = None
         self.complete: dict[int, list[int]] = {}
-        """Passes of which all batches are kept: how many samples each has."""
+        """Passes of which all batches are kept: how many samples of each count."""
 
     def close(self) -> None:
         """Remove what was kept."""
@@ -120,20 +124,20 @@ class Reader:
         shares = iter(self.batches)
         self._seed(view)  # else all processes would crop and drop alike
         # Loaded and thrown away, not skipped: whatever randomness their transforms use is used up again.
-        skipped = islice(shares, done) if not self.config.views else islice(self._mixed(shares), done)
+        skipped = islice(shares, done) if not self.config.views else islice(self._mixed(shares, number), done)
         if sum(1 for _ in skipped) < done:
             raise TrainingError(f"The checkpoint stands at batch {done} of an epoch, but the data ends before.")
         if not self.config.views:
             if resumed is not None:
                 set_random_state(resumed)
-            yield from (Batch(share, None, share.total) for share in self._mixed(shares))
+            yield from (Batch(share, None, self._counted(share)) for share in self._mixed(shares, number))
             return
         # What the data draws must not depend on what dropout draws, which differs from pass to pass.
         data, totals = random_state(), []
         self._seed(number)
         if resumed is not None:
             set_random_state(resumed)
-        mixed = self._mixed(shares)
+        mixed = self._mixed(shares, number)
         while True:
             learning = random_state()
             set_random_state(data)
@@ -143,8 +147,8 @@ class Reader:
             if share is None:
                 break
             path = None if self.keeps is False else self._path(view, done + len(totals))
-            yield Batch(share, path, share.total)
-            totals.append(share.total)
+            totals.append(self._counted(share))
+            yield Batch(share, path, totals[-1])
         if self.keeps and done == 0:
             self.complete[view] = totals
 
@@ -152,10 +156,20 @@ class Reader:
         if self.processes.index or self.config.views:
             set_seed(self.config.seed + number + _APART * self.processes.index)
 
-    def _mixed(self, shares: Iterator[Share]) -> Iterator[Share]:
+    def _mixed(self, shares: Iterator[Share], number: int) -> Iterator[Share]:
         for share in shares:
-            inputs, labels = self.mixing(place(share.inputs, *self.home), share.labels)
+            share = share._replace(inputs=place(share.inputs, *self.home))
+            if number == 0 and not self.joint and self.labels.curious:
+                compare(self.branched, share, self.labels, self.processes)
+            inputs, labels = self.mixing(share.inputs, share.labels)
             yield share._replace(inputs=inputs, labels=None if labels is None else labels.to(self.home[0]))
+        if number == 0:
+            self.labels.settle()
+
+    def _counted(self, share: Share) -> int:
+        if share.labels is None:
+            return share.total
+        return int(self.processes.total((~ignored(share.labels))[: share.own].sum()))
 
     def _path(self, view: int, number: int) -> Path:
         if self.folder is None:
@@ -225,6 +239,21 @@ class Reader:
             return True
         path.unlink()
         return False
+
+
+def compare(branched: EarlyExitModel, share: Share, labels: Labels, processes: Processes) -> None:
+    """Hold the labels of a batch against the original's answers, in all processes at once.
+
+    Raises:
+        DataError: the original surely knows nothing about them.
+    """
+    if share.labels is None:
+        return
+    with branched.exits_disabled():
+        answers = branched.predict(share.inputs).logits.argmax(-1)
+    labels.compare(
+        processes.rows(answers, share.total), processes.rows(hard(share.labels).to(answers.device), share.total)
+    )
 
 
 def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: float = 1.0) -> bool:

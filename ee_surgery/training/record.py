@@ -16,11 +16,17 @@ from ee_surgery.policies.operating import describe
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.risk import risk_table
 from ee_surgery.training.data import Data, loader, place
+from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard
 from ee_surgery.training.processes import Processes, Shares
 
 
 def record(
-    branched: EarlyExitModel, data: Data, *, batch_size: int = 128, accelerator: Accelerator | None = None
+    branched: EarlyExitModel,
+    data: Data,
+    *,
+    batch_size: int = 128,
+    accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
 ) -> ExitRecords:
     """Run every exit on every sample, nobody leaving, and keep the logits.
 
@@ -29,16 +35,21 @@ def record(
 
     Args:
         data: held out: neither what trained the branches nor what will be reported. Without labels, the
-            original's own answers stand for them.
+            original's own answers stand for them. Samples labelled -100 are left out; of class probabilities, the most
+            probable class is the label.
+        class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
+            class numbers, names or WordNet ids.
     Raises:
-        DataError: no samples, or labels for some batches only.
+        DataError: no samples, labels for some batches only, labels that are no classes of the model, or that the
+            original surely knows nothing about (see `strangers`).
     """
     logits: list[Tensor] = []
     confidence: list[Tensor] = []
     labels: list[Tensor] = []
     processes = _processes(branched, accelerator)
     home = _home(branched)
-    for share in Shares(loader(data, batch_size), processes):
+    known = Labels(branched, class_map)
+    for share in Shares(loader(data, batch_size), processes, known):
         answers, original = branched.answers(place(share.inputs, *home))
         found = torch.stack([*(answer.logits for answer in answers), original], 1).float()  # (B, K, C)
         logits.append(processes.rows(found, share.total).transpose(0, 1).cpu())
@@ -47,12 +58,11 @@ def record(
             found = torch.stack(units, 1).float()
             confidence.append(processes.rows(found, share.total).transpose(0, 1).cpu())
         if share.labels is not None:
-            labels.append(processes.rows(share.labels.to(home[0]), share.total).cpu())
-    if not logits:
-        raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
-    if labels and len(labels) != len(logits):
-        raise DataError(f"{len(labels)} of {len(logits)} batches have labels: give them for all samples or for none.")
-    return ExitRecords(
+            labels.append(processes.rows(hard(share.labels).to(home[0]), share.total).cpu())
+            known.compare(logits[-1][-1].argmax(-1), labels[-1])
+    _all_or_none(len(labels), len(logits))
+    known.settle()
+    records = ExitRecords(
         exits=tuple(branched.exits),
         logits=torch.cat(logits, 1),
         trunk_macs=branched.trunk_macs,
@@ -61,6 +71,8 @@ def record(
         confidence=torch.cat(confidence, 1) if confidence else None,
         chained=branched.branches.chained,
     )
+    rows = None if records.labels is None else _labelled(records.labels)
+    return records if rows is None or len(rows) == len(records) else records.take(rows)
 
 
 def calibrate(
@@ -71,23 +83,26 @@ def calibrate(
     scores: Iterable[str] | None = None,
     batch_size: int = 128,
     accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
 ) -> Frontier:
     """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
 
     Nothing leaves early until `branched.operate(...)` picks one of them.
 
     Args:
-        data: held out: neither what trained the branches nor what will be reported.
+        data: held out: neither what trained the branches nor what will be reported; its labels as for `record`.
         policy: how thresholds are chosen, by its name in `POLICIES`: `search`, or a paper's own way.
         scores: which scores `search` may use; by default `max_prob`, and `learned` where the branches have confidence
             units. More scores find a little more on this data and keep a little less of it on new data.
         accelerator: as for `record`; every process then searches, and finds the same.
+        class_map: as for `record`.
     Raises:
         ConfigError: `scores` beside a policy that has its own.
+        DataError: as for `record`.
     """
     if scores is not None and policy != "search":
         raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
-    records = record(branched, data, batch_size=batch_size, accelerator=accelerator)
+    records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
     if policy != "search":
         frontier = Frontier.trace(records, policy)
     else:
@@ -133,33 +148,45 @@ class Evaluation:
 
 
 def evaluate(
-    branched: EarlyExitModel, data: Data, *, batch_size: int = 128, accelerator: Accelerator | None = None
+    branched: EarlyExitModel,
+    data: Data,
+    *,
+    batch_size: int = 128,
+    accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
 ) -> Evaluation:
     """Run a branched model, routed, and its original on the same samples; with an accelerator as `record` does.
 
     The result is kept in `branched.provenance["evaluation"]`, with the operating point that it is of: the model card
     states it.
 
+    Args:
+        data: its labels as for `record`; samples labelled -100 count nowhere.
+        class_map: as for `record`.
     Raises:
-        DataError: the data is empty.
+        DataError: as for `record`.
     """
     found: list[Tensor] = []
-    labelled = True
+    labelled = 0
     processes = _processes(branched, accelerator)
     home = _home(branched)
-    for share in Shares(loader(data, batch_size), processes):
+    known = Labels(branched, class_map)
+    for share in Shares(loader(data, batch_size), processes, known):
         x = place(share.inputs, *home)
         output = branched.predict(x)
         with branched.exits_disabled():
             original = branched.predict(x).logits.argmax(-1)
-        answer = output.logits.argmax(-1)
-        labelled &= share.labels is not None
-        target = original if share.labels is None else share.labels.to(home[0])
-        of_sample = (answer == target, original == target, answer == original, output.exit_index, output.macs_fraction)
+        target = original if share.labels is None else hard(share.labels).to(home[0])
+        of_sample = (output.logits.argmax(-1), original, target, output.exit_index, output.macs_fraction)
         found.append(processes.rows(torch.stack([value.float() for value in of_sample], 1), share.total).cpu())
-    if not found:
-        raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
-    correct, base, same, exit_index, macs = torch.cat(found).unbind(1)
+        if share.labels is not None:
+            labelled += 1
+            known.compare(*found[-1][:, 1:3].long().unbind(1))
+    _all_or_none(labelled, len(found))
+    known.settle()
+    table = torch.cat(found)
+    answer, original, target, exit_index, macs = table[_labelled(table[:, 2])].unbind(1)
+    correct, base, same = answer == target, original == target, answer == original
     names = (*branched.exits, "original")
     left = [exit_index == k for k in range(len(names))]
     result = Evaluation(
@@ -171,12 +198,27 @@ def evaluate(
         exit_shares=tuple(_mean(rows) for rows in left),
         exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
         samples=len(correct),
-        labelled=labelled,
+        labelled=labelled > 0,
     )
     point = None if branched.policy is None else branched.operating_point
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
     branched.provenance["evaluation"] = {**plain, "operating_point": describe(point)}
     return result
+
+
+def _all_or_none(labelled: int, batches: int) -> None:
+    if not batches:
+        raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
+    if labelled not in (0, batches):
+        raise DataError(f"{labelled} of {batches} batches have labels: give them for all samples or for none.")
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """The numbers of the samples that count."""
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    if not len(rows):
+        raise DataError(f"All {len(labels)} samples are labelled {IGNORED}, which is ignored.")
+    return rows
 
 
 def _mean(values: Tensor) -> float:

@@ -13,6 +13,7 @@ from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating import realise
 from ee_surgery.training.data import Data, batches
+from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard
 from ee_surgery.training.record import record
 
 
@@ -72,6 +73,7 @@ def verdict(
     alternatives: Mapping[str, nn.Module | tuple[float, float]],
     *,
     batch_size: int = 128,
+    class_map: ClassMap | None = None,
 ) -> Verdict:
     """Compare a calibrated model with smaller models on data that none of them has seen.
 
@@ -82,25 +84,28 @@ def verdict(
         data: labelled, other than what `calibrate` was given.
         alternatives: models that take the same inputs and answer with the same classes; or, where they were measured
             elsewhere, their accuracy in [0, 1] and their MACs by the original's.
+        class_map: as for `record`; the alternatives have the original's classes.
     Raises:
         OperatingPointError: the model is not calibrated.
         DataError: no labels.
     """
     if branched.frontier is None:
         raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
-    records = record(branched, data, batch_size=batch_size)
+    records = record(branched, data, batch_size=batch_size, class_map=class_map)
     if records.labels is None:
         raise DataError("Without labels nothing tells which model is more accurate: give labelled data.")
-    found = []
+    known, found = Labels(branched, class_map), []
     for name, other in alternatives.items():
-        accuracy, cost = other if isinstance(other, tuple) else _measure(branched, other, data, batch_size)
+        accuracy, cost = other if isinstance(other, tuple) else _measure(branched, other, data, batch_size, known)
         point = branched.frontier.at(max_accuracy_drop=min(1.0, max(0.0, records.base_accuracy - accuracy)))
         realised = realise(records, point.policy, point.rule)
         found.append(Alternative(name, accuracy, cost, realised.accuracy, realised.macs_fraction))
     return Verdict(records.base_accuracy, records.best_case(), tuple(found), len(records))
 
 
-def _measure(branched: EarlyExitModel, other: nn.Module, data: Data, batch_size: int) -> tuple[float, float]:
+def _measure(
+    branched: EarlyExitModel, other: nn.Module, data: Data, batch_size: int, known: Labels
+) -> tuple[float, float]:
     """Accuracy, and MACs by the original's."""
     sample = branched.sample
     graph = inspect(other, sample if len(sample) > 1 else next(iter(sample.values())))  # its own name for the input
@@ -108,8 +113,9 @@ def _measure(branched: EarlyExitModel, other: nn.Module, data: Data, batch_size:
     right = total = 0
     for inputs, labels in batches(data, batch_size, home.device, home.dtype):
         assert labels is not None  # as in the records
+        labels = hard(known(labels, len(labels)))
         arguments = graph.backbone.arguments(inputs)
         with torch.no_grad():
             answers = graph.backbone.logits(graph.backbone(arguments)).argmax(-1)
-        right, total = right + int((answers == labels).sum()), total + len(labels)
+        right, total = right + int((answers == labels).sum()), total + int((labels != IGNORED).sum())
     return right / total, graph.macs / branched.trunk_macs[-1]
