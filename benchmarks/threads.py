@@ -79,8 +79,9 @@ def text_subject(lengths: list[int]) -> Subject:
     """A BERT of four small layers with two exits."""
     torch.manual_seed(1)
     config = transformers.BertConfig(
-        vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, num_labels=5
+        vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
     )
+    config.num_labels = 5
     branched = ee.augment(transformers.BertForSequenceClassification(config).eval(), 2)
     inputs: dict[int, Inputs] = {}
     for length in lengths:
