@@ -95,7 +95,7 @@ class JointModel(nn.Module):
     def _locate(self, branched: EarlyExitModel) -> tuple[list[int], list[str | None]]:
         """Which output of each module its branch reads, and which input is the mask: compared in eval mode."""
         weight = next(branched.branches.parameters())
-        sample = place(branched.sample, weight.device, weight.dtype)
+        sample = branched.normal(place(branched.sample, weight.device, weight.dtype))
         features, _ = branched.features(**sample)
         with torch.no_grad():
             branched.original.eval()
