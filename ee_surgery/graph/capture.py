@@ -18,6 +18,7 @@ from ee_surgery.backbone import Backbone, eval_mode
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.explain import explained
 from ee_surgery.graph.opaque import OpaqueCalls
+from ee_surgery.graph.squeezes import name_squeezed_dims
 from ee_surgery.inputs import Arguments, tensors
 
 _PREFIX = "surgery_original."  # of the wrapper below, in front of the names that export reports (of most)
@@ -118,6 +119,7 @@ def _read(
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     _drop_dropout(graph)
+    name_squeezed_dims(graph)
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, object] = {}
     given: list[fx.Node] = []
