@@ -237,6 +237,19 @@ def test_autocast_regions_and_hooks_inside_a_forward(forward: Callable[..., Tens
     assert branched.predict(X).exit_index.tolist() == [0] * 4
 
 
+def test_autocast_regions_without_room_for_exits_say_so() -> None:
+    with pytest.raises(ee.ExitPointError, match=r"No exit point 'body\.2'.*torch\.autocast region"):
+        _augment(_Own(_autocast), "body.2")
+
+    class Whole(_Own):
+        @torch.autocast("cpu", dtype=torch.bfloat16)
+        def forward(self, x: Tensor) -> Tensor:
+            return self.own(self.body, x)
+
+    with pytest.raises(ee.CaptureError, match=r"has no exit points.*put torch\.autocast around the calls"):
+        ee.inspect(Whole(lambda body, x: body(x)).eval(), X)
+
+
 def test_inference_mode_around_any_verb_leaves_a_model_that_learns() -> None:
     config = ee.TrainConfig(epochs=1, progress=False, validation=0)
     model = _base()
