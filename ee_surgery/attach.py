@@ -19,8 +19,10 @@ from ee_surgery.graph.features import Layout
 from ee_surgery.graph.points import ModelGraph, inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
+from ee_surgery.refusals import check_weights
 
 
+@torch.inference_mode(False)  # weights that are made in inference mode can never learn
 def attach(
     model: nn.Module | ModelGraph,
     plan: ExitPlan,
@@ -43,6 +45,7 @@ def attach(
         output: see `inspect`.
         seed: of the branches' first weights; the global random state is left alone.
     Raises:
+        CaptureError: weights of the model have no data (meta, offloaded).
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
@@ -50,6 +53,7 @@ def attach(
         graph = model
     else:
         graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
+    check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
     given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")

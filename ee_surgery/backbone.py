@@ -20,6 +20,7 @@ from ee_surgery.answers import OutputKey, check_logits, declared_classes, locate
 from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
 from ee_surgery.pictures import Shape, timm_settings
+from ee_surgery.refusals import check_weights, sample_refusal, takes, variants
 from ee_surgery.samples import default_sample
 from ee_surgery.signature import Signature, attributes, set_since
 from ee_surgery.twin import twin
@@ -152,6 +153,7 @@ class Backbone:
         """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
         self.library: Library = _library(self.named)
         self.model_id, self.revision = _model_id(self.named, self.library)
+        check_weights(model, self.model_id)
         self._lock = threading.Lock()
         self._states = [State(model)]  # the one in force last
         self._first: State | None = self._states[0]
@@ -164,7 +166,7 @@ class Backbone:
         """Where each input tensor holds the batch."""
         self.sample = as_sample(self.sample, self.batch_dims)
         rows = batch_size(self.sample, self.batch_dims)
-        answered = self._first_answer()
+        answered = self._first_answer(own=sample is not None)
         self.headless = num_classes is not None
         declared = declared_classes(self.named)
         self._place = locate(answered, self.model_id, rows, output, self.headless, declared)
@@ -340,18 +342,22 @@ class Backbone:
         single = sum(name in names for name in ("cls_token", "class_embedding", "distillation_token"))
         return single + sum(int(p.shape[-2]) for p in registers)
 
-    def _first_answer(self) -> Output:
+    def _first_answer(self, own: bool) -> Output:
+        """What it answers to the sample; one of its own making may turn out to have too many or too few channels."""
         try:
             with torch.no_grad():
                 answered = self(self.sample)
             self._states[0].settle()
             return answered
         except Exception as error:
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors(self.sample).items()}
-            raise DataError(
-                f"{self.model_id} does not take a sample of shape {shapes}: {type(error).__name__}: {str(error)[:300]} "
-                "Pass one that it takes: sample=."
-            ) from error
+            main = self.input_names[0]
+            value = self.sample.get(main)
+            shaped = [] if own or value is None else [v for _, v in variants(value, self.model) if len(v) == len(value)]
+            for other in shaped:
+                if takes(self, {**self.sample, main: other}):
+                    self.sample[main] = other
+                    return self._first_answer(own=True)
+            raise DataError(sample_refusal(self.model, self.model_id, self.sample, self, error, own)) from error
 
     def _one_is_flat(self) -> bool:
         """Whether the answer to one sample alone is (C,), as behind a `squeeze()` in the forward."""
@@ -367,12 +373,8 @@ class Backbone:
     def _takes(self, shape: Shape) -> bool:
         """Whether the model runs on pictures of this shape."""
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
-        try:
-            with torch.no_grad():
-                self(torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype))
-        except Exception:  # models check their inputs in ways of their own
-            return False
-        return True
+        pictures = torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype)
+        return takes(self, {self.input_names[0]: pictures})
 
     def _sample(self, sample: Sample | None) -> Arguments:
         if sample is None:

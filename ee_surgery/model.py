@@ -105,6 +105,7 @@ class EarlyExitModel(nn.Module):
         """Inputs in their normal form: by the original's names, the main one first."""
         return self._backbone.arguments(*inputs, **named)
 
+    @torch.inference_mode(False)  # weights that are copied in inference mode can never learn
     def copy(self) -> EarlyExitModel:
         """An independent model: a copy of the original with copies of the branches."""
         mine = self._backbone

@@ -108,7 +108,13 @@ def test_an_output_of_a_model_that_answers_with_one_tensor_is_refused() -> None:
         ee.inspect(_base(), X, output=0)
 
 
-_VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+_VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def _vit(**options: Any) -> nn.Module:

@@ -93,7 +93,18 @@ class Branch(nn.Module, ABC):
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> ExitLogits:
         """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
+        features = self.in_own_type(features)
         return self.answer(self.vector(features) if mask is None else self.vector(features, mask))
+
+    def in_own_type(self, features: Tensor) -> Tensor:
+        """Features in the type of the branch's weights: those of an autocast region inside a forward are of another.
+
+        Where the caller's own autocast is on, it picks types, and nothing is changed.
+        """
+        own = self.classifier.weight.dtype
+        if features.dtype == own or torch.is_autocast_enabled(features.device.type):
+            return features
+        return features.to(own)
 
     def answer(self, vector: Tensor) -> ExitLogits:
         """What the linear layers make of a vector (B, width)."""

@@ -71,7 +71,7 @@ class ZtwBranch(Branch):
 
     def forward(self, features: Tensor, mask: Tensor | None = None, previous: Tensor | None = None) -> ExitLogits:
         """Features, and log p of the heads before (B, before, C), to the answer and log p of all heads so far."""
-        vector = self.vector(features, mask)
+        vector = self.vector(self.in_own_type(features), mask)
         if self.norm is not None:
             if previous is None:  # counting costs: any numbers of the right shape
                 previous = vector.new_zeros((len(vector), self.before, self.num_classes))

@@ -19,6 +19,7 @@ from ee_surgery.backbone import Backbone, State
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.explain import explained
 from ee_surgery.graph.opaque import OpaqueCalls
+from ee_surgery.graph.squeezes import name_squeezed_dims
 from ee_surgery.inputs import Arguments, tensors
 from ee_surgery.twin import twin
 
@@ -148,6 +149,7 @@ def _read(
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     _drop_dropout(graph)
+    name_squeezed_dims(graph)
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, object] = {}
     given: list[fx.Node] = []

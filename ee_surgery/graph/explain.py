@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import CaptureError
-from ee_surgery.inputs import Arguments, tensors
+from ee_surgery.inputs import Arguments
+from ee_surgery.refusals import first_line, refusal
 
 
 @contextmanager
@@ -50,16 +51,12 @@ def _watched(note: Callable[[], None]) -> AbstractContextManager[object]:
 
 
 def _refused(backbone: Backbone, arguments: Arguments) -> str:
-    """What the model itself says to these inputs, if it does not take them."""
+    """Why the model itself does not take these inputs, if so."""
     try:
         with torch.no_grad():
             backbone(arguments)
     except Exception as error:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors(arguments).items()}
-        return (
-            f"{backbone.model_id} does not take inputs of shape {shapes}: {_first(error)}. Resize them, or see whether "
-            "the model has an option for other sizes (dynamic_img_size, interpolate_pos_encoding)."
-        )
+        return refusal(backbone.model, backbone.model_id, arguments, backbone.sample, error)
     return ""
 
 
@@ -70,22 +67,31 @@ def _cannot(backbone: Backbone, error: Exception, where: str, fixed: list[str]) 
         problem = "its code fixes the batch size, as a Python loop over the samples does"
         hint = "Compute on the batch as a whole there"
     elif kind == "UnsupportedOperatorException" or "fake" in said.partition("\n")[0].lower():
-        problem = f"an operator has no fake kernel ({_first(error)})"
+        problem = f"an operator has no fake kernel ({first_line(error)})"
         hint = "Register one with torch.library.register_fake"
     elif kind.startswith("GuardOnDataDependent") or "data-dependent" in said or "Data-dependent" in said:
-        problem = f"its Python control flow depends on the data ({_first(error)})"
+        problem = f"its Python control flow depends on the data ({first_line(error)})"
         hint = "Replace it by tensor operations (torch.where)"
+    elif quantised := _quantised(backbone.model):
+        problem = f"its modules {quantised[:5]} are quantised, which torch.export cannot read ({first_line(error)})"
+        hint = "Put exits on the model as it was before it was quantised, in float32, float16 or bfloat16"
     else:
-        problem = f"{kind}: {_first(error)}"
-        hint = "Replace that code"
+        problem = f"{kind}: {first_line(error)}"
+        hint = "The error names the cause; code that only eager mode runs has to be written in tensor operations"
     place = f" in module {where!r}" if where else ""
     keep = f", or, if it treats each sample on its own, keep it whole: opaque=[{where!r}]" if where else ""
     return f"{backbone.model_id} cannot be captured by torch.export{place}: {problem}. {hint}{keep}."
 
 
-def _first(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-    return line[:300].rstrip(".")
+def _quantised(model: nn.Module) -> list[str]:
+    """Modules of the libraries for quantisation, which keep weights packed or in tensor types of their own."""
+    libraries = ("quantized", "bitsandbytes", "torchao", "quanto", "awq", "gptq")
+    return [
+        name
+        for name, module in model.named_modules()
+        for kind in (type(module), *(type(weight.data) for weight in module.parameters(recurse=False)))
+        if any(library in kind.__module__ for library in libraries)
+    ]
 
 
 def _innermost(frames: Iterator[FrameType], names: dict[int, str]) -> str:

@@ -89,7 +89,8 @@ class ModelGraph:
             if name == point.name or name in point.aliases:
                 raise ExitPointError(f"No sample can leave {self.backbone.model_id} at {name!r}: {point.reason}.")
         known = [n for point in self.points for n in (point.name, *point.aliases)]
-        raise ExitPointError(f"No exit point {name!r} in {self.backbone.model_id}. {suggest(name, known)}")
+        region = _AUTOCAST if _has_autocast(self.capture) else ""
+        raise ExitPointError(f"No exit point {name!r} in {self.backbone.model_id}. {suggest(name, known)}{region}")
 
     def __iter__(self) -> Iterator[ExitPoint]:
         return iter(self.points)
@@ -130,6 +131,16 @@ class ModelGraph:
         yield self.best_case()
 
 
+_AUTOCAST = (
+    " Part of its forward runs in a torch.autocast region, which is read as one call: nothing leaves inside. Take the "
+    "region out of the forward and put torch.autocast around the calls of the model, for the same answers."
+)
+
+
+def _has_autocast(program: Capture) -> bool:
+    return any(getattr(node.target, "__name__", "") == "wrap_with_autocast" for node in program.nodes)
+
+
 def inspect(
     model: nn.Module | Backbone,
     sample: Sample | None = None,
@@ -165,6 +176,8 @@ def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
     live = live_after(program, liveness)
     points, features = _points(program, liveness, live, macs, backbone)
     legal = [point for point in points if point.legal]
+    if not legal and _has_autocast(program):
+        raise CaptureError(f"{backbone.model_id} has no exit points.{_AUTOCAST}")
     illegal = [point for point in points if not point.legal]
     head = _head(program, liveness, backbone, sum(macs)) if backbone.headless else None
     if head is not None:

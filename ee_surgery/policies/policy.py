@@ -78,7 +78,9 @@ class ThresholdPolicy:
         Args:
             logits: (B, C), `confidence`: (B,) or None, `state`: from the exit before, () at the first.
         """
-        score, state = self._score(precise(logits), confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
+        logits = precise(logits)
+        confidence = None if confidence is None else precise(confidence)
+        score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
         # One sum tells: it is finite unless a logit is not (or their sum overflows, which is no answer either).
         leaves = (score >= self._taus[exit_index]) & torch.isfinite(logits.sum(-1))  # pyright: ignore[reportAttributeAccessIssue]
         return Decision(score, leaves, state)
@@ -87,14 +89,19 @@ class ThresholdPolicy:
         self, exit_index: int, logits: Tensor, confidence: Tensor | None, state: State
     ) -> tuple[bool, Tensor, State]:
         """The same for a batch of one, compared in Python: a few kernel launches fewer, which count at batch 1."""
-        score, state = self._score(precise(logits), confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
+        logits = precise(logits)
+        confidence = None if confidence is None else precise(confidence)
+        score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
         leaves = score.item() >= self._taus[exit_index] and math.isfinite(logits.sum().item())  # pyright: ignore[reportAttributeAccessIssue]
         return leaves, score, state
 
 
 def precise(logits: Tensor) -> Tensor:
-    """Logits in a precision that scores can be compared in."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    """Logits in the one precision that scores are computed in: float32, that of records, whatever the model's own is.
+
+    A float64 score on the far side of a threshold from its float32 record would leave elsewhere than replayed.
+    """
+    return logits.float()
 
 
 def certainty(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
     Raises:
         ExitPointError: the stages do not give the original's logits, or the model mixes its samples.
     """
+    try:
+        _verify(program, backbone, arguments)
+    except (ExitPointError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        names = [point.name for point in program.points]
+        raise ExitPointError(
+            f"Cut at {names}, {backbone.model_id} does not run any more when samples leave "
+            f"({type(error).__name__}: {error}). " + _suspect(backbone, arguments)
+        ) from error
+
+
+def _verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
     dims = backbone.dims(arguments)
     device = next(iter(tensors(arguments).values())).device
     with torch.no_grad():
@@ -37,15 +51,43 @@ def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
                 order = torch.arange(len(rows), device=device).flip(0)[: 1 if leaving else 2]
                 rows = rows[order]
                 live = stage(*compact(live, stage.axes, order))
-            if not _close(whole[rows], live[0]):
-                names = [point.name for point in program.points]
-                raise ExitPointError(
-                    f"Cut at {names}, {backbone.model_id} does not give its own logits any more "
-                    f"(relative error {_error(whole[rows], live[0]):.2g}). " + _suspect(backbone, arguments)
-                )
+            _compare(program, backbone, arguments, whole[rows], live[0])
+        _verify_one(program, backbone, arguments, whole)
+
+
+def _verify_one(program: Program, backbone: Backbone, arguments: Arguments, whole: Tensor) -> None:
+    """The same for a batch of one, which a model may treat in its own way, and torch.export never sees."""
+    dims = backbone.dims(arguments)
+    one = select(arguments, dims, torch.zeros(1, dtype=torch.long, device=whole.device))
+    live = tuple(tensors(one).values())
+    try:
+        alone = backbone.logits(backbone(one))
+    except Exception:  # the model itself takes no batch of one: there is nothing to agree with
+        return
+    if not _close(whole[:1], alone):
+        raise ExitPointError(
+            f"{backbone.model_id} answers a batch of one otherwise than the same sample among others (relative error "
+            f"{_error(whole[:1], alone):.2g}), but samples that leave change the batch size. "
+            + _suspect(backbone, arguments)
+        )
+    for stage in program.stages:
+        live = stage(*live)
+    _compare(program, backbone, arguments, alone, live[0])
+
+
+def _compare(program: Program, backbone: Backbone, arguments: Arguments, expected: Tensor, seen: Tensor) -> None:
+    if not _close(expected, seen):
+        names = [point.name for point in program.points]
+        raise ExitPointError(
+            f"Cut at {names}, {backbone.model_id} does not give its own logits any more for {len(expected)} of its "
+            f"samples (shape {tuple(seen.shape)} for {tuple(expected.shape)}, relative error "
+            f"{_error(expected, seen):.2g}). " + _suspect(backbone, arguments)
+        )
 
 
 def _error(expected: Tensor, seen: Tensor) -> float:
+    if expected.shape != seen.shape:
+        return torch.inf
     scale = expected.double().abs().max().clamp_min(1e-6)
     return ((expected.double() - seen.double()).abs().max() / scale).item()
 
@@ -55,44 +97,88 @@ def _close(expected: Tensor, seen: Tensor) -> bool:
 
 
 def _suspect(backbone: Backbone, arguments: Arguments) -> str:
-    """Which module makes a sample depend on its neighbours, found by running it with them and without."""
+    """What is to blame, as far as running the original again tells: twice alike, and each sample alone."""
+    together, again = _calls(backbone, arguments), _calls(backbone, arguments)
+    for name, call in together.items():
+        other = again.get(name)
+        if other is not None and call.takes_as(other) and not call.answers_as(other):
+            return (
+                f"It answers the same input differently from call to call: {_module(name)} draws random numbers in "
+                "eval mode, or keeps state between calls. Dropout by F.dropout needs training=self.training; other "
+                "noise has to go, or be drawn once and kept in a buffer."
+            )
     dims = backbone.dims(arguments)
     device = next(iter(tensors(arguments).values())).device
-    together = _outputs(backbone, arguments)
-    size = batch_size(arguments, dims)
-    alone = [_outputs(backbone, select(arguments, dims, torch.tensor([i], device=device))) for i in range(size)]
-    for name, many in together.items():
-        ones = [outputs[name] for outputs in alone if name in outputs]
-        if len(ones) < size or any(one.shape != many[:1].shape for one in ones):
-            continue
-        if not all(_close(many[i : i + 1], one) for i, one in enumerate(ones)):
-            where = f"module {name!r}" if name else "the model's own forward"
-            return (
-                f"Its samples are not independent of each other: {where} answers differently for a sample alone and "
-                "among others (a mean or a norm over the batch?). Samples cannot leave such a batch; make that code "
-                "look at one sample at a time."
-            )
+    for i in range(batch_size(arguments, dims)):
+        alone = _calls(backbone, select(arguments, dims, torch.tensor([i], device=device)))
+        for name, call in together.items():
+            one, row = alone.get(name), call.row(i)
+            if one is None or row.answer.shape != one.answer.shape:
+                continue
+            if row.takes_as(one) and not row.answers_as(one):
+                return (
+                    f"Its samples are not independent of each other: {_module(name)} answers differently for a sample "
+                    "alone and among others (a mean or a norm over the batch, or code for a batch of one?). Samples "
+                    "cannot leave such a batch; make that code look at one sample at a time."
+                )
     return (
-        "Its samples are not independent of each other there, or a tensor is shared across the cut in a way that the "
-        "graph does not show. Choose other exit points."
+        "Running it again and sample by sample shows no module to blame. Possible causes: samples that are not "
+        "independent of each other, a tensor shared across the cut in a way that the graph does not show, or code that "
+        "torch.export reads otherwise than eager mode runs it. Choose other exit points."
     )
 
 
-def _outputs(backbone: Backbone, arguments: Arguments) -> dict[str, Tensor]:
-    """The first tensor that each module answers with, in the order they finish."""
-    seen: dict[str, Tensor] = {}
+def _module(name: str) -> str:
+    return f"module {name!r}" if name else "the model's own forward"
 
-    def keep(name: str) -> Callable[[nn.Module, object, object], None]:
+
+@dataclass(frozen=True)
+class _Call:
+    """The first call of a module: the floating tensors that went in, and the first that came out."""
+
+    given: tuple[Tensor, ...]
+    answer: Tensor
+
+    def row(self, i: int) -> _Call:
+        return _Call(tuple(tensor[i : i + 1] for tensor in self.given), self.answer[i : i + 1])
+
+    def takes_as(self, other: _Call) -> bool:
+        """Whether nothing tells apart what went into two calls; tensors of different shapes tell nothing."""
+        pairs = zip(self.given, other.given, strict=False)
+        return all(mine.shape != its.shape or _close(mine, its) for mine, its in pairs)
+
+    def answers_as(self, other: _Call) -> bool:
+        return _close(self.answer, other.answer)
+
+
+def _calls(backbone: Backbone, arguments: Arguments) -> dict[str, _Call]:
+    """The first call of each module, in the order they finish."""
+    given: dict[str, tuple[Tensor, ...]] = {}
+    seen: dict[str, _Call] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, kwargs: object) -> None:
+            given.setdefault(name, _floats((args, kwargs)))
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            if leaves and leaves[0].ndim:
-                seen.setdefault(name, leaves[0].clone())
+            if name not in seen and (answers := _floats(output)):
+                seen[name] = _Call(given[name], answers[0])
 
         return hook
 
     model = twin(backbone.state().model)
     for name, module in model.named_modules():
-        module.register_forward_hook(keep(name))
+        module.register_forward_pre_hook(before(name), with_kwargs=True)
+        module.register_forward_hook(after(name))
     with torch.no_grad():
         backbone.call(arguments, model)
     return seen
+
+
+def _floats(value: object) -> tuple[Tensor, ...]:
+    """Copies: the next module may write to them."""
+    leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return tuple(leaf.clone() for leaf in leaves if leaf.is_floating_point() and leaf.ndim)

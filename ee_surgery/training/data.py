@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ee_surgery.errors import DataError
@@ -144,6 +145,7 @@ def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
     """
     inputs: Any = None
     labels = None
+    batch = _normal(batch)
     if isinstance(batch, Tensor):
         inputs = batch
     elif isinstance(batch, Mapping):
@@ -165,6 +167,13 @@ def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
         seen = len(labels) if labels.ndim else "a single number in place of"
         raise DataError(f"{count(inputs)} inputs but {seen} labels in one batch.")
     return inputs, labels
+
+
+def _normal(batch: Any) -> Any:
+    """Tensors that were made in inference mode, of which autograd keeps none, as copies; all others as they are."""
+    if torch.is_inference_mode_enabled():
+        return batch
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 def count(inputs: Inputs) -> int:

@@ -42,6 +42,8 @@ from ee_surgery.training.processes import OneBatch, Processes, Shares
 from ee_surgery.training.reader import Batch, Lesson, Reader, compare, needs_original
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     branched: EarlyExitModel,
     data: Data,
