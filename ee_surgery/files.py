@@ -75,10 +75,14 @@ class FolderChange:
         new.parent.mkdir(parents=True, exist_ok=True)
         return new
 
+    def wrote(self, name: str) -> bool:
+        """Whether a file of this name was placed."""
+        return (self.staging / name).exists()
+
     def holds(self, name: str) -> bool:
         """Whether the folder will have a file of this name."""
         there = name not in self.before or name in self.kept
-        return (self.staging / name).exists() or (there and name not in self.stray and (self.folder / name).exists())
+        return self.wrote(name) or (there and name not in self.stray and (self.folder / name).exists())
 
     def commit(self) -> None:
         """Make the change.

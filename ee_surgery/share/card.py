@@ -133,8 +133,7 @@ def save_card(
     for name in (PLOT, RESULTS):  # of an earlier card
         change.kept.pop(name, None)
         change.stray.add(name)
-    plot = frontier is not None and importlib.util.find_spec("matplotlib") is not None
-    if plot:
+    if frontier is not None and importlib.util.find_spec("matplotlib") is not None:
         frontier.plot().savefig(change.place(PLOT), dpi=150, format="png")
     if entries := _leaderboard(info, measured):
         results = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
@@ -143,7 +142,7 @@ def save_card(
         change.kept.pop(CARD, None)
         warnings.warn(f"{path} is not a card of ee_surgery's: it is kept. Delete it to get one.", stacklevel=3)
     else:
-        content = _render(change, config, frontier, receipt, info, measured, plot=plot)
+        content = _render(change, config, frontier, receipt, info, measured, plot=change.wrote(PLOT))
         change.place(CARD).write_text(content, encoding="utf-8")
 
 
