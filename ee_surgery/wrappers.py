@@ -21,7 +21,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside any number of wrappers, at the top or around its parts; `model` itself where there are none.
 
     So parameters and exits have the same names, whatever the model was wrapped in. The wrapper stays as it is: of a
-    module of which a part is wrapped, or `forward` was replaced, the answer holds a twin, which shares its parameters,
+    module of which a part is wrapped, or `forward` was replaced, the answer is a sibling, which shares its parameters,
     buffers, hooks and all parts that are not wrapped.
 
     Raises:
@@ -59,7 +59,7 @@ def _unwrapped(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Modul
         own["_modules"] = parts
     if (forward := _plain_forward(inner)) is not None:
         own["forward"] = forward
-    known[module] = _twin(inner, own) if own else inner
+    known[module] = _sibling(inner, own) if own else inner
     return known[module]
 
 
@@ -88,16 +88,16 @@ def _plain_forward(module: nn.Module) -> Any:
     return None if found is given else found
 
 
-def _twin(module: nn.Module, own: dict[str, Any]) -> nn.Module:
+def _sibling(module: nn.Module, own: dict[str, Any]) -> nn.Module:
     """A module that shares everything with another one but what is its own."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__.update(own)
+    sibling = object.__new__(type(module))
+    sibling.__dict__.update(module.__dict__)
+    sibling.__dict__.update(own)
     if "forward" in own:
-        twin.__dict__.pop("_original_forward", None)
+        sibling.__dict__.pop("_original_forward", None)
         function = getattr(own["forward"], "__func__", own["forward"])
         if function is type(module).forward:
-            del twin.__dict__["forward"]
+            del sibling.__dict__["forward"]
         elif getattr(own["forward"], "__self__", None) is module:
-            twin.__dict__["forward"] = MethodType(function, twin)
-    return twin
+            sibling.__dict__["forward"] = MethodType(function, sibling)
+    return sibling
