@@ -20,7 +20,7 @@ def twin(model: nn.Module, *, live: bool = False) -> nn.Module:
         live: share the tables of parameters and buffers as well, so that the twin follows `Module.to`,
             `load_state_dict(assign=True)` and replaced parameters. Otherwise tensors may be swapped in it at will.
     """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    shared: dict[int, Any] = {id(value): value for value in (*_tensors(model), *_listeners(model))}
     try:
         copied = deepcopy(model, dict(shared))
     except Exception:  # an attribute that has no copy: a lock, an open file, a generator
@@ -37,6 +37,16 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and tensors that modules hold as plain attributes or in containers."""
     for module in model.modules():
         yield from (leaf for leaf in tree_leaves([*vars(module).values()]) if isinstance(leaf, Tensor))
+
+
+def _listeners(model: nn.Module) -> Iterator[object]:
+    """What forward hooks belong to, a recorder for instance: a copy would record in its place."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            owner = getattr(hook, "__self__", hook)
+            bound = (owner, *getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values())
+            if not any(isinstance(value, nn.Module) for value in bound):  # a module's own hook has to be its twin's
+                yield owner
 
 
 def _uncopied(model: nn.Module, shared: dict[int, Any]) -> dict[int, Any]:

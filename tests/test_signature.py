@@ -218,6 +218,24 @@ def test_what_cannot_be_copied_is_shared_with_the_twin() -> None:
     assert branched(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
 
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+
+def test_hooks_of_an_object_outside_the_model_still_reach_that_object() -> None:
+    net, recorder = Net().eval(), Recorder()
+    net.head.register_forward_hook(recorder.keep)
+    branched = ee.augment(net, 1, sample=torch.randn(2, 3, 8, 8))
+    recorder.seen.clear()
+    answer = branched(torch.randn(2, 3, 8, 8))
+    assert len(recorder.seen) == 1
+    assert torch.equal(recorder.seen[0], answer)
+
+
 def test_a_signature_names_what_changed() -> None:
     net = Net()
     signature = Signature(net)

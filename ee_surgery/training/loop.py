@@ -109,7 +109,7 @@ def train(
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     """One with the precision that the settings ask for, and with these options of `Accelerator`."""
-    precision = resolve_precision(config.mixed_precision, PartialState().device)
+    precision = resolve_precision(config.mixed_precision, PartialState().device)  # pyright: ignore[reportArgumentType]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision
     return Accelerator(mixed_precision=precision, **options)
