@@ -97,7 +97,7 @@ def _subject(name: str, branched: ee.EarlyExitModel, inputs: dict[int, Inputs]) 
     first = ee.record(serial, [next(iter(inputs.values()))]).scores("max_prob")
     thresholds = [None if q is None else [row.quantile(q).item() for row in first] for q in POINTS]
     expected = {size: _expect(serial, given, thresholds) for size, given in inputs.items()}
-    return Subject(name, branched, thresholds, expected, list(inputs)[:3])
+    return Subject(name, branched, thresholds, expected, list(inputs)[:2])
 
 
 def _expect(serial: ee.EarlyExitModel, inputs: Inputs, thresholds: list[list[float] | None]) -> Expected:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import ExitPointError
@@ -98,7 +99,8 @@ def _close(expected: Tensor, seen: Tensor) -> bool:
 
 def _suspect(backbone: Backbone, arguments: Arguments) -> str:
     """What is to blame, as far as running the original again tells: twice alike, and each sample alone."""
-    together, again = _calls(backbone, arguments), _calls(backbone, arguments)
+    model = twin(backbone.state().model)  # one for all calls: what it keeps between them would show
+    together, again = _calls(backbone, model, arguments), _calls(backbone, model, arguments)
     for name, call in together.items():
         other = again.get(name)
         if other is not None and call.takes_as(other) and not call.answers_as(other):
@@ -110,7 +112,7 @@ def _suspect(backbone: Backbone, arguments: Arguments) -> str:
     dims = backbone.dims(arguments)
     device = next(iter(tensors(arguments).values())).device
     for i in range(batch_size(arguments, dims)):
-        alone = _calls(backbone, select(arguments, dims, torch.tensor([i], device=device)))
+        alone = _calls(backbone, model, select(arguments, dims, torch.tensor([i], device=device)))
         for name, call in together.items():
             one, row = alone.get(name), call.row(i)
             if one is None or row.answer.shape != one.answer.shape:
@@ -151,8 +153,8 @@ class _Call:
         return _close(self.answer, other.answer)
 
 
-def _calls(backbone: Backbone, arguments: Arguments) -> dict[str, _Call]:
-    """The first call of each module, in the order they finish."""
+def _calls(backbone: Backbone, model: nn.Module, arguments: Arguments) -> dict[str, _Call]:
+    """The first call of each module of a twin, in the order they finish."""
     given: dict[str, tuple[Tensor, ...]] = {}
     seen: dict[str, _Call] = {}
 
@@ -169,12 +171,14 @@ def _calls(backbone: Backbone, arguments: Arguments) -> dict[str, _Call]:
 
         return hook
 
-    model = twin(backbone.state().model)
+    handles: list[RemovableHandle] = []
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(before(name), with_kwargs=True)
-        module.register_forward_hook(after(name))
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
     with torch.no_grad():
         backbone.call(arguments, model)
+    for handle in handles:
+        handle.remove()
     return seen
 
 
