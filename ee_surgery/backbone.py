@@ -203,6 +203,11 @@ class Backbone:
             return found
 
     @property
+    def latest(self) -> State:
+        """The state that it was in at the last look."""
+        return self._states[-1] if self._states else self.state()
+
+    @property
     def altered(self) -> list[str]:
         """What its owner changed since it was first read, tensors aside, that decides what it computes; in words."""
         return [] if self._first is None else self._first.signature.differences()

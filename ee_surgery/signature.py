@@ -7,16 +7,36 @@ little memory, for it runs at every call, on caches that are full of weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from operator import itemgetter
+from collections.abc import Iterable, Mapping, Sequence
+from operator import getitem, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
+_NONE: frozenset[str] = frozenset()
 _BASE = frozenset(vars(nn.Module()))  # tables, hooks and flags that every module has
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Of configuration objects: says nothing about what is computed.
 _LABELS = frozenset({"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id"})
+# Of torch's own modules: what their parameters say as well, or only their `repr` reads.
+_DESCRIPTIVE: dict[type, frozenset[str]] = {
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        frozenset(
+            {
+                "in_channels",
+                "out_channels",
+                "kernel_size",
+                "transposed",
+                "output_padding",
+                "_reversed_padding_repeated_twice",
+            }
+        ),
+    ),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), frozenset({"num_features", "affine"})),
+    nn.Linear: frozenset({"in_features", "out_features"}),
+    nn.LayerNorm: frozenset({"elementwise_affine"}),
+}
 
 Attributes = dict[str, Any]
 
@@ -34,54 +54,31 @@ class Signature:
     def __init__(self, model: nn.Module, volatile: Mapping[str, frozenset[str]] | None = None) -> None:
         self.model, self.volatile = model, volatile or {}
         self.modules = dict(model.named_modules())
-        self._list = [*self.modules.values()]
-        self._types = [*map(type, self._list)]
-        containers = [module._modules for module in self._list if module._modules]
-        self._children = [(table, dict(table)) for table in containers]
-        # Hooks live in dicts that change in place. Most are empty: their truth tells.
-        hooks: list[Mapping[int, Any]] = [vars(module)[name] for module in self._list for name in _HOOKS]
-        self._unhooked = [table for table in hooks if not table]
-        self._hooked = [(table, dict(table)) for table in hooks if table]
-        self._absent = [(m._parameters, name) for m in self._list for name, p in m._parameters.items() if p is None]
-        self._attributes = [(path, live, self._freeze(path, live)) for path, live in self._watched()]
-        self._getters = [(itemgetter(*frozen), live) for _, live, frozen in self._attributes if frozen]
-        self._values = [itemgetter(*frozen)(frozen) for _, _, frozen in self._attributes if frozen]
-        self._fixed = [live for path, live, _ in self._attributes if path not in self.volatile]
-        self._sizes = [*map(len, self._fixed)]
+        self._snapshots = {path: _Snapshot(path, module, self.volatile) for path, module in self.modules.items()}
+        self._held = self._holdings()
+        self._all = Part([*self._snapshots.values()], self._held)
 
-    def _watched(self) -> Iterator[tuple[str, Attributes]]:
-        """The attributes of every module, and of every object that they hold, by path."""
-        held: dict[int, tuple[str, Attributes]] = {}
+    def _holdings(self) -> list[_Holding]:
+        """The attributes of every object that modules hold, each object once."""
+        found: dict[int, _Holding] = {}
         for path, module in self.modules.items():
-            yield path, vars(module)
             for name, value in vars(module).items():
                 plain = name in _BASE or isinstance(value, (nn.Module, Tensor, type)) or callable(value)
                 if not plain and isinstance(getattr(value, "__dict__", None), dict):
-                    held.setdefault(id(value), (_join(path, name), vars(value)))
-        yield from held.values()
-
-    def _freeze(self, path: str, live: Attributes) -> Attributes:
-        """What is compared of some attributes, containers as copies."""
-        left_out = self.volatile.get(path, frozenset()) | _LABELS | _BASE
-        return {name: _copied(value) for name, value in [*live.items()] if name not in left_out}
+                    found.setdefault(id(value), _Holding(_join(path, name), vars(value)))
+        return [*found.values()]
 
     def current(self) -> bool:
         """True when the model is as it was, training flags aside."""
-        return self._equal() or not self.differences()
+        return self._all.equal() or not self.differences()
 
-    def _equal(self) -> bool:
-        try:
-            return (
-                not any(self._unhooked)
-                and [get(live) for get, live in self._getters] == self._values  # identical values are not looked into
-                and [*map(len, self._fixed)] == self._sizes
-                and [*map(type, self._list)] == self._types
-                and not [name for table, name in self._absent if table[name] is not None]
-                and all(table == was for table, was in self._children)
-                and all(table == was for table, was in self._hooked)
-            )
-        except Exception:  # tensors and arrays have no truth, and a key may be gone
-            return False
+    def parts(self, groups: Sequence[Iterable[str]]) -> list[Part]:
+        """The same comparison in pieces: one for each group of module paths, what is in none of them in the first."""
+        places = {path: k for k in range(len(groups) - 1, -1, -1) for path in groups[k]}  # the first that has it
+        pieces: list[list[_Snapshot]] = [[] for _ in groups]
+        for path, snapshot in self._snapshots.items():
+            pieces[places.get(path, 0)].append(snapshot)
+        return [Part(piece, [] if k else self._held) for k, piece in enumerate(pieces)]
 
     def differences(self) -> list[str]:
         """What has changed since, in words, by module path; empty where nothing has."""
@@ -91,23 +88,87 @@ class Signature:
             before, after = self.modules.get(path), now.get(path)
             if before is not after and not any(path.startswith(f"{other}.") for other in lines):
                 lines[path] = f"{_kind(before)} -> {_kind(after)}"
-        for (path, module), was in zip(self.modules.items(), self._types, strict=True):
-            if type(module) is not was:
-                lines[path] = f"{was.__name__} -> {type(module).__name__}"
-        for table in [*(t for t in self._unhooked if t), *(t for t, was in self._hooked if t != was)]:
-            lines[_join(self._owner(table), "hooks")] = "forward hooks added or removed"
-        for table, name in self._absent:
-            if table.get(name) is not None:
-                lines[_join(self._owner(table), name)] = "nothing -> a parameter"
-        for path, live, frozen in self._attributes:
-            now_there = self._freeze(path, live)
-            for name in _changed(frozen, now_there):
-                lines[_join(path, name)] = f"{_short(frozen, name)} -> {_short(now_there, name)}"
+        for holding in (*self._snapshots.values(), *self._held):
+            lines |= holding.differences()
         return [f"{path or 'the model'}: {told}" for path, told in lines.items()]
 
-    def _owner(self, table: object) -> str:
-        """The path of the module that holds a table of hooks or parameters."""
-        return next(path for path, m in self.modules.items() if any(held is table for held in vars(m).values()))
+
+class _Holding:
+    """The attributes of an object, then and now."""
+
+    def __init__(self, path: str, live: Attributes, left_out: frozenset[str] = _NONE) -> None:
+        self.path, self.live, self.left_out = path, live, left_out | _LABELS | _BASE
+        self.frozen = self.compared()
+
+    def compared(self) -> Attributes:
+        """What is compared of them, containers as copies."""
+        return {name: _copied(value) for name, value in [*self.live.items()] if name not in self.left_out}
+
+    def differences(self) -> dict[str, str]:
+        """What is otherwise now, by path."""
+        now = self.compared()
+        return {
+            _join(self.path, name): f"{_short(self.frozen, name)} -> {_short(now, name)}"
+            for name in _changed(self.frozen, now)
+        }
+
+
+class _Snapshot(_Holding):
+    """A module, then and now."""
+
+    def __init__(self, path: str, module: nn.Module, volatile: Mapping[str, frozenset[str]]) -> None:
+        super().__init__(path, vars(module), volatile.get(path, _NONE) | _DESCRIPTIVE.get(type(module), _NONE))
+        self.module, self.type = module, type(module)
+        self.steady = path not in volatile
+        # Hooks live in dicts that change in place.
+        self.hooks = [(table, dict(table)) for table in (module._forward_pre_hooks, module._forward_hooks)]
+        self.children = (module._modules, dict(module._modules)) if module._modules else None
+        self.absent = [(module._parameters, name) for name, value in module._parameters.items() if value is None]
+
+    def differences(self) -> dict[str, str]:
+        lines = super().differences()
+        if type(self.module) is not self.type:
+            lines[self.path] = f"{self.type.__name__} -> {type(self.module).__name__}"
+        if any(table != was for table, was in self.hooks):
+            lines[_join(self.path, "hooks")] = "forward hooks added or removed"
+        for table, name in self.absent:
+            if table.get(name) is not None:
+                lines[_join(self.path, name)] = "nothing -> a parameter"
+        return lines
+
+
+class Part:
+    """The comparison of some modules, as a few lists that are compared in C."""
+
+    def __init__(self, modules: Sequence[_Snapshot], held: Sequence[_Holding]) -> None:
+        compared = [holding for holding in (*modules, *held) if holding.frozen]
+        self._getters = [(itemgetter(*holding.frozen), holding.live) for holding in compared]
+        self._values = [itemgetter(*holding.frozen)(holding.frozen) for holding in compared]
+        self._sized = [snapshot.live for snapshot in modules if snapshot.steady]
+        self._sizes = [*map(len, self._sized)]
+        self._modules = [snapshot.module for snapshot in modules]
+        self._types = [snapshot.type for snapshot in modules]
+        hooks = [pair for snapshot in modules for pair in snapshot.hooks]
+        self._unhooked = [table for table, was in hooks if not was]  # most: their truth tells
+        self._same = [snapshot.children for snapshot in modules if snapshot.children]
+        self._same += [(table, was) for table, was in hooks if was]
+        absent = [place for snapshot in modules for place in snapshot.absent]
+        self._tables, self._names = [table for table, _ in absent], [name for _, name in absent]
+        self._nothing = [None] * len(absent)
+
+    def equal(self) -> bool:
+        """Whether they are as they were; False also where that takes a closer look to say."""
+        try:
+            return (
+                not any(self._unhooked)
+                and [get(live) for get, live in self._getters] == self._values  # identical values are not looked into
+                and [*map(len, self._sized)] == self._sizes
+                and [*map(type, self._modules)] == self._types
+                and [*map(getitem, self._tables, self._names)] == self._nothing
+                and all(table == was for table, was in self._same)
+            )
+        except Exception:  # tensors and arrays have no truth, and a key may be gone
+            return False
 
 
 def attributes(model: nn.Module) -> dict[str, Attributes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import getitem, is_
 
 import torch
 from torch import Tensor, fx, nn
@@ -97,8 +97,9 @@ class Stage:
         self.axes = code.axes
         self.mutates_input = code.mutates_input
         self._scope = dict(code.scope)
-        references = [(_reference(find(path), path), name) for name, path in code.tensors.items()]
-        self._bound = [(reference.table, reference.key, name) for reference, name in references]
+        references = [_reference(find(path), path) for path in code.tensors.values()]
+        self._names = [*code.tensors]
+        self._tables, self._keys = [r.table for r in references], [r.key for r in references]
         self._values: list[Tensor | None] = []
         exec(compile(code.source, "<stage>", "exec"), self._scope)
         self._run: Callable[..., tuple[Tensor, ...]] = self._scope["stage"]  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,9 +110,9 @@ class Stage:
         Args:
             options: `op_training=True` for a piece written with `learning=True`.
         """
-        current = [table[key] for table, key, _ in self._bound]
+        current = [*map(getitem, self._tables, self._keys)]
         if len(self._values) != len(current) or not all(map(is_, current, self._values)):
-            self._scope.update(zip((name for *_, name in self._bound), current, strict=True))
+            self._scope.update(zip(self._names, current, strict=True))
             self._values = current
         return self._run(*live, **options)
 

@@ -391,8 +391,12 @@ class EarlyExitForSequenceClassification(_EarlyExitForClassification):
 
         Args:
             input_ids: shape (B, T). A new length is captured on first use: pad to multiples of 16, say.
-            attention_mask, token_type_ids, position_ids: (B, T), as the base takes them.
-            labels, return_dict, inputs: as for images.
+            attention_mask: (B, T), as the base takes it.
+            token_type_ids: (B, T), as the base takes them.
+            position_ids: (B, T), as the base takes them.
+            labels: as for images.
+            return_dict: as for images.
+            inputs: as for images.
         """
         own = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
         main = () if input_ids is None else (input_ids,)

@@ -21,7 +21,7 @@ from ee_surgery.inputs import Arguments, as_sample, key, tensors
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.runtime.program import Program, build_program
-from ee_surgery.runtime.routed import ExitOutput, Router
+from ee_surgery.runtime.routed import Altered, ExitOutput, Router
 from ee_surgery.runtime.verify import verify
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
@@ -120,12 +120,16 @@ class Engine:
         dims = self.backbone.dims(arguments)
         values = tuple(tensors(arguments).values())
         batch = values[0].shape[0]
-        entry = self.entry(arguments, dims) if batch else None
-        if entry is None:
+        if batch == 0:
             return self._empty_output(values[0].device)
         if policy is None:
-            return self._full_run(arguments, entry.program)
-        return entry.router(policy)(values, batch)
+            return self._full_run(arguments, self.entry(arguments, dims).program)
+        state = self.backbone.latest
+        while True:  # each stage looks whether its modules have changed: samples that leave pay for no more than that
+            try:
+                return self.entry(arguments, dims, state).router(policy)(values, batch)
+            except Altered:  # noqa: PERF203 (once in a while)
+                state = self.backbone.state()
 
     def _full_run(self, arguments: Arguments, program: Program) -> ExitOutput:
         logits = self.backbone.logits(self.backbone(arguments))
@@ -145,15 +149,17 @@ class Engine:
 
     # --- programs, one for inputs of each shape, dtype and device
 
-    def entry(self, arguments: Arguments, dims: Mapping[str, int | None]) -> Entry:
+    def entry(self, arguments: Arguments, dims: Mapping[str, int | None], state: State | None = None) -> Entry:
         """What runs inputs like these (shape, dtype, device; any batch size), captured on first use and kept.
 
+        Args:
+            state: of the original; the one that it is in when left out, which takes a look at all of it.
         Raises:
             CaptureError: the model cannot be captured for such inputs.
             ExitPointError: its owner changed it, and the exits do not fit it any more.
         """
         inputs = key(arguments, dims)
-        signature = self.backbone.state(), inputs
+        signature = state or self.backbone.state(), inputs
         entry = self.programs.get(signature)
         if entry is None:
             with GLOBAL_STATE:

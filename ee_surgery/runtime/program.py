@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.features import Everything, Reading
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.graph.stages import Stage, crossing, cut
+from ee_surgery.signature import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,8 @@ class Program:
     """What a head reads of the last stage's answer, where the original has none of its own."""
     trunk_macs: tuple[int, ...]
     """MACs of the original up to each exit, the whole last (with such a head); K numbers."""
+    unchanged: list[Callable[[], bool]]
+    """Of each stage, whether the modules that it was captured from are as they were."""
 
     def run(self, inputs: Sequence[Tensor], whole: bool = True) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
         """What every branch reads, a new head last, and the original's answer, nobody leaving; without gradients.
@@ -67,4 +71,20 @@ def build_program(graph: ModelGraph, names: Sequence[str], whole: Sequence[bool]
         for features, point, all_of_it in zip(found, points, whole or [False] * len(points), strict=True)
     )
     head = None if graph.head is None else graph.features(graph.head).reader([graph.capture.output])
-    return Program(stages, points, readers, head, (*(point.macs for point in points), graph.macs + head_macs))
+    macs = (*(point.macs for point in points), graph.macs + head_macs)
+    return Program(stages, points, readers, head, macs, _checks(graph.capture, [point.index + 1 for point in points]))
+
+
+def _checks(capture: Capture, cuts: Sequence[int]) -> list[Callable[[], bool]]:
+    """For each stage, a check of the modules whose calls are in it: what runs is looked at, and no more."""
+    pieces = zip([0, *cuts], [*cuts, len(capture.nodes)], strict=True)
+    groups = [
+        {path.partition("@")[0] for node in capture.nodes[start:stop] for path in capture.owners[node]}
+        for start, stop in pieces
+    ]
+    signature = capture.state.signature
+
+    def check(part: Part) -> Callable[[], bool]:
+        return lambda: part.equal() or signature.current()
+
+    return [check(part) for part in signature.parts(groups)]

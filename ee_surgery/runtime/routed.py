@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ee_surgery.branches.base import Branch, ask
-from ee_surgery.graph.stages import compact
+from ee_surgery.graph.stages import Stage, compact
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import State
@@ -74,13 +74,18 @@ class Router:
         self._unasked = torch.full((1,), torch.nan, device=device)
         # Exits that are closed have no branch to ask.
         asked = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
-        self.steps = list(zip(program.stages[1:], asked, program.readers, strict=True))
+        checked = [_checked(stage, same) for stage, same in zip(program.stages, program.unchanged, strict=True)]
+        axes = [stage.axes for stage in program.stages[1:]]
+        self.first = checked[0]
+        self.steps = list(zip(checked[1:], axes, asked, program.readers, strict=True))
 
     def __call__(self, inputs: Sequence[Tensor], batch: int) -> ExitOutput:
         """Run stages, ask branches, let samples leave, compact what is left.
 
         Args:
             inputs: the program's, each with `batch` samples.
+        Raises:
+            Altered: the original is not what the program was captured from, as far as it had to run.
         """
         return self._one(inputs) if batch == 1 else self._batch(inputs, batch)
 
@@ -90,8 +95,8 @@ class Router:
         results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
         best: Tensor | None = None
         handed: Tensor | None = None
-        live = self.program.stages[0](*inputs)
-        for k, (stage, branch, read) in enumerate(self.steps):
+        live = self.first(*inputs)
+        for k, (stage, axes, branch, read) in enumerate(self.steps):
             if branch is not None:
                 answer = ask(branch, read(live), handed) if self.chained else branch(*read(live))
                 decision = self.policy.decide(k, answer.logits, answer.confidence, state)
@@ -109,7 +114,7 @@ class Router:
                         break
                     stay = (~decision.leaves).nonzero().squeeze(1)
                     rows = stay if rows is None else rows[stay]
-                    live = compact(live, stage.axes, stay)
+                    live = compact(live, axes, stay)
                     state = tuple(tensor.index_select(0, stay) for tensor in state)
                     handed = None if handed is None else handed.index_select(0, stay)
                     best = None if best is None else best.index_select(0, stay)
@@ -139,8 +144,8 @@ class Router:
         state: State = ()
         best: Tensor | None = None
         handed: Tensor | None = None
-        live = self.program.stages[0](*inputs)
-        for k, (stage, branch, read) in enumerate(self.steps):
+        live = self.first(*inputs)
+        for k, (stage, _, branch, read) in enumerate(self.steps):
             if branch is not None:
                 answer = ask(branch, read(live), handed) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
@@ -153,6 +158,19 @@ class Router:
         index, score = self._index[self.last].clone(), self._unasked.clone()
         last = _better(best, self._last(live)) if self.keeps_best else self._last(live)
         return ExitOutput(last, index, score, self.costs, self.original_macs)
+
+
+class Altered(Exception):
+    """The original was changed since its program was captured: to be run again, by another."""
+
+
+def _checked(stage: Stage, unchanged: Callable[[], bool]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*live: Tensor) -> tuple[Tensor, ...]:
+        if not unchanged():
+            raise Altered
+        return stage(*live)
+
+    return run
 
 
 def _better(best: Tensor | None, logits: Tensor) -> Tensor:
