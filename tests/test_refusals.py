@@ -266,6 +266,7 @@ def test_inference_mode_around_any_verb_leaves_a_model_that_learns() -> None:
             ee.train(learner, [(x, labels)], config, joint=joint)
             ee.calibrate(learner, [(x, labels)])
         ee.train(learner, [(torch.randn(2, 3, 12, 12), labels[:2])], config)
+        assert learner.receipt().unchanged
 
 
 def test_weights_made_in_inference_mode_are_refused() -> None:
