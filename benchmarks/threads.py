@@ -354,9 +354,9 @@ def main() -> None:
     subjects = [image_subject([*range(32, 80, 4)]), text_subject([*range(8, 32, 2)])]
     traffic = Traffic(subjects, threads, calls, options.seed)
     tally = traffic.run()
-    table = Table(
-        title=f"{threads} threads x {calls} calls, seed {options.seed}, {time.perf_counter() - started:.0f} s"
-    )
+    seconds = time.perf_counter() - started
+    told = f"{threads} threads x {calls} calls, seed {options.seed}, {seconds:.0f} s, torch {torch.__version__}"
+    table = Table(title=told)
     for column in ("call", "made", "wrong, stale or failed"):
         table.add_column(column, justify="left" if column == "call" else "right")
     for kind, made in sorted(tally.calls.items()):
