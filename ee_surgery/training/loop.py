@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -109,7 +110,9 @@ def train(
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     """One with the precision that the settings ask for, and with these options of `Accelerator`."""
-    precision = resolve_precision(config.mixed_precision, PartialState().device)  # pyright: ignore[reportArgumentType]
+    # As Accelerator makes it: without the flag, processes on CPUs would not find each other.
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    precision = resolve_precision(config.mixed_precision, device)  # pyright: ignore[reportArgumentType]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier training of this process had another precision
     return Accelerator(mixed_precision=precision, **options)
