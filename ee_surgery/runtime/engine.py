@@ -197,7 +197,7 @@ class Engine:
         return graph.capture.state, entry
 
     def _check_fit(self, program: Program, sample: Arguments) -> None:
-        """Run the branches once: whoever changed the model may have changed what they read.
+        """Run the branches once: a change of the model may have changed what they read.
 
         Raises:
             ExitPointError: they answer otherwise than the original does; or whatever they raise.
