@@ -1,14 +1,14 @@
 """Does a model still compute what it did? Its structure, hooks and attributes, compared at every call.
 
 A captured program outlives the Python state it was captured in: a PEFT adapter switched off, a head replaced, a hook
-added or an attribute changed would go unnoticed. The comparison is made of a few lists that are compared in C and touch
-little memory, for it runs at every call, on caches that are full of weights.
+added or an attribute changed would go unnoticed. The comparison touches little memory, for it runs at every call, on
+caches that are full of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import getitem, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,37 +138,47 @@ class _Snapshot(_Holding):
 
 
 class Part:
-    """The comparison of some modules, as a few lists that are compared in C."""
+    """The comparison of some modules: one pass, as each module's memory has to be fetched from far away."""
 
     def __init__(self, modules: Sequence[_Snapshot], held: Sequence[_Holding]) -> None:
-        compared = [holding for holding in (*modules, *held) if holding.frozen]
-        self._getters = [(itemgetter(*holding.frozen), holding.live) for holding in compared]
-        self._values = [itemgetter(*holding.frozen)(holding.frozen) for holding in compared]
-        self._sized = [snapshot.live for snapshot in modules if snapshot.steady]
-        self._sizes = [*map(len, self._sized)]
-        self._modules = [snapshot.module for snapshot in modules]
-        self._types = [snapshot.type for snapshot in modules]
+        self._rows = [_row(snapshot) for snapshot in modules]
+        self._held = [(holding.live, *_values(holding)) for holding in held if holding.frozen]
         hooks = [pair for snapshot in modules for pair in snapshot.hooks]
-        self._unhooked = [table for table, was in hooks if not was]  # most: their truth tells
         self._same = [snapshot.children for snapshot in modules if snapshot.children]
         self._same += [(table, was) for table, was in hooks if was]
-        absent = [place for snapshot in modules for place in snapshot.absent]
-        self._tables, self._names = [table for table, _ in absent], [name for _, name in absent]
-        self._nothing = [None] * len(absent)
+        self._absent = [place for snapshot in modules for place in snapshot.absent]
 
     def equal(self) -> bool:
         """Whether they are as they were; False also where that takes a closer look to say."""
         try:
+            for module, kind, live, size, get, values, before, after in self._rows:
+                if before or after or type(module) is not kind or (size and len(live) != size):
+                    return False
+                if get is not None and get(live) != values:  # identical values are not looked into
+                    return False
             return (
-                not any(self._unhooked)
-                and [get(live) for get, live in self._getters] == self._values  # identical values are not looked into
-                and [*map(len, self._sized)] == self._sizes
-                and [*map(type, self._modules)] == self._types
-                and [*map(getitem, self._tables, self._names)] == self._nothing
+                all(table[name] is None for table, name in self._absent)
+                and all(get is None or get(live) == values for live, get, values in self._held)
                 and all(table == was for table, was in self._same)
             )
         except Exception:  # tensors and arrays have no truth, and a key may be gone
             return False
+
+
+_NO_HOOKS: dict[int, Any] = {}
+
+
+def _row(snapshot: _Snapshot) -> tuple[Any, ...]:
+    """What is looked at of a module: hooks where there were none, the others are compared one by one."""
+    size = len(snapshot.live) if snapshot.steady else 0
+    hooks = (_NO_HOOKS if was else table for table, was in snapshot.hooks)
+    return snapshot.module, snapshot.type, snapshot.live, size, *_values(snapshot), *hooks
+
+
+def _values(holding: _Holding) -> tuple[Any, Any]:
+    """How to read the attributes that are compared, and what they were."""
+    get = itemgetter(*holding.frozen) if holding.frozen else None
+    return get, get and get(holding.frozen)
 
 
 def attributes(model: nn.Module) -> dict[str, Attributes]:
