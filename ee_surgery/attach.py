@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ee_surgery.answers import OutputKey
 from ee_surgery.backbone import Sample
 from ee_surgery.branches import BranchSpec, resolve
 from ee_surgery.branches.bank import BranchBank
-from ee_surgery.branches.base import build
-from ee_surgery.errors import BranchError, ExitPointError
+from ee_surgery.branches.base import BRANCHES, Branch, build
+from ee_surgery.errors import AdapterError, BranchError, ExitPointError, SurgeryError
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.features import Layout
-from ee_surgery.graph.points import ModelGraph, inspect
+from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
 from ee_surgery.refusals import check_weights
+from ee_surgery.share.weights import Weights
 
 
 @torch.inference_mode(False)  # weights that are made in inference mode can never learn
@@ -63,16 +67,78 @@ def attach(
                 f"The plan has features of shape {point.shape} at {point.name!r}, this model "
                 f"{graph[point.name].shape}: make the plan from this model's own graph."
             )
-    with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         built = [
             resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth, graph)
             for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
         ]
-        head = None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)
-    bank = BranchBank([made for _, made in built], head)
+        bank = BranchBank([made for _, made in built], _head(graph))
     return EarlyExitModel(graph, plan, [spec for spec, _ in built], bank)
 
 
-# A linear layer on what the model gives: what it was made for.
+@torch.inference_mode(False)
+def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], weights: Weights) -> EarlyExitModel:
+    """Put the branches of an adapter at its exits; each is measured without memory first: anyone may have written it.
+
+    Raises:
+        AdapterError: the stored tensors are not those of these branches; the first difference is named.
+        BranchError, ConfigError, UnknownNameError: there is no such branch, or it does not fit its features.
+    """
+    classes = graph.backbone.num_classes
+    branches: list[Branch] = []
+    with _seeded(0):
+        for depth, (spec, point) in enumerate(zip(specs, plan.points, strict=True)):
+            prefix = f"exits.{depth}."
+            if not BRANCHES[spec.name].reads_all:  # those copy the original, and are no larger
+                weights.check(_measured(spec, point, classes, depth, prefix, len(weights.shapes)), prefix)
+            branches.append(build(spec, point, classes, depth, graph))
+            weights.check(_named(branches[-1], prefix), prefix)
+        if graph.head is not None:
+            spec = _HEAD[graph.head.layout]
+            weights.check(_measured(spec, graph.head, classes, 0, "head.", len(weights.shapes)), "head.")
+        bank = BranchBank(branches, _head(graph))
+    weights.fill(bank)
+    return EarlyExitModel(graph, plan, specs, bank)
+
+
+def _measured(
+    spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str, most: int
+) -> dict[str, Tensor]:
+    """Tensors of a branch on the `meta` device, by name; at most so many."""
+    thread, count, options = get_ident(), 0, str(dict(spec.options))[:200]
+
+    def watch(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal count
+        count += get_ident() == thread  # the hook is the whole process's
+        if count > most:
+            raise AdapterError(f"Branch {spec.name!r} with {options} has more tensors than the {most} that are stored.")
+
+    handle = register_module_parameter_registration_hook(watch)
+    try:
+        with torch.device("meta"):
+            return _named(build(spec, point, classes, depth), prefix)
+    except SurgeryError:
+        raise
+    except Exception as error:  # sizes that no layer takes
+        raise AdapterError(f"Branch {spec.name!r} cannot be built with {options}: {str(error)[:200]}") from error
+    finally:
+        handle.remove()
+
+
+def _named(branch: Branch, prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in branch.state_dict().items()}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _head(graph: ModelGraph) -> Branch | None:
+    """A linear layer on what a model without a head gives: what it was made for."""
+    return None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)
+
+
 _HEAD = {layout: BranchSpec("pool" if layout in ("nchw", "vector") else "token") for layout in get_args(Layout)}

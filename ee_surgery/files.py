@@ -31,8 +31,8 @@ from filelock import FileLock
 
 Found = TypeVar("Found")
 
-LISTED = "files"
-"""Where a manifest holds the SHA-256 of each file, by its name (`assets/plot.png`)."""
+LISTED, DIGEST = "files", "digest"
+"""Where a manifest holds the SHA-256 of each file, by its name (`assets/plot.png`), and of its own other data."""
 _KINDS = {
     stat.S_IFIFO: "a fifo",
     stat.S_IFSOCK: "a socket",
@@ -103,7 +103,7 @@ class FolderChange:
         gone = (self.before.keys() | self.stray) - files.keys()
         for name in (*files, *gone):
             _refuse_linked_folders(self.folder, name)
-        text = json.dumps({**self.data, LISTED: files}, indent=1) + "\n"
+        text = json.dumps(sealed({**self.data, LISTED: files}), indent=1) + "\n"
         self.place(self.manifest).write_text(text, encoding="utf-8")
         _finish(self.staging, durable=True)
         ready = _ready(self.folder / self.manifest, files)
@@ -160,6 +160,12 @@ def listed(data: Mapping[str, Any]) -> Mapping[str, str]:
     files = data.get(LISTED)
     files = files if isinstance(files, dict) else {}
     return {name: digest for name, digest in files.items() if isinstance(digest, str) and _is_inside(name)}
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of a manifest with its digest, in which neither the order of keys nor the layout of the file counts."""
+    rest = {key: value for key, value in data.items() if key != DIGEST}
+    return {**rest, DIGEST: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def locate(manifest: Path, name: str, files: Mapping[str, str]) -> Path | None:

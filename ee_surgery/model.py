@@ -94,7 +94,7 @@ class EarlyExitModel(nn.Module):
 
     def receipt(self) -> Receipt:
         """Compare the original with when it was augmented: SHA-256 of every parameter and buffer, and its function."""
-        return Receipt(self._before, self._backbone.digests(), tuple(self._backbone.altered))
+        return Receipt(self._before, self._backbone.digests(), tuple(self._backbone.altered), self.own_base)
 
     @property
     def sample(self) -> Arguments:

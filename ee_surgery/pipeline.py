@@ -6,24 +6,25 @@ import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from ee_surgery.answers import OutputKey
-from ee_surgery.attach import attach
-from ee_surgery.backbone import Backbone, Identity, Sample, make_model
+from ee_surgery.attach import attach, attach_stored
+from ee_surgery.backbone import Backbone, Sample
 from ee_surgery.branches import BranchSpec
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
-from ee_surgery.graph.points import ModelGraph, inspect, read
+from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect, read
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.presets import PRESETS
-from ee_surgery.share.adapter import AdapterConfig, check_tensors, load_adapter, load_base
+from ee_surgery.share.adapter import AdapterConfig, load_adapter, load_base
+from ee_surgery.share.base import make_base
 from ee_surgery.share.hub import fetch
 from ee_surgery.share.probe import make_inputs
 from ee_surgery.share.processor import load_processor
@@ -191,8 +192,9 @@ def from_pretrained(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     other_base: bool = False,
+    own_base: bool = False,
 ) -> EarlyExitModel:
-    """Load an adapter onto its base.
+    """Load an adapter onto its base. Whoever wrote it: what is read is bounded and checked, and nothing is executed.
 
     Args:
         source: a folder written by `save_pretrained`, or a repository on the Hub such as `user/name`.
@@ -207,9 +209,11 @@ def from_pretrained(
         other_base: take a base with other weights than the branches were trained on, or one that computes something
             else with them, with a warning; kept in `provenance`. Nothing that was measured holds for it: calibrate
             again.
+        own_base: expect an adapter that brings the weights of its base along (`train(joint=True)`): another model than
+            the one it is named after. Without it such an adapter loads with a warning.
     Raises:
         HubError: the repository cannot be had.
-        AdapterError: a file is missing or damaged, or the base cannot be made from its id.
+        AdapterError: a file is missing, damaged or larger than it may be, or the base cannot be made from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
     folder = Path(source)
@@ -217,15 +221,23 @@ def from_pretrained(
     if not folder.is_dir():
         folder = fetch(str(source), revision=revision, **hub)
     model = None if model is None else unwrapped(model)
-    config, tensors, frontier = load_adapter(folder)
+    config, weights, frontier = load_adapter(folder)
     given = model
     if model is None:
-        model = _make_base(config.base, pretrained=not config.own_base, **hub)
+        model = make_base(config, folder, **hub)
     if config.own_base:
+        if not own_base:
+            warnings.warn(
+                f"{source} is another model than {config.base.hub_id or config.base.model_id!r}: it brings the weights "
+                "of its base along, and these answer. own_base=True says that this is expected.",
+                stacklevel=2,
+            )
         model = model if given is None else deepcopy(model)
         load_base(folder, model, config.files)
     if sample is None:
         sample = make_inputs(config.inputs, config.options)
+    if unknown := sorted(set(config.opaque) - {name for name, _ in model.named_modules()}):
+        raise AdapterError(f"{folder} keeps modules {unknown[:5]} whole, which {type(model).__name__} does not have.")
     backbone = Backbone(model, sample, config.opaque, config.head_classes, config.output if output is None else output)
     provenance = dict(config.provenance)
     if (differ := _difference(config, backbone)) is not None:
@@ -235,10 +247,8 @@ def from_pretrained(
         provenance.pop("evaluation", None)
         provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     graph = read(backbone, backbone.sample)
-    plan = ExitPlan(backbone.model_id, config.placement, tuple(graph[exit.name] for exit in config.exits))
-    branched = attach(graph, plan, [exit.branch for exit in config.exits])
-    check_tensors(tensors, branched.branches.state_dict(), folder)
-    branched.branches.load_state_dict(tensors)
+    plan = ExitPlan(backbone.model_id, config.placement, _points(graph, config))
+    branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], weights)
     branched.own_base = config.own_base
     branched.provenance = provenance
     branched.preprocessing = config.preprocessing or branched.preprocessing
@@ -246,6 +256,25 @@ def from_pretrained(
     branched.frontier = frontier
     branched.operate(config.operating_point)
     return branched
+
+
+def _points(graph: ModelGraph, config: AdapterConfig) -> tuple[ExitPoint, ...]:
+    """The exit points of an adapter in this very model.
+
+    Raises:
+        ExitPointError: there is none of a name.
+        AdapterError: features there are of another kind than stated, or exits come twice or out of order.
+    """
+    points = tuple(graph[exit.name] for exit in config.exits)
+    for stored, point in zip(config.exits, points, strict=True):
+        if (stored.shape, stored.layout) != (point.shape, point.layout):
+            raise AdapterError(
+                f"The adapter states features of shape {stored.shape} ({stored.layout}) at {stored.name!r}; this model "
+                f"has {point.shape} ({point.layout}) there for the same input."
+            )
+    if any(a.index >= b.index for a, b in pairwise(points)):
+        raise AdapterError(f"The exits of the adapter are not in the order of the model: {[p.name for p in points]}.")
+    return points
 
 
 def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | None:
@@ -267,24 +296,3 @@ def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | 
         "Something that is no tensor differs: an activation, pooling, stride or dilation, an epsilon, the number of "
         f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
     )
-
-
-def _make_base(base: Identity, pretrained: bool, **hub: Any) -> nn.Module:
-    advice = "Make it yourself and pass it: from_pretrained(folder, model=...)."
-    if base.library == "torch":
-        raise AdapterError(f"The base {base.model_id} is a plain torch module. {advice}")
-    if base.library == "transformers" and base.model_id == base.architecture:
-        raise AdapterError(f"The base {base.model_id} was built from a configuration, not loaded by a name. {advice}")
-    try:
-        return make_model(
-            base.library,
-            base.model_id,
-            revision=base.revision,
-            num_classes=base.num_classes,
-            architecture=base.architecture,
-            pretrained=pretrained,
-            hub_id=base.hub_id,
-            **hub,
-        )
-    except Exception as error:
-        raise AdapterError(f"The base {base.model_id} could not be made by {base.library}: {error} {advice}") from error

@@ -13,6 +13,8 @@ class Receipt:
     after: dict[str, str]
     altered: tuple[str, ...] = ()
     """What else its owner changed that decides what it computes: modules, hooks, attributes, active adapters."""
+    own_base: bool = False
+    """Whether the original is one that was trained along with the branches, or came with the adapter."""
 
     @property
     def changed(self) -> list[str]:
@@ -26,6 +28,7 @@ class Receipt:
 
     def __str__(self) -> str:
         if self.unchanged:
-            return f"unchanged: all {len(self.before)} parameters and buffers of the original, bit for bit (SHA-256)"
+            what = "the base that came with the branches" if self.own_base else "the original"
+            return f"unchanged: all {len(self.before)} parameters and buffers of {what}, bit for bit (SHA-256)"
         tensors = f"{len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
         return f"CHANGED: {tensors}" + (f"; {'; '.join(self.altered[:5])}" if self.altered else "")

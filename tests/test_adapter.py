@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 import ee_surgery as ee
+from benchmarks.mutations import edit
 from tests.zoo import BY_NAME, branched, original
 
 LOADER = """
@@ -90,32 +91,26 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _edit(path: Path, change: object) -> None:
-    data = json.loads(path.read_text())
-    change(data)  # pyright: ignore[reportCallIssue]
-    path.write_text(json.dumps(data))
-
-
 DAMAGE = {
     "truncated weights": (lambda f: _truncate(f / "ee_adapter.safetensors"), "missing or damaged"),
     "no weights": (lambda f: (f / "ee_adapter.safetensors").unlink(), "missing or damaged"),
     "truncated config": (lambda f: _truncate(f / "config.json"), "missing or damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "missing or damaged"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
-    "a field gone": (lambda f: _edit(f / "config.json", lambda d: d.pop("exits")), "damaged: KeyError"),
+    "a field gone": (lambda f: edit(f, lambda d: d.pop("exits")), "damaged: 'exits': Field required"),
     "other fingerprint": (
-        lambda f: _edit(f / "config.json", lambda d: d["base"].update(fingerprint="0" * 64)),
+        lambda f: edit(f, lambda d: d["base"].update(fingerprint="0" * 64)),
         "do not belong together",
     ),
-    "other format": (lambda f: _edit(f / "config.json", lambda d: d.update(format_version=99)), "format 99"),
-    "fewer exits": (lambda f: _edit(f / "config.json", lambda d: d["exits"].pop()), "no branch takes"),
+    "other format": (lambda f: edit(f, lambda d: d.update(format_version=99)), "format '99'.*upgrade"),
+    "fewer exits": (lambda f: edit(f, lambda d: d["exits"].pop()), "nothing takes"),
     "unknown exit": (
-        lambda f: _edit(f / "config.json", lambda d: d["exits"][0].update(name="layer7")),
+        lambda f: edit(f, lambda d: d["exits"][0].update(name="layer7")),
         "No exit point 'layer7'",
     ),
     "other branch": (
-        lambda f: _edit(f / "config.json", lambda d: d["exits"][0].update(branch={"name": "mlp"})),
-        "holds no tensor|has shape|no branch takes",
+        lambda f: edit(f, lambda d: d["exits"][0]["branch"].update(name="mlp")),
+        "holds no tensor|has shape|nothing takes",
     ),
 }
 
@@ -150,14 +145,16 @@ def test_saving_again_replaces_everything(tmp_path: Path) -> None:
     assert not list(folder.glob("*.partial*"))
 
 
-def test_a_transformers_base_is_found_again_by_its_id(tmp_path: Path) -> None:
+def test_no_folder_is_read_because_an_adapter_names_it(tmp_path: Path) -> None:
     model = original("hf-ViT")
     model.save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
     from transformers import AutoModelForImageClassification
 
     base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
     folder = ee.augment(base, 2).save_pretrained(tmp_path / "adapter")
-    assert ee.from_pretrained(folder).receipt().unchanged
+    with pytest.raises(ee.AdapterError, match=r"no files are read because an adapter says so.*model="):
+        ee.from_pretrained(folder)
+    assert ee.from_pretrained(folder, base).receipt().unchanged
 
 
 def test_a_timm_base_that_cannot_be_fetched_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

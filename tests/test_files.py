@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import ee_surgery as ee
+from benchmarks.mutations import edit_metadata
 from ee_surgery.files import atomic_write, change_folder, listed, read_manifest
 from ee_surgery.share.adapter import load_adapter, own_files
 from ee_surgery.share.card import update_card
@@ -124,7 +125,7 @@ def test_an_unfinished_move_is_read_without_writing_pushed_and_finished(
     config, stored, _ = load_adapter(folder)
     assert config.operating_point is not None
     assert config.operating_point.thresholds == (0.75,) * 3
-    assert all(torch.equal(stored[name], tensor) for name, tensor in _model().branches.state_dict().items())
+    assert all(torch.equal(stored.read(name), tensor) for name, tensor in _model().branches.state_dict().items())
     assert sorted(folder.rglob("*")) == there
     assert own_files(folder)["ee_adapter.safetensors"].read_bytes() != before
     assert all(not name.startswith(".") for name in own_files(folder))
@@ -233,7 +234,9 @@ def test_folders_from_before_digests_load_with_a_warning_and_get_them(tmp_path: 
     ee.calibrate(model, [BY_NAME["cifar-resnet20"].sample(8)])
     folder = model.save_pretrained(tmp_path / "adapter")
     data = read_manifest(folder / MANIFEST)
-    del data["files"], data["probe"]
+    del data["files"], data["probe"], data["digest"]
+    data["format_version"] = 2
+    edit_metadata(folder / "ee_adapter.safetensors", format_version="2")
     for upgrade in (lambda: update_card(folder), lambda: model.save_pretrained(folder)):
         (folder / MANIFEST).write_text(json.dumps(data))
         with pytest.warns(UserWarning, match="kept no digests"):

@@ -37,7 +37,8 @@ from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.files import atomic_write
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.pipeline import from_pretrained
-from ee_surgery.share.adapter import without_tensors
+from ee_surgery.share.adapter import CONFIG, without_tensors
+from ee_surgery.share.schema import ConfigForm, parse
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loss import batch_loss, relative_costs
 
@@ -79,6 +80,16 @@ class EarlyExitConfig(PreTrainedConfig):
             elif "num_labels" not in kwargs and base:
                 kwargs["num_labels"] = kwargs.get("head_classes") or base["num_classes"]
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EarlyExitConfig:
+        """What a `config.json` holds; of the keys that transformers would act upon, those of an adapter alone.
+
+        Raises:
+            AdapterError: it is not that of an adapter, or is damaged.
+        """
+        own = {key: config_dict[key] for key in ConfigForm.model_fields if key in config_dict}
+        return super().from_dict(parse(ConfigForm, own, Path(CONFIG)), **kwargs)
 
     @classmethod
     def of(cls, branched: EarlyExitModel, name: str = "") -> EarlyExitConfig:
@@ -146,6 +157,7 @@ class _EarlyExitForClassification(PreTrainedModel):
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
+        own_base: bool = False,
         **others: Any,
     ) -> _EarlyExitForClassification:
         """Load an adapter onto its base, as `ee_surgery.from_pretrained` does, ready to exit early.
@@ -159,6 +171,7 @@ class _EarlyExitForClassification(PreTrainedModel):
             dtype: cast base and branches to it after the base was recognised; `auto`: as they are.
             torch_dtype: older name of it.
             device_map: a device, or `auto` for the accelerator that there is.
+            own_base: expect an adapter that brings a base of its own, as for `ee_surgery.from_pretrained`.
             others: nothing else; `trust_remote_code` is not listened to, as nothing executable is ever read.
         Raises:
             ConfigError: an argument that has no meaning here, a base over several devices, another number of classes,
@@ -177,6 +190,7 @@ class _EarlyExitForClassification(PreTrainedModel):
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            own_base=own_base,
         )
         model = cls.of(branched, train_config)
         if config is not None:

@@ -6,7 +6,8 @@
     preprocessor_config.json  the image processor of a transformers base, where it was at hand
     base.safetensors          only where the base was trained along, and so exists nowhere else
 
-`config.json` is the manifest: it lists the SHA-256 of every file, and all of them change with it; see `files`.
+`config.json` is the manifest: it lists the SHA-256 of every file and of itself, and all change with it; see `files`.
+What the JSON files may hold is in `schema`.
 
 Not `adapter_config.json`: a repository with a file of that name which PEFT cannot read breaks
 `AutoModel.from_pretrained`.
@@ -19,28 +20,29 @@ import platform
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file, save_model
+from safetensors import SafetensorError
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
-from ee_surgery.errors import AdapterError, DataError
-from ee_surgery.files import FolderChange, change_folder, listed, locate, read_consistently, sha256
+from ee_surgery.errors import AdapterError
+from ee_surgery.files import DIGEST, FolderChange, change_folder, listed, locate, read_consistently, sealed, sha256
 from ee_surgery.graph.points import ExitPoint
 from ee_surgery.inputs import Arguments, tensors
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.share.probe import InputSpec, Probe
+from ee_surgery.share.schema import FORMAT_VERSION, OLD_FORMAT, ConfigForm, FrontierForm, check_size, parse, read_json
+from ee_surgery.share.weights import POLICY, TENSOR, Weights
 
-FORMAT_VERSION = 2
 CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "frontier.json", "base.safetensors"
 CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
 PROCESSOR = "preprocessor_config.json"
@@ -62,6 +64,11 @@ class AdapterExit:
     branch: BranchSpec
     trunk_macs: int
     branch_macs: int
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AdapterExit:
+        """What `dataclasses.asdict` gave, after a passage through JSON."""
+        return cls(**{**data, "shape": tuple(data["shape"]), "branch": BranchSpec(**data["branch"])})
 
 
 @dataclass(frozen=True)
@@ -152,30 +159,26 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AdapterConfig:
-        """What `to_dict` gave, after a passage through JSON."""
-        point = data["operating_point"]
-        exits = tuple(
-            AdapterExit(**{**e, "shape": tuple(e["shape"]), "branch": BranchSpec(**e["branch"])}) for e in data["exits"]
-        )
+        """What `to_dict` gave, after a passage through JSON and `ConfigForm`."""
+        point, output, classes = data["operating_point"], data["output"], data["head_classes"]
+        names = data["label_names"]
         return cls(
             base=Identity(**data["base"]),
-            inputs={
-                name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()
-            },
+            inputs={name: InputSpec.from_dict(spec) for name, spec in data["inputs"].items()},
             options=data["options"],
             opaque=tuple(data["opaque"]),
-            head_classes=data["head_classes"],
+            head_classes=classes,
             placement=data["placement"],
             base_macs=data["base_macs"],
-            exits=exits,
+            exits=tuple(AdapterExit.from_dict(exit) for exit in data["exits"]),
             operating_point=OperatingPoint.from_dict(point) if point else None,
-            label_names=data["label_names"],
+            label_names=names if names and len(names) == (classes or data["base"]["num_classes"]) else None,
             versions=data["versions"],
-            own_base=data.get("own_base", False),
-            preprocessing=data.get("preprocessing"),
-            output=tuple(output) if isinstance(output := data.get("output"), list) else output,
-            provenance=data.get("provenance", {}),
-            probe=Probe.from_dict(data["probe"]) if data.get("probe") else None,
+            own_base=data["own_base"],
+            preprocessing=data["preprocessing"],
+            output=tuple(output) if isinstance(output, list) else output,
+            provenance=data["provenance"],
+            probe=Probe.from_dict(data["probe"]) if data["probe"] else None,
             files=listed(data),
         )
 
@@ -264,6 +267,7 @@ def save_adapter(
         save_model(base, str(change.place(BASE)))
     if traced is not None:
         change.place(FRONTIER).write_text(json.dumps(traced, indent=1) + "\n", encoding="utf-8")
+        check_size(change.place(FRONTIER))
     change.data = described
     change.kept.clear()
     change.stray |= {FRONTIER, BASE, PLOT, RESULTS}
@@ -285,87 +289,66 @@ def _sort_metadata(path: Path) -> None:
 def without_tensors(value: Any, found: dict[str, Tensor]) -> Any:
     """Plain data with a name in place of each tensor, which goes to `found`; the same tensor once."""
     if isinstance(value, Tensor):
-        name = next((name for name, tensor in found.items() if tensor is value), f"{_POLICY}{len(found)}")
+        name = next((name for name, tensor in found.items() if tensor is value), f"{POLICY}{len(found)}")
         found[name] = value
-        return {_TENSOR: name}
+        return {TENSOR: name}
     if isinstance(value, Mapping):
         return {key: without_tensors(item, found) for key, item in value.items()}
     return [without_tensors(item, found) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _with_tensors(value: Any, stored: Mapping[str, Tensor]) -> Any:
+def _with_tensors(value: Any, stored: Weights) -> Any:
     """What `without_tensors` was given."""
     if isinstance(value, dict):
-        if value.keys() == {_TENSOR}:
-            return stored[value[_TENSOR]]
+        if value.keys() == {TENSOR}:
+            return stored.policy(value[TENSOR])
         return {key: _with_tensors(item, stored) for key, item in value.items()}
     return [_with_tensors(item, stored) for item in value] if isinstance(value, list) else value
 
 
-_TENSOR, _POLICY = "tensor", "policy."
 _READ = (WEIGHTS, FRONTIER, BASE)
-_FOR_OTHERS = ("model_type", "format_version", "image_processor_type", "pretrained_cfg")
 
 
-def _known(kind: type, data: Mapping[str, Any], where: str, unknown: list[str]) -> dict[str, Any]:
-    """The fields of a dataclass in plain data that a newer version may have written; names of others to `unknown`."""
-    names = {field.name for field in fields(kind)}
-    unknown.extend(f"{where}.{key}".removeprefix(".") for key in data if key not in names)
-    return {key: value for key, value in data.items() if key in names}
-
-
-def _known_config(data: Mapping[str, Any], unknown: list[str]) -> dict[str, Any]:
-    own = {key: value for key, value in data.items() if key not in _FOR_OTHERS}
-    config = _known(AdapterConfig, own, "", unknown)
-    config["base"] = _known(Identity, data["base"], "base", unknown)
-    if data.get("probe"):
-        config["probe"] = _known(Probe, data["probe"], "probe", unknown)
-    config["inputs"] = {name: _known(InputSpec, spec, "inputs", unknown) for name, spec in data["inputs"].items()}
-    exits = [_known(AdapterExit, exit, "exits", unknown) for exit in data["exits"]]
-    config["exits"] = [
-        {**exit, "branch": _known(BranchSpec, exit["branch"], "exits.branch", unknown)} for exit in exits
-    ]
-    if data["operating_point"]:
-        config["operating_point"] = _known(OperatingPoint, data["operating_point"], "operating_point", unknown)
-    return config
-
-
-def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Frontier | None]:
-    """Read an adapter folder, while others may be saving into it.
+def load_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]:
+    """Read an adapter folder, while others may be saving into it. Tensors of branches are left in their file.
 
     Raises:
         AdapterError: a file is missing, damaged, of another format, or the files do not belong together.
     """
     if not folder.is_dir():
         raise AdapterError(f"No adapter folder at {folder}. A local folder written by save_pretrained is expected.")
-    config, stored, frontier, unknown = read_consistently(folder / CONFIG, lambda: _read_adapter(folder))
+    config, weights, frontier = read_consistently(folder / CONFIG, lambda: _read_adapter(folder))
     if not config.files:
         warnings.warn(
-            f"{folder} was saved by a version that kept no digests of its files, so that a mixture of two adapters "
-            "cannot be told. Save it again.",
+            f"{folder} was saved by a version that kept no digests of its files, so that damage and a mixture of two "
+            "adapters cannot be told. Save it again.",
             stacklevel=3,
         )
-    if unknown:
-        newer = sorted(set(unknown))
-        warnings.warn(f"{folder} holds what this version does not know, and leaves out: {newer}.", stacklevel=3)
-    return config, stored, frontier
+    return config, weights, frontier
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of an adapter folder as it is.
+    """The `config.json` of an adapter folder as plain data of the form `ConfigForm`.
 
     Raises:
         AdapterError: it is missing, damaged, of another format, or of another kind of model.
     """
-    data = _read_json(folder / CONFIG)
+    path = folder / CONFIG
+    data = read_json(path)
     kind, written = data.get("model_type"), data.get("format_version")
-    if kind != "ee_surgery" or written != FORMAT_VERSION:
+    if kind != "ee_surgery" or written not in (FORMAT_VERSION, OLD_FORMAT):
         newer = isinstance(written, int) and written > FORMAT_VERSION
         raise AdapterError(
-            f"{folder / CONFIG} is of type {kind!r}, format {written!r}; this version reads type 'ee_surgery', format "
-            f"{FORMAT_VERSION}.{' A newer ee-surgery wrote it: upgrade with pip.' if newer else ''}"
+            f"{path} is of type {str(kind)[:100]!r}, format {str(written)[:100]!r}; this version reads type "
+            f"'ee_surgery', formats {OLD_FORMAT} and {FORMAT_VERSION}."
+            f"{' A newer ee-surgery wrote it: upgrade with pip.' if newer else ''}"
         )
-    return data
+    if (written == FORMAT_VERSION or DIGEST in data) and sealed(data) != data:
+        raise AdapterError(
+            f"{path} is damaged or was edited by hand: it does not have the digest that it states. Save the adapter "
+            "again; `ee-surgery card` changes what the card says."
+        )
+    return parse(ConfigForm, data, path)
 
 
 def own_files(folder: Path) -> dict[str, Path]:
@@ -400,35 +383,68 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
     return path or folder / name
 
 
-def _read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Frontier | None, list[str]]:
+def _read_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]:
     data = read_config(folder)
     files = listed(data)
-    try:
-        with safe_open(find_file(folder, WEIGHTS, files), framework="pt") as file:
-            meta = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} is missing or damaged: {error}. Save the adapter again.") from error
-    unknown: list[str] = []
-    try:
-        config = AdapterConfig.from_dict(_with_tensors(_known_config(data, unknown), stored))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{folder / CONFIG} is damaged: {error!r}. Save the adapter again.") from error
-    if meta.get("fingerprint") != config.base.fingerprint or meta.get("format_version") != str(FORMAT_VERSION):
+    weights = Weights(find_file(folder, WEIGHTS, files), folder / WEIGHTS)
+    with _damage(folder / CONFIG):
+        config = AdapterConfig.from_dict(_with_tensors(data, weights))
+    expected = {"fingerprint": config.base.fingerprint, "format_version": str(data["format_version"])}
+    if {name: weights.metadata.get(name) for name in expected} != expected:
         raise AdapterError(
-            f"{WEIGHTS} and {CONFIG} in {folder} do not belong together: fingerprints {meta.get('fingerprint')} and "
-            f"{config.base.fingerprint}. One of them was replaced or edited; save the adapter again."
+            f"{WEIGHTS} and {CONFIG} in {folder} do not belong together: one of them was replaced or edited. Save the "
+            "adapter again."
         )
     frontier = None
     # One that is not listed is left from an interrupted save; before there were lists, its being there was the list.
     if FRONTIER in files or (not files and (folder / FRONTIER).exists()):
-        try:
-            traced = _read_json(find_file(folder, FRONTIER, files))
-            traced["points"] = [_known(OperatingPoint, point, "points", unknown) for point in traced["points"]]
-            frontier = Frontier.from_dict(_with_tensors(traced, stored))
-        except (DataError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{folder / FRONTIER} is damaged: {error}") from error
-    return config, {name: t for name, t in stored.items() if not name.startswith(_POLICY)}, frontier, unknown
+        path = find_file(folder, FRONTIER, files)
+        traced = parse(FrontierForm, read_json(path), folder / FRONTIER)
+        if traced["exits"] != (expected := [*(exit.name for exit in config.exits), "original"]):
+            raise AdapterError(f"{folder / FRONTIER} is of exits {traced['exits'][:10]}, {CONFIG} of {expected[:10]}.")
+        with _damage(folder / FRONTIER):
+            frontier = Frontier.from_dict(_with_tensors(traced, weights))
+    _check_scores(config, frontier, folder)
+    return config, weights, frontier
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What the form cannot know: fields of fitted scores, which anyone may register."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged: {str(error)[:300]} Save the adapter again.") from error
+
+
+def _check_scores(config: AdapterConfig, frontier: Frontier | None, folder: Path) -> None:
+    """Ask each fitted score once for each exit.
+
+    Raises:
+        AdapterError: one is not for as many exits and classes.
+    """
+    points = [*([] if config.operating_point is None else [config.operating_point]), *(frontier or ())]
+    asked: set[str] = set()
+    asked_tensors: dict[str, Tensor] = {}  # many points share one score
+    classes = config.head_classes or config.base.num_classes
+    logits = torch.linspace(-1, 1, 2 * classes).view(2, classes)
+    for score in (point.score for point in points):
+        if isinstance(score, str) or (key := str(without_tensors(score.to_dict(), asked_tensors))) in asked:
+            continue
+        asked.add(key)
+        state = ()
+        for k in range(len(config.exits)):
+            try:
+                found, state = score(logits, torch.zeros(2), state, k)
+            except Exception as error:  # of whatever its own code makes of the numbers
+                found = error
+            if not isinstance(found, Tensor) or found.shape != (2,):
+                raise AdapterError(
+                    f"{folder}: the score {score.kind!r} is not for {len(config.exits)} exits and {classes} classes. "
+                    "Save the adapter again."
+                )
 
 
 def load_base(folder: Path, model: nn.Module, files: Mapping[str, str]) -> None:
@@ -439,37 +455,9 @@ def load_base(folder: Path, model: nn.Module, files: Mapping[str, str]) -> None:
     Raises:
         AdapterError: the file is missing or damaged, another one by now, or the model is of another shape.
     """
-    try:
-        load_model(model, find_file(folder, BASE, files))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise AdapterError(f"{folder / BASE} does not fit a {type(model).__name__}: {error}") from error
+    stored_base(folder, files).fill(model, base=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path} is missing or damaged: {error}. Save the adapter again.") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, not an object. Save the adapter again.")
-    return data
-
-
-def check_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path) -> None:
-    """Compare names and shapes of stored tensors with those of the branches they are for.
-
-    Raises:
-        AdapterError: they differ; the damage is named.
-    """
-    for name, tensor in expected.items():
-        if name not in stored:
-            raise AdapterError(f"{folder / WEIGHTS} holds no tensor {name!r} that the branches need.")
-        if stored[name].shape != tensor.shape:
-            raise AdapterError(
-                f"{folder / WEIGHTS}: {name!r} has shape {tuple(stored[name].shape)}, the branch {tuple(tensor.shape)}."
-            )
-        if not torch.isfinite(stored[name].double()).all():
-            raise AdapterError(f"{folder / WEIGHTS}: {name!r} holds values that are not finite.")
-    extra = sorted(stored.keys() - expected.keys())
-    if extra:
-        raise AdapterError(f"{folder / WEIGHTS} holds tensors that no branch takes: {extra[:5]}.")
+def stored_base(folder: Path, files: Mapping[str, str]) -> Weights:
+    """The tensors of the base that is stored in the folder, left in their file; errors as for `load_base`."""
+    return Weights(find_file(folder, BASE, files), folder / BASE)

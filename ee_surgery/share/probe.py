@@ -40,6 +40,11 @@ class InputSpec:
         highest = int(tensor.max()) if whole and not tensor.is_meta else 0
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), highest)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
+        """What `dataclasses.asdict` gave, after a passage through JSON."""
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
     def make(self, generator: torch.Generator) -> Tensor:
         """A tensor of that kind: normal numbers, or integers from 1 to the highest."""
         dtype = getattr(torch, self.dtype)
