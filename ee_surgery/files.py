@@ -20,11 +20,12 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock
 
@@ -32,6 +33,13 @@ Found = TypeVar("Found")
 
 LISTED = "files"
 """Where a manifest holds the SHA-256 of each file, by its name (`assets/plot.png`)."""
+_KINDS = {
+    stat.S_IFIFO: "a fifo",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 _PATIENCE = 600.0  # seconds that a writer waits for another one
 
 
@@ -183,10 +191,42 @@ def read_consistently(manifest: Path, read: Callable[[], Found]) -> Found:
             return found
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading: never waits, as opening a fifo would.
+
+    Raises:
+        OSError: it is missing, or something else: a folder, a fifo, a socket, a device, a link that leads nowhere.
+    """
+    # Without O_NONBLOCK opening a fifo waits for a writer; reads of regular files are the same with it.
+    extra = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra))  # noqa: SIM115 (handed on)
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise OSError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file.")
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """What a regular file holds.
+
+    Args:
+        limit: bytes that it may hold.
+    Raises:
+        OSError: it is missing, no regular file, or larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        found = b"" if size > limit else file.read(limit + 1)  # one that grows meanwhile too
+    if size > limit or len(found) > limit:
+        raise OSError(f"{path} holds {max(size, len(found))} bytes; {limit} at most are read.")
+    return found
+
+
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
+    """SHA-256 of a regular file, as hex."""
     found = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
@@ -287,12 +327,12 @@ def _is(path: Path, digest: str) -> bool:
 def _state(manifest: Path) -> tuple[tuple[int, ...], list[str]]:
     """Which manifest it is, and which files are still on their way to their places."""
     try:
-        stat = manifest.stat()
+        found = manifest.stat()
     except OSError:
         return (), []
     ready = manifest.parent.glob(f".{escape(manifest.name)}.*.new")
     waiting = [os.path.join(place, name) for path in ready for place, _, names in os.walk(path) for name in names]
-    return (stat.st_ino, stat.st_size, stat.st_mtime_ns), sorted(waiting)
+    return (found.st_ino, found.st_size, found.st_mtime_ns), sorted(waiting)
 
 
 def _sync(path: Path) -> None:
