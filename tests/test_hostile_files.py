@@ -410,9 +410,9 @@ def test_pulling_copies_only_the_adapter_s_own_files(
 # --- the image processor
 
 
-def _vit() -> nn.Module:
+def _vit() -> Any:
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-                                    image_size=32, patch_size=8, num_labels=5)  # fmt: skip
+                                    image_size=32, patch_size=8)  # fmt: skip
     return transformers.ViTForImageClassification(config).eval()
 
 
