@@ -22,7 +22,7 @@ from ee_surgery.backbone import Backbone, make_model
 from ee_surgery.files import atomic_write
 from ee_surgery.report import adapter_table, frontier_table, graph_table
 from ee_surgery.runtime.measure import measure
-from ee_surgery.share.adapter import CONFIG, load_adapter
+from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
 from ee_surgery.share.processor import picture_transform
@@ -252,7 +252,9 @@ def pull(
         if out is not None:
             try:
                 with atomic_write(out) as partial:
-                    shutil.copytree(folder, partial)
+                    for name, path in own_files(folder).items():
+                        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(path, partial / name)
                 folder = out
             except OSError as error:
                 raise ee.AdapterError(f"Cannot copy {repo_id} to {out}: {error}. Nothing was left there.") from error

@@ -9,8 +9,11 @@ that names them all:
     ee_adapter.safetensors, ...         moved out of it, one after the other             killed here: as it shall be
 
 In the last step a listed file may still lie in the `.new` folder, whose name follows from the list: readers take it
-from there (`locate`), writing nothing, and the next writer finishes the move. Nothing is ever written through a link:
-new files are made in a folder that was made for them, and a rename replaces a link itself.
+from there (`locate`), writing nothing, and the next writer finishes the move.
+
+A folder may come from a stranger. Nothing is written through its links: new files are made in a folder that was made
+for them, and a rename replaces a link itself. Nothing is moved into place but what the manifest lists, and nothing but
+regular files is read.
 """
 
 from __future__ import annotations
@@ -28,18 +31,15 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock
+from pydantic_core import from_json
 
 Found = TypeVar("Found")
 
 LISTED, DIGEST = "files", "digest"
 """Where a manifest holds the SHA-256 of each file, by its name (`assets/plot.png`), and of its own other data."""
-_KINDS = {
-    stat.S_IFIFO: "a fifo",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
+JSON_LIMIT = 4 << 20
+"""Bytes that a manifest, or another JSON file, may hold: a hundred times what they take."""
+_MOST_FILES = 256  # that a manifest may list
 _PATIENCE = 600.0  # seconds that a writer waits for another one
 
 
@@ -103,6 +103,8 @@ class FolderChange:
         gone = (self.before.keys() | self.stray) - files.keys()
         for name in (*files, *gone):
             _refuse_linked_folders(self.folder, name)
+        for name in (self.manifest, *new):
+            _refuse_folder(self.folder / name)
         text = json.dumps(sealed({**self.data, LISTED: files}), indent=1) + "\n"
         self.place(self.manifest).write_text(text, encoding="utf-8")
         _finish(self.staging, durable=True)
@@ -119,8 +121,10 @@ class FolderChange:
         _sync(self.folder)
         _roll_forward(self.folder / self.manifest)
         for name in gone:
-            if name in self.stray or _is(self.folder / name, self.before[name]):  # never what its user made of it
-                (self.folder / name).unlink(missing_ok=True)
+            path = self.folder / name
+            mine = not _is_folder(path) if name in self.stray else _is(path, self.before[name])
+            if mine:  # never what its user made of it
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -149,16 +153,18 @@ def change_folder(folder: Path, manifest: str) -> Iterator[FolderChange]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest as plain data; nothing where there is none, or none that can be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def listed(data: Mapping[str, Any]) -> Mapping[str, str]:
-    """SHA-256 of each file that a manifest lists, by name; nothing for one from before there were lists."""
+    """SHA-256 of each file that a manifest lists, by name; nothing for one from before there were lists.
+
+    Names that lead out of the folder are left out, and so is a list of more names than any writer makes.
+    """
     files = data.get(LISTED)
-    files = files if isinstance(files, dict) else {}
+    files = files if isinstance(files, dict) and len(files) <= _MOST_FILES else {}
     return {name: digest for name, digest in files.items() if isinstance(digest, str) and _is_inside(name)}
 
 
@@ -172,15 +178,38 @@ def locate(manifest: Path, name: str, files: Mapping[str, str]) -> Path | None:
     """Where the very file lies that a manifest's list means; None where it does not.
 
     A name that is not listed, or a list of no files, is taken as it is.
+
+    Raises:
+        OSError: a file that is not listed is no regular file.
     """
     place = manifest.parent / name
     if name not in files:
-        return place if place.exists() else None
+        if not os.path.lexists(place):
+            return None
+        open_regular(place).close()
+        return place
     # Its place is looked at twice: a writer may move it there in between.
     for path in (place, _ready(manifest, files) / name, place):
         if _is(path, files[name]):
             return path
     return None
+
+
+def by_hand(folder: Path, name: str) -> Path | None:
+    """Where a file lies that no digest vouches for: in the folder itself; None where it is missing.
+
+    Raises:
+        OSError: it is no regular file, or a link, lies behind one, or is another name of some file.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    if _behind_link(folder, name):
+        raise OSError(f"{path} is a link, or lies behind one, and could be any file of this machine.")
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise OSError(f"{path} is a second name of another file of this machine (a hard link): copy it.")
+    return path
 
 
 def read_consistently(manifest: Path, read: Callable[[], Found]) -> Found:
@@ -209,7 +238,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     mode = os.fstat(file.fileno()).st_mode
     if not stat.S_ISREG(mode):
         file.close()
-        raise OSError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file.")
+        raise OSError(f"{path} is {_kind(mode)}, not a regular file.")
     return file
 
 
@@ -229,6 +258,21 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     return found
 
 
+def read_object(path: str | os.PathLike[str], limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The JSON object that a regular file holds.
+
+    Args:
+        limit: bytes that it may hold.
+    Raises:
+        OSError: see `read_bytes`.
+        ValueError: it is no JSON, nested too deep, holds numbers of thousands of digits, or is no object.
+    """
+    data = from_json(read_bytes(path, limit), allow_inf_nan=False)  # bounded, where the standard library is not
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a regular file, as hex."""
     found = hashlib.sha256()
@@ -246,6 +290,7 @@ def _writer(path: Path) -> Iterator[None]:
     """Take turns with other writers of `path`; what killed ones left of it goes."""
     # The lock file goes with its last holder; filelock drops a lock on a file that was removed meanwhile.
     lock = path.with_name(f".{path.name}.lock")
+    _check_lock(lock)
     with FileLock(lock, timeout=_PATIENCE):
         try:
             for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
@@ -267,14 +312,27 @@ def _staging(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _check_lock(lock: Path) -> None:
+    """Refuse what is no lock file: filelock would wait at a fifo, or empty the file behind a link."""
+    with suppress(FileNotFoundError):
+        found = lock.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            kind = "a second name of another file" if stat.S_ISREG(found.st_mode) else _kind(found.st_mode)
+            raise OSError(f"{lock} is {kind}, not a lock file: remove it.")
+
+
 def _roll_forward(manifest: Path) -> None:
-    """Move the files that an accepted change has ready to their places, and remove those of one that never was."""
+    """Move the files that an accepted change has ready to their places, and remove those of one that never was.
+
+    Anyone may have prepared them: only the very files that the manifest lists are moved, and none out of a link.
+    """
     folder = manifest.parent
     files = listed(read_manifest(manifest))
     ready = _ready(manifest, files)
-    for name in files:
-        if (ready / name).is_file():
+    for name, digest in files.items() if _is_folder(ready) else ():
+        if not _behind_link(ready, name) and _is(ready / name, digest):
             _refuse_linked_folders(folder, name)
+            _refuse_folder(folder / name)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(ready / name, folder / name)
             _sync((folder / name).parent)
@@ -284,13 +342,46 @@ def _roll_forward(manifest: Path) -> None:
 
 def _is_inside(name: str) -> bool:
     """Whether a name out of a manifest, which anyone may have written, stays in its folder."""
-    return bool(name) and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+    path = PurePath(name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _refuse_linked_folders(folder: Path, name: str) -> None:
     for parent in PurePath(name).parents:
         if parent != PurePath() and (folder / parent).is_symlink():
             raise OSError(f"{folder / parent} is a link, and nothing is written through links: remove it.")
+
+
+def _refuse_folder(path: Path) -> None:
+    if _is_folder(path):
+        raise OSError(f"{path} is a folder, where a file belongs: remove it.")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _behind_link(folder: Path, name: str) -> bool:
+    """Whether a file in a folder, or a folder on the way to it, is a link."""
+    path = PurePath(name)
+    return any((folder / part).is_symlink() for part in (path, *path.parents[:-1]))
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFIFO: "a fifo",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a link",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
 
 
 def _ready(manifest: Path, files: Mapping[str, str]) -> Path:
@@ -316,7 +407,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -337,7 +428,8 @@ def _state(manifest: Path) -> tuple[tuple[int, ...], list[str]]:
     except OSError:
         return (), []
     ready = manifest.parent.glob(f".{escape(manifest.name)}.*.new")
-    waiting = [os.path.join(place, name) for path in ready for place, _, names in os.walk(path) for name in names]
+    folders = [path for path in ready if _is_folder(path)]
+    waiting = [os.path.join(place, name) for path in folders for place, _, names in os.walk(path) for name in names]
     return (found.st_ino, found.st_size, found.st_mtime_ns), sorted(waiting)
 
 

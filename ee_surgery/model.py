@@ -371,7 +371,7 @@ class EarlyExitModel(nn.Module):
         base = self.original if self.own_base else None
         with change_adapter(folder) as change:
             save_adapter(change, config, self.branches.state_dict(), self.frontier, base)
-            save_processor(change, self.processor or find_processor(self._backbone, cached=True))
+            save_processor(change, self.processor or find_processor(self._backbone, cached=True), self._backbone)
             save_card(change, config, self.frontier, str(receipt), CardInfo.stored(config, {}))
         return folder
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+from ee_surgery.errors import DataError
+from ee_surgery.picture_settings import processor_arguments, shown
 
 _FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
 _PROBE = (512, 512)  # a square picture: processors that keep its proportions answer with a square
@@ -87,25 +91,99 @@ def _is_grid(size: object) -> bool:
     return isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
 
 
-def named_processor(model_id: str, revision: str | None, *, cached: bool) -> Any:
+def named_processor(model: nn.Module, model_id: str, revision: str | None, *, cached: bool) -> Any:
     """The image processor under the name of a transformers model; `cached`: without asking the Hub.
 
+    The repository of a base may be a stranger's too: its settings are read as those of an adapter are.
+
+    Args:
+        model: the model of that name, which decides on the class.
     Raises:
         OSError, ValueError: it cannot be had.
     """
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import get_image_processor_config
 
-    return AutoImageProcessor.from_pretrained(
-        model_id, revision=revision, local_files_only=cached, trust_remote_code=False
-    )
+    settings = get_image_processor_config(model_id, revision=revision, local_files_only=cached)
+    if not settings:
+        raise OSError(f"{model_id} has no preprocessor_config.json{' in the local cache' if cached else ''}.")
+    return build_processor(settings, model, related=True)
 
 
-def processor_shape(model_id: str, revision: str | None) -> Shape | None:
-    """(C, H, W) that the image processor under this name makes; None without one in the local cache."""
+def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: bool = False) -> Any:
+    """An image processor of transformers from the settings in its file, which anyone may have written.
+
+    Built from plain settings, never from a folder: some classes of transformers read a file, or ask the Hub for one,
+    that a setting names.
+
+    Args:
+        model: the one that pictures are prepared for; its type of configuration decides on the class.
+        related: take the class of another type of image classifier too, as checkpoints that were converted name it.
+            So it is anyhow for models that have no class of their own.
+    Raises:
+        DataError: the file names another class, or settings that are no plain ones.
+    """
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    own = _own_classes(model)
+    chosen: Any = own[0] if own and named is None else _find_class(own, named)
+    if chosen is None and (related or not own):
+        chosen = _find_class(_classes_of_classifiers(), named)
+    if chosen is None:
+        wanted = " or ".join(dict.fromkeys(_kind(found.__name__) for found in own)) or "one of an image classifier"
+        raise DataError(f"it is of the class {shown(named)}; pictures for this base are prepared by {wanted}.")
+    arguments, unknown = processor_arguments(settings, chosen.valid_kwargs.__annotations__)
+    if unknown:
+        some = ", ".join(unknown[:5])
+        warnings.warn(f"{chosen.__name__} has no such settings; they are left out: {some}.", stacklevel=3)
+    return chosen(**arguments)
+
+
+def _find_class(classes: list[type], name: object) -> type | None:
+    """The class of this name, or the one of another backend that replaced it."""
+    if not isinstance(name, str):
+        return None
+    exact = (found for found in classes if found.__name__ == name)
+    return next(exact, next((found for found in classes if _kind(found.__name__) == _kind(name)), None))
+
+
+def _kind(name: str) -> str:
+    """Name of a class of processors, whatever backend it is for, and as it was called earlier."""
+    return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+
+
+def _own_classes(model: nn.Module) -> list[type]:
+    """Image processors that transformers, or its user, registered for this type of model; the preferred one first."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    found: Any = IMAGE_PROCESSOR_MAPPING.get(type(getattr(model, "config", None)), None)  # pyright: ignore[reportArgumentType]
+    return _usable(found)
+
+
+def _classes_of_classifiers() -> list[type]:
+    """Image processors of all types of image classifiers that transformers knows: none of them reads files."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    kinds = [CONFIG_MAPPING[name] for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
+    return [found for kind in kinds for found in _usable(IMAGE_PROCESSOR_MAPPING.get(kind, None))]
+
+
+def _usable(registered: Any) -> list[type]:
+    """Classes by backend, that for torchvision first. timm's wrapper takes no settings but timm's own."""
+    if isinstance(registered, Mapping):
+        registered = [registered.get("torchvision"), *registered.values()]
+    elif not isinstance(registered, (list, tuple)):
+        registered = [registered]
+    known = [found for found in registered if isinstance(found, type) and not getattr(found, "is_dummy", False)]
+    return [found for found in dict.fromkeys(known) if found.__name__ != "TimmWrapperImageProcessor"]
+
+
+def processor_shape(model: nn.Module, model_id: str, revision: str | None) -> Shape | None:
+    """(C, H, W) that the image processor under this name makes for a model; None without one in the local cache."""
     from PIL import Image
 
     try:
-        processor = named_processor(model_id, revision, cached=True)
+        processor = named_processor(model, model_id, revision, cached=True)
         found = processor(Image.new("RGB", _PROBE), return_tensors="pt")["pixel_values"][0]
     except Exception:  # whatever is wrong with it: the configuration says a size too
         return None

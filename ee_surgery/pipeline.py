@@ -27,7 +27,7 @@ from ee_surgery.share.adapter import AdapterConfig, load_adapter, load_base
 from ee_surgery.share.base import make_base
 from ee_surgery.share.hub import fetch
 from ee_surgery.share.probe import make_inputs
-from ee_surgery.share.processor import load_processor
+from ee_surgery.share.processor import load_preprocessing, load_processor
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, halves
 from ee_surgery.training.labels import ClassMap
@@ -251,8 +251,8 @@ def from_pretrained(
     branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], weights)
     branched.own_base = config.own_base
     branched.provenance = provenance
-    branched.preprocessing = config.preprocessing or branched.preprocessing
-    branched.processor = load_processor(folder, config.files)
+    branched.preprocessing = load_preprocessing(folder, config.preprocessing) or branched.preprocessing
+    branched.processor = load_processor(folder, config.files, backbone)
     branched.frontier = frontier
     branched.operate(config.operating_point)
     return branched

@@ -61,7 +61,7 @@ def _transformers_sample(
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         shape = (int(getattr(vision, "num_channels", 3)), height, width)
         # Some configurations state the size that the model was pretrained at, or none.
-        made = processor_shape(*named) if named else None
+        made = processor_shape(model, *named) if named else None
         if made is not None and made != shape and takes(made):
             shape = made
     return torch.randn(4, *shape, generator=generator)

@@ -363,7 +363,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def paths_info(self, repo: str, revision: str) -> None:
         commit = self.hub.at(self.repo(repo), revision)
-        asked = json.loads(self.body)["paths"]
+        if "json" in self.headers.get("Content-Type", ""):
+            asked = json.loads(self.body)["paths"]
+        else:
+            asked = parse_qs(self.body.decode()).get("paths", [])
         self.answer([_entry(path, commit.files[path]) for path in asked if path in commit.files])
 
     def preupload(self, repo: str, revision: str) -> None:

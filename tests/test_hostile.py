@@ -16,9 +16,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 import ee_surgery as ee
 from benchmarks.hostile import FAULTS, Subject, judge, make_subjects, use
 from benchmarks.mutations import CONFIG, FRONTIER, WEIGHTS, edit, edit_metadata, edit_tensors, mutate
-from ee_surgery.files import read_manifest
+from ee_surgery.files import JSON_LIMIT, read_manifest
 from ee_surgery.share.adapter import load_adapter
-from ee_surgery.share.schema import LARGEST_JSON
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no more than answers that have nothing to do")
 
@@ -155,7 +154,7 @@ def test_every_flipped_bit_of_json_and_tensors_is_seen(subjects: dict[str, Subje
 
 
 def test_a_huge_or_deep_file_is_not_even_parsed(subjects: dict[str, Subject], folder: Path) -> None:
-    for text, message in ((" " * (LARGEST_JSON + 1), "bytes"), ("[" * 10**6, "recursion"), ("9" * 10**6, "range")):
+    for text, message in ((" " * (JSON_LIMIT + 1), "bytes"), ("[" * 10**6, "recursion"), ("9" * 10**6, "range")):
         (folder / CONFIG).write_text(text)
         with pytest.raises(ee.AdapterError, match=message):
             _load(folder, subjects)
@@ -175,7 +174,7 @@ def test_a_base_is_no_larger_than_its_tensors(subjects: dict[str, Subject], tmp_
     for key, value in (("num_classes", 90_000), ("model_id", "vit_giant_patch14_dinov2")):
         folder = shutil.copytree(subjects["own base"].folder, tmp_path / key)
         edit(folder, lambda data, key=key, value=value: data["base"].update({key: value}))
-        with pytest.raises(ee.AdapterError, match="has shape|holds no tensor"):
+        with pytest.raises(ee.AdapterError, match=r"has shape|holds no tensor"):
             ee.from_pretrained(folder, own_base=True, local_files_only=True)
 
 
@@ -202,7 +201,7 @@ def test_keys_that_transformers_acts_upon_do_not_reach_it(subjects: dict[str, Su
     assert config.id2label[0] != "evil"
     assert getattr(config, "quantization_config", None) is None
     assert config._attn_implementation != "evil/kernel"
-    with pytest.raises(ee.AdapterError, match="_attn_implementation|quantization_config|torch_dtype"):
+    with pytest.raises(ee.AdapterError, match=r"_attn_implementation|quantization_config|torch_dtype"):
         AutoModelForImageClassification.from_pretrained(folder, base_model=subjects["thresholds"].make())
 
 

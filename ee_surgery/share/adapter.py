@@ -34,9 +34,22 @@ from torch import Tensor, nn
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
 from ee_surgery.errors import AdapterError
-from ee_surgery.files import DIGEST, FolderChange, change_folder, listed, locate, read_consistently, sealed, sha256
+from ee_surgery.files import (
+    DIGEST,
+    JSON_LIMIT,
+    FolderChange,
+    by_hand,
+    change_folder,
+    listed,
+    locate,
+    read_bytes,
+    read_consistently,
+    sealed,
+    sha256,
+)
 from ee_surgery.graph.points import ExitPoint
 from ee_surgery.inputs import Arguments, tensors
+from ee_surgery.picture_settings import shown
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.share.probe import InputSpec, Probe
@@ -47,6 +60,16 @@ CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "fron
 CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
 PROCESSOR = "preprocessor_config.json"
 """Where transformers looks for an image processor. timm's settings are in the adapter's own `config.json`."""
+PROCESSOR_FILES = frozenset({
+    PROCESSOR, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "spm.model", "spm_char.model", "dict.txt", "tiktoken.model", "normalizer.json",
+    "entity_vocab.json", "word_shape.json", "word_pronunciation.json", "emoji.json", "byte_maps.json",
+    "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
+})  # fmt: skip
+"""Files that an image processor or a tokenizer of transformers writes."""
+OWN = frozenset({CONFIG, WEIGHTS, FRONTIER, BASE, CARD, PLOT, RESULTS}) | PROCESSOR_FILES
+"""All files that an adapter can have."""
 # What other libraries load from a folder, by name: beside our `config.json` they would find these no longer.
 _WEIGHTS_OF_OTHERS = ("model*.safetensors*", "pytorch_model*.bin*", "tf_model.h5", "flax_model.msgpack", "open_clip*")
 # And what they would find first, whatever `config.json` says.
@@ -209,7 +232,7 @@ def change_adapter(folder: Path) -> Iterator[FolderChange]:
 def _refuse_others(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     try:
-        config = (folder / CONFIG).read_bytes() if CONFIG in names else None
+        config = read_bytes(folder / CONFIG, JSON_LIMIT) if CONFIG in names else None
     except OSError:
         config = b""
     if (found := of_others(names, config)) is not None:
@@ -354,16 +377,30 @@ def read_config(folder: Path) -> dict[str, Any]:
 def own_files(folder: Path) -> dict[str, Path]:
     """The adapter's own files by name, and where they lie: nothing else that may be in the folder.
 
+    A file that `config.json` lists with its digest may be a link, as in the Hub's cache. One that was changed by hand
+    is taken where it is a file of this folder and no link; another one is left out with a warning, and so are names
+    that no adapter has.
+
     Raises:
         AdapterError: see `load_adapter`; a file that was replaced is named.
     """
     files = listed(read_config(folder))
     found = {CONFIG: folder / CONFIG}
-    names = {*files, CARD, PROCESSOR} if files else {WEIGHTS, FRONTIER, BASE, PROCESSOR, CARD, PLOT, RESULTS}
+    if others := sorted(files.keys() - OWN):
+        seen = ", ".join(map(shown, others[:5]))
+        warnings.warn(f"{folder / CONFIG} lists files that no adapter has; they are left out: {seen}.", stacklevel=3)
+    names = (files.keys() & OWN) | {CARD, PROCESSOR} if files else {*_READ, PROCESSOR, CARD, PLOT, RESULTS}
     for name in sorted(names):
-        path = find_file(folder, name, files) if name in _READ else locate(folder / CONFIG, name, files)
-        path = path or folder / name  # a card, or a processor, that was changed by hand
-        if path.is_file():
+        try:
+            path = find_file(folder, name, files) if name in _READ else locate(folder / CONFIG, name, files)
+            if path is None or (name not in files and path.exists()):
+                path = by_hand(folder, name)
+        except OSError as error:
+            if name in _READ:
+                raise AdapterError(f"{folder / name} cannot be taken: {error} Save the adapter again.") from error
+            warnings.warn(f"{folder / name} is left out: {error}", stacklevel=3)
+            continue
+        if path is not None and path.is_file():
             found[name] = path
     return found
 
@@ -375,7 +412,9 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
         AdapterError: it is another one, or missing.
     """
     path = locate(folder / CONFIG, name, files)
-    if path is None and name in files and (folder / name).exists():
+    if path is None and name in files:
+        if not (folder / name).exists():
+            raise AdapterError(f"{folder / name} is missing or damaged: {CONFIG} lists it. Save the adapter again.")
         raise AdapterError(
             f"{folder / name} is not the file that {CONFIG} lists (another SHA-256): it was edited, comes from another "
             "save, or has missing or damaged parts. Save the adapter again."

@@ -22,13 +22,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ee_surgery.errors import ConfigError
-from ee_surgery.files import FolderChange
+from ee_surgery.files import FolderChange, read_bytes
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import describe
 from ee_surgery.registry import suggest
 from ee_surgery.share import card_text as text
 from ee_surgery.share.adapter import CARD, PLOT, PROCESSOR, RESULTS, AdapterConfig, change_adapter, load_adapter
 
+_LARGEST = 4 << 20  # bytes of a card
 MARKER = (
     "<!-- Written by ee_surgery, and written anew with every save: delete this line to keep a card of your own. -->"
 )
@@ -128,7 +129,7 @@ def save_card(
 ) -> None:
     """`write_card`, as part of a change of the folder."""
     path = change.folder / CARD
-    foreign = path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace")
+    foreign = _is_foreign(path)
     measured = _measured(config)
     for name in (PLOT, RESULTS):  # of an earlier card
         change.kept.pop(name, None)
@@ -144,6 +145,16 @@ def save_card(
     else:
         content = _render(change, config, frontier, receipt, info, measured, plot=change.wrote(PLOT))
         change.place(CARD).write_text(content, encoding="utf-8")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether there is something that this package did not write."""
+    try:
+        return MARKER.encode() not in read_bytes(path, _LARGEST)
+    except FileNotFoundError:
+        return False
+    except OSError:  # no regular file, or larger than any card
+        return True
 
 
 def update_card(folder: Path, **about: Any) -> Path:

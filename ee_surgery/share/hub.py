@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from ee_surgery.errors import AdapterError, HubError
+from ee_surgery.files import JSON_LIMIT, read_bytes
 from ee_surgery.share.adapter import (
     BASE,
     CARD,
@@ -38,6 +39,8 @@ from ee_surgery.share.card import MARKER
 
 FILES = [CONFIG, WEIGHTS, FRONTIER, BASE, PROCESSOR]
 """What loading reads, and all that it downloads: cards, plots and whatever else is there stay on the Hub."""
+_LARGEST = {CONFIG: JSON_LIMIT, FRONTIER: JSON_LIMIT, PROCESSOR: 1 << 20}
+"""Bytes of those that are read as a whole. Tensors are as large as branches and bases are."""
 
 
 def push_folder(
@@ -108,6 +111,7 @@ def fetch(
         HubError: no such repository or revision, no right to read it, no connection and nothing in the cache, no
             room to store it, or no adapter in it.
     """
+    _check_sizes(repo_id, revision, token, local_files_only)
     with _hub_errors(f"load {repo_id} (not a folder here)", revision):
         folder = Path(
             huggingface_hub.snapshot_download(
@@ -124,11 +128,32 @@ def fetch(
     return folder
 
 
+def _check_sizes(repo_id: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> None:
+    """Refuse files that are too large to be what their names say, before they fill the disk.
+
+    Raises:
+        HubError: one is.
+    """
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        found = HfApi(token=token).get_paths_info(repo_id, list(_LARGEST), revision=revision)
+    except Exception:  # the download says what is wrong, or takes what is in the cache
+        return
+    for file in found:
+        size, largest = getattr(file, "size", 0), _LARGEST.get(file.path, 0)
+        if size > largest:
+            raise HubError(
+                f"Cannot load {repo_id}: its {file.path} has {size:,} bytes, and {largest:,} are the most that an "
+                "adapter's has. Nothing was downloaded."
+            )
+
+
 def _refuse_others(api: HfApi, repo_id: str, revision: str | None) -> None:
     names = api.list_repo_files(repo_id, revision=revision)
     config = None
     if CONFIG in names:
-        config = Path(api.hf_hub_download(repo_id, CONFIG, revision=revision)).read_bytes()
+        config = read_bytes(api.hf_hub_download(repo_id, CONFIG, revision=revision), JSON_LIMIT)
     if (found := of_others(names, config)) is not None:
         raise AdapterError(
             f"{repo_id} holds {found}, which is not of an ee_surgery adapter: pushed beside it, the adapter would make "

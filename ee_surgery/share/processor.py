@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from ee_surgery.backbone import Backbone
 from ee_surgery.errors import DataError
-from ee_surgery.files import FolderChange, locate
-from ee_surgery.pictures import named_processor, plain_settings, timm_model
-from ee_surgery.share.adapter import CONFIG, PROCESSOR
+from ee_surgery.files import FolderChange, read_object
+from ee_surgery.picture_settings import check_preprocessing
+from ee_surgery.pictures import build_processor, named_processor, plain_settings, timm_model
+from ee_surgery.share.adapter import CONFIG, PROCESSOR, PROCESSOR_FILES, find_file
+
+_LIMIT = 1 << 20  # bytes of a processor's file
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,19 @@ class ProcessorTransform:
     mode: str = "RGB"
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Any mode of picture; its pixels, usually (3, H, W)."""
-        return self.processor(picture.convert(self.mode), return_tensors="pt")["pixel_values"][0]
+        """Any mode of picture; its pixels, usually (3, H, W).
+
+        Raises:
+            DataError: the processor cannot prepare it.
+        """
+        converted = picture.convert(self.mode)
+        try:
+            return self.processor(converted, return_tensors="pt")["pixel_values"][0]
+        except Exception as error:  # its settings fit each other or not; transformers finds out only now
+            raise DataError(
+                f"{type(self.processor).__name__} cannot prepare a picture of {picture.size} pixels: {error!r} Use "
+                "another processor, save_pretrained(folder, processor=...), or a transform of your own."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -63,9 +78,10 @@ def picture_transform(
     if is_training:
         raise DataError(f"Nothing says how to augment pictures for {backbone.model_id}: use transforms of your own.")
     by_timm = timm_model(backbone.model, backbone.library) is not None
-    if processor is None and backbone.library == "transformers" and not backbone.reads_tokens and not by_timm:
+    named = backbone.loaded_from
+    if processor is None and named is not None and not backbone.reads_tokens and not by_timm:
         try:
-            processor = named_processor(backbone.model_id, backbone.revision, cached=False)
+            processor = named_processor(backbone.named, *named, cached=False)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"The image processor of {backbone.model_id} cannot be had: {error} Give it when the adapter is saved, "
@@ -95,7 +111,7 @@ def find_processor(backbone: Backbone, *, cached: bool) -> Any:
     if named is None or backbone.reads_tokens or timm_model(backbone.model, backbone.library) is not None:
         return None
     try:
-        return named_processor(*named, cached=cached)
+        return named_processor(backbone.named, *named, cached=cached)
     except Exception:  # whatever is wrong with it: it is an extra
         return None
 
@@ -106,37 +122,62 @@ def processor_settings(processor: Any) -> dict[str, Any] | None:
     return None if found is None else plain_settings(found)
 
 
-def save_processor(change: FolderChange, processor: Any) -> None:
-    """Write the files of an image processor or a tokenizer into an adapter folder; nothing for None."""
+def save_processor(change: FolderChange, processor: Any, backbone: Backbone) -> None:
+    """Write the files of an image processor or a tokenizer into an adapter folder; nothing for None.
+
+    Says so in a warning where `load_processor` will not take the image processor for this base.
+    """
     if processor is None:
         return
     with tempfile.TemporaryDirectory() as folder:
         getattr(processor, "image_processor", processor).save_pretrained(folder)
         for path in Path(folder).iterdir():
-            if path.suffix in (".json", ".txt", ".model"):  # what a processor of the Hub's own code brings stays out
+            if path.name in PROCESSOR_FILES:  # what a processor of the Hub's own code brings stays out
                 change.place(path.name).write_bytes(path.read_bytes())
+    if change.wrote(PROCESSOR):
+        try:
+            build_processor(read_object(change.place(PROCESSOR), _LIMIT), backbone.named)
+        except Exception as error:  # it is saved all the same: transformers' own classes find it there
+            warnings.warn(f"The image processor is saved, but loading will leave it out: {_short(error)}", stacklevel=3)
 
 
-def load_processor(folder: Path, files: Mapping[str, str]) -> Any:
-    """The image processor of an adapter folder; None where there is none, or with a warning none that can be read.
+def load_processor(folder: Path, files: Mapping[str, str], backbone: Backbone) -> Any:
+    """The image processor of an adapter folder; None where there is none, or with a warning none that can be taken.
+
+    Of the folder, `preprocessor_config.json` alone is read, and of it plain settings alone; see `build_processor`. No
+    code is run, no other file is read and no Hub is asked, whatever it says.
 
     Args:
-        files: what the folder's `config.json` lists. Another processor was put there by hand: taken, with a warning.
+        files: what the folder's `config.json` lists.
+        backbone: the base that pictures are prepared for.
+    Raises:
+        AdapterError: it is not the one that is listed.
     """
-    path = locate(folder / CONFIG, PROCESSOR, files)
-    if path is None and (folder / PROCESSOR).exists():
-        path = folder / PROCESSOR
+    path = find_file(folder, PROCESSOR, files)
+    if not os.path.lexists(path):
+        return None
+    try:
+        return build_processor(read_object(path, _LIMIT), backbone.named)
+    except Exception as error:  # the branches are fine without
+        warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {_short(error)}", stacklevel=3)
+        return None
+
+
+def load_preprocessing(folder: Path, settings: object) -> dict[str, Any] | None:
+    """What an adapter says for timm's transforms; None where it says nothing, or with a warning nothing usable."""
+    if settings is None:
+        return None
+    try:
+        return check_preprocessing(settings)
+    except DataError as error:
         warnings.warn(
-            f"{path} is not the one that was saved with the adapter; it is used all the same: see that it prepares "
-            "pictures for this base.",
+            f"{folder / CONFIG}: `preprocessing` cannot be used and is left out, so that pictures are prepared as the "
+            f"base says: {_short(error)}",
             stacklevel=3,
         )
-    if path is None:
         return None
-    from transformers import AutoImageProcessor
 
-    try:
-        return AutoImageProcessor.from_pretrained(path.parent, trust_remote_code=False)
-    except Exception as error:  # the branches are fine without
-        warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {error}", stacklevel=3)
-        return None
+
+def _short(error: Exception) -> str:
+    text = "".join(character if character.isprintable() else " " for character in str(error))
+    return text if len(text) <= 400 else f"{text[:400]}..."

@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
 from typing_extensions import Self
 
 from ee_surgery.backbone import Library
 from ee_surgery.errors import AdapterError
-from ee_surgery.files import read_bytes
+from ee_surgery.files import JSON_LIMIT, read_object
 from ee_surgery.graph.features import Layout
 from ee_surgery.policies.policy import Fallback
 
 FORMAT_VERSION = 3
 OLD_FORMAT = 2
 """Without digests: read with a warning, and written in the new format by the next save."""
-LARGEST_JSON = 4 << 20
-"""Bytes of `config.json` and of `frontier.json`: a hundred times what they take, and no more memory than tensors."""
 _MOST_CLASSES = 100_000
 _MOST_ELEMENTS = 1 << 24  # of an input tensor: four samples of 3 x 1182 x 1182
 _DEEPEST = 12  # levels of data without a form of its own
@@ -297,12 +294,9 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterError: it is missing, no regular file, too large, no JSON, or no object.
     """
     try:
-        data = from_json(read_bytes(path, LARGEST_JSON), allow_inf_nan=False)
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} is missing or damaged: {error}. Save the adapter again.") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, not an object. Save the adapter again.")
-    return data
 
 
 def check_size(path: Path) -> None:
@@ -311,8 +305,8 @@ def check_size(path: Path) -> None:
     Raises:
         AdapterError: the file is too large.
     """
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise AdapterError(f"{path.name} would take {size:,} bytes; {LARGEST_JSON:,} at most are read again.")
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise AdapterError(f"{path.name} would take {size:,} bytes; {JSON_LIMIT:,} at most are read again.")
 
 
 def parse(form: type[Typed], data: Mapping[str, Any], path: Path) -> dict[str, Any]:
