@@ -43,7 +43,13 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # tests/test_hub.py pushes
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+_SLOW = ("papers.md",)  # every preset
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in _SLOW)) for path in FILES],
+)
 @pytest.mark.usefixtures("photos")
 def test_snippets_run(path: Path) -> None:
     namespace: dict[str, object] = {}

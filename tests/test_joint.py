@@ -254,13 +254,13 @@ def test_trainings_and_calls_leave_no_tensors_behind(joint: bool) -> None:
 
     counts = []
     trained = branched
-    for _ in range(4):
+    for _ in range(3):
         trained = ee.train(branched, _data(), CONFIG, joint=joint, accelerator=accelerator).model
         counts.append(alive())
-    assert counts[1] == counts[2] == counts[3]
+    assert counts[1] == counts[2]
     for _ in range(3):
         trained.original(torch.randn(3, 3, 32, 32))
-    assert alive() == counts[3]
+    assert alive() == counts[2]
 
 
 def test_an_error_in_the_models_own_forward_leaves_no_hooks() -> None:

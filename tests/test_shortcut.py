@@ -144,11 +144,11 @@ def test_code_for_sizes_long_gone_is_gone_too() -> None:
     branch = branched.branches[0]
     assert isinstance(branch, ShortcutBranch)
     branched.operate(thresholds=[0.0])
-    given = {size: torch.randn(2, 3, size, size) for size in range(16, 48, 2)}
+    given = {size: torch.randn(2, 3, size, size) for size in range(16, 36, 2)}
     answers = {size: branched.all_exits(x)[0] for size, x in given.items()}
     assert 1 < len(branch._ways) <= len(branched._engine.programs) < len(given)
-    for size, x in given.items():  # those that are gone are written anew
-        assert torch.equal(branched(x), answers[size])
+    for size in (16, 18):  # those that are gone are written anew
+        assert torch.equal(branched(given[size]), answers[size])
     small = given[16]
     branched(small)  # routed: the last one it knows
     for size in list(given)[1:]:

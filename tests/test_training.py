@@ -280,25 +280,23 @@ def test_training_drops_thresholds_that_were_found_with_other_weights() -> None:
     assert "evaluation" not in model.provenance
 
 
-def test_a_killed_training_ends_in_the_same_weights(tmp_path: Path) -> None:
-    whole = _run(tmp_path / "whole", 0)
+@pytest.mark.parametrize("target", [pytest.param((0, 4), marks=pytest.mark.slow), (1, 4)], ids=["early", "late"])
+def test_a_killed_training_ends_in_the_same_weights(target: tuple[int, int], tmp_path: Path) -> None:
+    whole, folder = _run(tmp_path / "whole", 0), tmp_path / "killed"
     out, _ = whole.communicate(timeout=240)
     assert whole.returncode == 0, out
-    for moment in ("early", "late"):
-        folder = tmp_path / moment
-        process = _run(folder, 0.05)
-        target = {"early": (0, 4), "late": (1, 4)}[moment]
-        _kill_at(process, folder, target)
-        assert not (folder / "branches.pt").exists()
-        process = _run(folder, 0)
-        out, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, out
-        (expected, losses), (seen, again) = (
-            torch.load(f / "branches.pt", weights_only=True) for f in (tmp_path / "whole", folder)
-        )
-        assert expected.keys() == seen.keys()
-        assert all(torch.equal(expected[name], seen[name]) for name in expected), moment
-        assert losses == again
+    process = _run(folder, 0.05)
+    _kill_at(process, folder, target)
+    assert not (folder / "branches.pt").exists()
+    process = _run(folder, 0)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    (expected, losses), (seen, again) = (
+        torch.load(f / "branches.pt", weights_only=True) for f in (tmp_path / "whole", folder)
+    )
+    assert expected.keys() == seen.keys()
+    assert all(torch.equal(expected[name], seen[name]) for name in expected)
+    assert losses == again
 
 
 def _kill_at(process: subprocess.Popen[str], folder: Path, target: tuple[int, int]) -> None:

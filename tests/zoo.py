@@ -76,7 +76,7 @@ ZOO = [
     _timm("mobilenetv4_conv_small", 64),
     _timm("coatnet_nano_rw_224", 224, depths=(1, 1, 2, 1), embed_dim=(16, 32, 64, 128), stem_width=(8, 16)),
     _timm("mixer_s32_224", 224),
-    _timm("vgg11", 64),
+    _timm("vgg11", 64, mlp_ratio=0.05),  # else nine tenths of its weights are in two layers
     _hf("ViT", intermediate_size=64, **_TINY),
     _hf("Dinov2", **_TINY),
     _hf("DeiT", intermediate_size=64, **_TINY),
