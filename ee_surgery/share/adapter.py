@@ -19,7 +19,7 @@ import json
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -330,6 +330,7 @@ def _with_tensors(value: Any, stored: Weights) -> Any:
 
 
 _READ = (WEIGHTS, FRONTIER, BASE)
+_LARGEST = {WEIGHTS: 4 << 30, BASE: 64 << 30}  # bytes
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]:
@@ -411,7 +412,13 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
     Raises:
         AdapterError: it is another one, or missing.
     """
-    path = locate(folder / CONFIG, name, files)
+    with suppress(OSError):  # before it is read from end to end for its digest
+        if (size := (folder / name).stat().st_size) > _LARGEST.get(name, JSON_LIMIT):
+            raise AdapterError(f"{folder / name} holds {size:,} bytes, more than any adapter's.")
+    try:
+        path = locate(folder / CONFIG, name, files)
+    except OSError as error:
+        raise AdapterError(f"{folder / name} cannot be read: {error}") from error
     if path is None and name in files:
         if not (folder / name).exists():
             raise AdapterError(f"{folder / name} is missing or damaged: {CONFIG} lists it. Save the adapter again.")
