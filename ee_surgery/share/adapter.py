@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
-from ee_surgery.errors import AdapterError, DataError
+from ee_surgery.errors import AdapterError, DataError, SurgeryWarning
 from ee_surgery.files import FolderChange, change_folder, listed, locate, read_consistently, sha256
 from ee_surgery.graph.points import ExitPoint
 from ee_surgery.inputs import Arguments, tensors
@@ -343,11 +343,13 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], Fronti
         warnings.warn(
             f"{folder} was saved by a version that kept no digests of its files, so that a mixture of two adapters "
             "cannot be told. Save it again.",
+            SurgeryWarning,
             stacklevel=3,
         )
     if unknown:
         newer = sorted(set(unknown))
-        warnings.warn(f"{folder} holds what this version does not know, and leaves out: {newer}.", stacklevel=3)
+        told = f"{folder} holds what this version does not know, and leaves out: {newer}."
+        warnings.warn(told, SurgeryWarning, stacklevel=3)
     return config, stored, frontier
 
 

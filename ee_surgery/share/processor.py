@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ee_surgery.backbone import Backbone
-from ee_surgery.errors import DataError
+from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.files import FolderChange, locate
 from ee_surgery.pictures import named_processor, plain_settings, timm_model
 from ee_surgery.share.adapter import CONFIG, PROCESSOR
@@ -129,6 +129,7 @@ def load_processor(folder: Path, files: Mapping[str, str]) -> Any:
         warnings.warn(
             f"{path} is not the one that was saved with the adapter; it is used all the same: see that it prepares "
             "pictures for this base.",
+            SurgeryWarning,
             stacklevel=3,
         )
     if path is None:
@@ -138,5 +139,5 @@ def load_processor(folder: Path, files: Mapping[str, str]) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # the branches are fine without
-        warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {error}", stacklevel=3)
+        warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {error}", SurgeryWarning, stacklevel=3)
         return None
