@@ -13,6 +13,7 @@ from ee_surgery.errors import (
     HubError,
     OperatingPointError,
     SurgeryError,
+    SurgeryWarning,
     TrainingError,
     UnknownNameError,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "Receipt",
     "Subset",
     "SurgeryError",
+    "SurgeryWarning",
     "ThresholdPolicy",
     "TrainConfig",
     "TrainReport",

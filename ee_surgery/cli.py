@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
 from ee_surgery.share.processor import picture_transform
+from ee_surgery.text import paragraph, plain, visible
 from ee_surgery.training.labels import class_numbers
 
 app = typer.Typer(
@@ -56,8 +58,8 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except ee.SurgeryError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        Console(stderr=True).print(str(error), highlight=False, markup=False)
+        name = plain(f"{type(error).__name__}: ", "bold red")
+        Console(stderr=True).print(name.append_text(plain(error)))
         raise typer.Exit(1) from error
 
 
@@ -74,7 +76,7 @@ def inspect(
             _show(folder)
             return
         graph = ee.inspect(_model(model, checkpoint, random_weights))
-        console.print(graph_table(graph, everything), graph.best_case())
+        console.print(graph_table(graph, everything), plain(graph.best_case()))
 
 
 @app.command(epilog="Example: ee-surgery augment test_resnet --random-weights --exits 2 --out runs/adapter")
@@ -126,7 +128,7 @@ def augment(
         shutil.rmtree(training, ignore_errors=True)
         if branched.frontier is not None:
             console.print(frontier_table(branched.frontier))
-        console.print(f"exits at {', '.join(branched.exits)}\noriginal {branched.receipt()}\nwrote {out}")
+        _say(f"exits at {', '.join(map(visible, branched.exits))}\noriginal {branched.receipt()}\nwrote {out}")
 
 
 @app.command(epilog="Example: ee-surgery calibrate runs/adapter --data held_out --max-accuracy-drop 0.01")
@@ -170,7 +172,7 @@ def evaluate(
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
         pictures = _images(branched, data, unlabelled)
-        console.print(str(ee.evaluate(branched, pictures, batch_size=batch_size)), highlight=False)
+        _say(ee.evaluate(branched, pictures, batch_size=batch_size))
         if save:
             branched.save_pretrained(adapter)
 
@@ -194,7 +196,7 @@ def bench(
         pictures = _images(branched, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
         inputs = torch.stack([pictures[int(i)] for i in order])
-        console.print(str(measure(branched, inputs, batch_size=batch_size)), highlight=False)
+        _say(measure(branched, inputs, batch_size=batch_size))
 
 
 @app.command(epilog="Example: ee-surgery card runs/adapter --license apache-2.0 --dataset cifar10")
@@ -216,7 +218,7 @@ def card(
                  "eval_dataset": eval_dataset, "eval_name": eval_name, "eval_split": eval_split,
                  "eval_task": eval_task}  # fmt: skip
         path = update_card(adapter, **{name: value for name, value in about.items() if value})
-        console.print(f"wrote {path}", highlight=False)
+        _say(f"wrote {path}")
 
 
 @app.command(epilog="Example: ee-surgery push runs/adapter user/name --private")
@@ -234,7 +236,7 @@ def push(
     with _errors():
         update_card(adapter, repo_id=repo_id)
         hub = {"private": private, "revision": revision, "message": message, "create_pr": create_pr}
-        console.print(push_folder(adapter, repo_id, **hub), highlight=False)
+        _say(push_folder(adapter, repo_id, **hub))
 
 
 @app.command(epilog="Example: ee-surgery pull user/name --out runs/adapter")
@@ -259,7 +261,7 @@ def pull(
             except OSError as error:
                 raise ee.AdapterError(f"Cannot copy {repo_id} to {out}: {error}. Nothing was left there.") from error
         _show(folder)
-        console.print(f"in {folder}", highlight=False, soft_wrap=True)
+        _say(f"in {folder}")
 
 
 @app.command(epilog="Example: ee-surgery demo --out runs/demo")
@@ -269,6 +271,11 @@ def demo(out: Annotated[Path, typer.Option(help="Where to leave adapter and plot
         from ee_surgery.demo import run  # needs scikit-learn
 
         run(out, console)
+
+
+def _say(text: object) -> None:
+    """Print text that holds names of other people: no markup, no control characters."""
+    console.print(plain(text), soft_wrap=True)
 
 
 def _exits(text: str | None) -> int | str | list[str] | None:
@@ -367,7 +374,11 @@ def _preprocess(model: nn.Module, backbone: Backbone) -> Callable[..., torch.Ten
 
 def main() -> None:
     """Entry point."""
-    app(prog_name="ee-surgery")
+    try:
+        app(prog_name="ee-surgery")
+    except Exception:  # a fault of ours, or of a library: its message may quote what was loaded
+        sys.stderr.write(paragraph(traceback.format_exc(), 100_000) + "\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

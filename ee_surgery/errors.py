@@ -1,8 +1,24 @@
-"""Every error this package raises on purpose. Each says what was wrong, what was seen and what to do."""
+"""Every error this package raises on purpose. Each says what was wrong, what was seen and what to do.
+
+Messages quote names out of adapters, repositories and models of other people, and end in terminals and logs: printed,
+they hold no control characters and are of bounded length. `args` keeps them as they were.
+"""
+
+from ee_surgery.text import paragraph
 
 
 class SurgeryError(Exception):
     """Base of all errors of ee_surgery."""
+
+    def __str__(self) -> str:
+        return paragraph(super().__str__())
+
+
+class SurgeryWarning(UserWarning):
+    """What ee_surgery warns of; printed as its errors are."""
+
+    def __str__(self) -> str:
+        return paragraph(super().__str__())
 
 
 class CaptureError(SurgeryError, RuntimeError):
@@ -49,4 +65,4 @@ class UnknownNameError(SurgeryError, KeyError):
     """A registry holds nothing under that name."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
-        return str(self.args[0]) if self.args else ""
+        return paragraph(self.args[0]) if self.args else ""

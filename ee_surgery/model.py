@@ -362,8 +362,9 @@ class EarlyExitModel(nn.Module):
             return folder
         self.processor = self.processor if processor is None else processor
         config = self.adapter_config()
-        if about := CardInfo.stored(config, card).to_dict():
-            self.provenance["card"] = about
+        about = CardInfo.stored(config, card).to_dict()
+        self.provenance.pop("card", None)
+        self.provenance |= {"card": about} if about else {}
         receipt = self.receipt()
         # Of an original that was changed, the fingerprint is of before: what it computes now would not fit.
         probe = Probe.of(self._backbone, config.inputs, config.options) if receipt.unchanged else None

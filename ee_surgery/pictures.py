@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ee_surgery.errors import DataError
+from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.picture_settings import processor_arguments, shown
 
 _FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
@@ -132,8 +132,8 @@ def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: b
         raise DataError(f"it is of the class {shown(named)}; pictures for this base are prepared by {wanted}.")
     arguments, unknown = processor_arguments(settings, chosen.valid_kwargs.__annotations__)
     if unknown:
-        some = ", ".join(unknown[:5])
-        warnings.warn(f"{chosen.__name__} has no such settings; they are left out: {some}.", stacklevel=3)
+        told = f"{chosen.__name__} has no such settings; they are left out: {', '.join(unknown[:5])}."
+        warnings.warn(told, SurgeryWarning, stacklevel=3)
     return chosen(**arguments)
 
 

@@ -16,7 +16,7 @@ from ee_surgery.answers import OutputKey
 from ee_surgery.attach import attach, attach_stored
 from ee_surgery.backbone import Backbone, Sample
 from ee_surgery.branches import BranchSpec
-from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
+from ee_surgery.errors import AdapterError, ConfigError, FingerprintError, SurgeryWarning
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect, read
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
@@ -28,6 +28,8 @@ from ee_surgery.share.base import make_base
 from ee_surgery.share.hub import fetch
 from ee_surgery.share.probe import make_inputs
 from ee_surgery.share.processor import load_preprocessing, load_processor
+from ee_surgery.share.provenance import as_stated
+from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, halves
 from ee_surgery.training.labels import ClassMap
@@ -166,7 +168,7 @@ def _by_search(
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:
-            print(f"left out after training, they cost more than they save: {', '.join(left)}")
+            print(f"left out after training, they cost more than they save: {', '.join(map(visible, left))}")
         print(_outcome(frontier.at(max_accuracy_drop=drop), records, drop))
     return branched
 
@@ -218,7 +220,8 @@ def from_pretrained(
     """
     folder = Path(source)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    if not folder.is_dir():
+    local = folder.is_dir()
+    if not local:
         folder = fetch(str(source), revision=revision, **hub)
     model = None if model is None else unwrapped(model)
     config, weights, frontier = load_adapter(folder)
@@ -230,6 +233,7 @@ def from_pretrained(
             warnings.warn(
                 f"{source} is another model than {config.base.hub_id or config.base.model_id!r}: it brings the weights "
                 "of its base along, and these answer. own_base=True says that this is expected.",
+                SurgeryWarning,
                 stacklevel=2,
             )
         model = model if given is None else deepcopy(model)
@@ -239,11 +243,14 @@ def from_pretrained(
     if unknown := sorted(set(config.opaque) - {name for name, _ in model.named_modules()}):
         raise AdapterError(f"{folder} keeps modules {unknown[:5]} whole, which {type(model).__name__} does not have.")
     backbone = Backbone(model, sample, config.opaque, config.head_classes, config.output if output is None else output)
-    provenance = dict(config.provenance)
+    calibrated = frontier is not None or config.operating_point is not None
+    name = folder.resolve().name if local else str(source)
+    provenance = as_stated(config.provenance, name, calibrated=calibrated)
     if (differ := _difference(config, backbone)) is not None:
         if not other_base:
             raise FingerprintError(" ".join(differ))
-        warnings.warn(f"{differ[0]} other_base=True: what was measured does not hold, calibrate again.", stacklevel=2)
+        told = f"{differ[0]} other_base=True: what was measured does not hold, calibrate again."
+        warnings.warn(told, SurgeryWarning, stacklevel=2)
         provenance.pop("evaluation", None)
         provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     graph = read(backbone, backbone.sample)

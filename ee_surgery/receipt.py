@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ee_surgery.text import visible
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -31,4 +33,4 @@ class Receipt:
             what = "the base that came with the branches" if self.own_base else "the original"
             return f"unchanged: all {len(self.before)} parameters and buffers of {what}, bit for bit (SHA-256)"
         tensors = f"{len(self.changed)} of {len(self.before)} tensors of the original: {self.changed[:5]}"
-        return f"CHANGED: {tensors}" + (f"; {'; '.join(self.altered[:5])}" if self.altered else "")
+        return f"CHANGED: {tensors}" + (f"; {'; '.join(map(visible, self.altered[:5]))}" if self.altered else "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
@@ -13,6 +14,7 @@ from ee_surgery.graph.points import ModelGraph
 from ee_surgery.graph.shortcut import shortest
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.share.adapter import AdapterConfig
+from ee_surgery.text import plain, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,76 +23,93 @@ if TYPE_CHECKING:
 def graph_table(graph: ModelGraph, everything: bool = False) -> Table:
     """Exit points of a model: those that end a block, or every position with the reasons of the illegal ones."""
     rows = sorted([*graph.points, *graph.illegal], key=lambda p: p.index) if everything else graph.blocks
-    table = Table(
-        title=f"{graph.backbone.model_id}: {graph.macs / 1e6:,.1f} MMACs, {len(graph.points)} legal exit points",
-        caption=_caption(graph, everything),
-    )
-    for name, justify in [("exit point", "left"), ("features", "right"), ("layout", "left"), ("live", "right"),
-                          ("MACs", "right"), ("shortcut from", "right"), ("", "left")]:  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
     shortcuts = shortest(graph)
-    for p in rows:
-        shape, least = "x".join(map(str, p.shape)), f"{shortcuts[p.name]:.1%}" if p.name in shortcuts else ""
-        layout = p.layout if p.legal else ""
-        table.add_row(p.name, shape, layout, str(p.live), f"{p.macs_fraction:.1%}", least, p.reason)
+    cells = [
+        [p.name, _shape(p.shape), p.layout if p.legal else "", str(p.live), f"{p.macs_fraction:.1%}",
+         f"{shortcuts[p.name]:.1%}" if p.name in shortcuts else "", p.reason]
+        for p in rows
+    ]  # fmt: skip
+    name = visible(graph.backbone.model_id)
+    return _table(
+        f"{name}: {graph.macs / 1e6:,.1f} MMACs, {len(graph.points)} legal exit points",
+        _caption(graph, everything),
+        {"exit point": "left", "features": "right", "layout": "left", "live": "right", "MACs": "right",
+         "shortcut from": "right", "": "left"},
+        cells,
+    )  # fmt: skip
+
+
+def _table(
+    title: str, caption: str, columns: dict[str, Literal["left", "right"]], rows: Iterable[Sequence[str]]
+) -> Table:
+    """A table of text in which rich finds no markup, whatever the names in it are."""
+    table = Table(title=plain(title, "table.title"), caption=plain(caption, "table.caption") if caption else None)
+    for name, justify in columns.items():
+        table.add_column(plain(name), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(plain(visible(text, 1000)) for text in row))
     return table
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _caption(graph: ModelGraph, everything: bool) -> str:
     lines = [] if everything else [f"{len(graph.points) - len(graph.blocks)} more inside blocks, "
                                    f"{len(graph.illegal)} illegal positions"]  # fmt: skip
     if graph.uncounted:
-        lines.append("not counted: " + ", ".join(f"{name} x{n}" for name, n in graph.uncounted.most_common()))
+        lines.append("not counted: " + ", ".join(f"{visible(name)} x{n}" for name, n in graph.uncounted.most_common()))
     return "; ".join(lines)
 
 
 def frontier_table(frontier: Frontier) -> Table:
     """The operating points at some round accuracy drops."""
     what = "accuracy" if frontier.labelled else "agreement"
-    count = frontier.points[0].samples
-    table = Table(
-        title=f"Frontier on {count} held-out samples; original: {what} {frontier.base_accuracy:.2%}",
-        caption=f"expected: less the luck in choosing thresholds; exits: {', '.join(frontier.exits)}",
+    rows = [
+        [
+            f"{p.accuracy:.2%}",
+            f"{p.expected_accuracy:.2%}",
+            f"{100 * (frontier.base_accuracy - p.expected_accuracy):.2f}",
+            f"{p.macs_fraction:.1%}",
+            str(p.score),
+            " ".join(f"{share:4.0%}" for share in p.exit_shares),
+        ]
+        for p in frontier.milestones()
+    ]
+    exits = ", ".join(map(visible, frontier.exits))
+    names = (what, "expected", "drop, points", "MACs", "score", "share leaving at each exit")
+    return _table(
+        f"Frontier on {frontier.points[0].samples} held-out samples; original: {what} {frontier.base_accuracy:.2%}",
+        f"expected: less the luck in choosing thresholds; exits: {exits}",
+        dict.fromkeys(names, "right"),
+        rows,
     )
-    for name in (what, "expected", "drop, points", "MACs", "score", "share leaving at each exit"):
-        table.add_column(name, justify="right")
-    for p in frontier.milestones():
-        shares = " ".join(f"{share:4.0%}" for share in p.exit_shares)
-        drop = f"{100 * (frontier.base_accuracy - p.expected_accuracy):.2f}"
-        table.add_row(
-            f"{p.accuracy:.2%}", f"{p.expected_accuracy:.2%}", drop, f"{p.macs_fraction:.1%}", str(p.score), shares
-        )
-    return table
 
 
 def adapter_table(config: AdapterConfig, frontier: Frontier | None) -> Table:
     """Exits of a saved adapter: what each reads, its branch, its costs, and how often it is right alone."""
     base, point = config.base, config.operating_point
-    stored = "none stored: nothing leaves early" if point is None else f"{point.rule}, score {point.score}"
-    table = Table(
-        title=f"Early exits for {base.hub_id or base.model_id} ({base.library}), {config.base_macs / 1e6:,.1f} MMACs",
-        caption=f"operating point: {stored}; fingerprint of the base {base.fingerprint}",
-    )
-    for name in ("exit", "features", "branch", "MACs up to it", "MACs of the branch"):
-        table.add_column(name, justify="left" if name in ("exit", "branch") else "right", overflow="fold")
+    stored = "none stored: nothing leaves early" if point is None else f"{visible(point.rule)}, score {point.score}"
+    columns: dict[str, Literal["left", "right"]] = {
+        "exit": "left", "features": "right", "branch": "left", "MACs up to it": "right", "MACs of the branch": "right"
+    }  # fmt: skip
     rows = [
-        [
-            e.name,
-            "x".join(map(str, e.shape)),
-            e.branch.name,
-            f"{e.trunk_macs / config.base_macs:.1%}",
-            f"{e.branch_macs:,}",
-        ]
+        [e.name, _shape(e.shape), e.branch.name, f"{e.trunk_macs / config.base_macs:.1%}", f"{e.branch_macs:,}"]
         for e in config.exits
     ]
     rows.append(["original", "", "", "100.0%", ""])
     if frontier is not None:
-        table.add_column("accuracy alone" if frontier.labelled else "agreement alone", justify="right")
+        columns["accuracy alone" if frontier.labelled else "agreement alone"] = "right"
         for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
             row.append(f"{accuracy:.2%}")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    name = f"{visible(base.hub_id or base.model_id)} ({visible(base.library)})"
+    return _table(
+        f"Early exits for {name}, {config.base_macs / 1e6:,.1f} MMACs",
+        f"operating point: {visible(stored)}; fingerprint of the base {visible(base.fingerprint)}",
+        columns,
+        rows,
+    )
 
 
 def plot_frontier(frontier: Frontier, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -122,7 +141,10 @@ def plot_frontier(frontier: Frontier, path: str | os.PathLike[str] | None = None
     exits = list(zip(frontier.exits, frontier.exit_macs, frontier.exit_accuracies, strict=True))[:-1]
     axes.plot([m for _, m, _ in exits], [a * 100 for *_, a in exits], "o", color="tab:orange", label="one exit for all")
     for name, macs, accuracy in exits:
-        axes.annotate(name, (macs, accuracy * 100), textcoords="offset points", xytext=(5, -10), fontsize=7)
+        label = axes.annotate(
+            visible(name, 60), (macs, accuracy * 100), textcoords="offset points", xytext=(5, -10), fontsize=7
+        )
+        label.set(parse_math=False, usetex=False)  # a name is no formula
     axes.set_xlabel("mean MACs of a sample / MACs of the original (branches included)")
     axes.set_ylabel(f"{what} (%)")
     axes.set_title(f"calibrated on {frontier.points[0].samples} held-out samples", fontsize=9)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from ee_surgery.cli import app
 from ee_surgery.share import card as cards
 from ee_surgery.share.adapter import load_adapter
 from ee_surgery.share.card import CardInfo, update_card, write_card
+from ee_surgery.share.provenance import as_stated
 from tests.hub_server import Hub
 from tests.zoo import TEXTS, original
 
@@ -359,13 +361,82 @@ def test_a_readme_of_somebody_else_is_kept(tmp_path: Path) -> None:
 
 def test_what_the_card_was_told_is_kept_for_the_next_one(tmp_path: Path) -> None:
     folder = made("plain", "everything").save_pretrained(tmp_path / "exits", license="mit", tags="cifar")
-    text = (folder / "README.md").read_text()
     again = ee.from_pretrained(folder, base("plain"))
     again.save_pretrained(folder)
-    assert (folder / "README.md").read_text() == text
+    told = ModelCard.load(folder / "README.md").data
+    assert (told.license, told.tags) == ("mit", ["early-exit", "ee_surgery", "cifar"])
     again.save_pretrained(folder, license=None, language="en")
     card = ModelCard.load(folder / "README.md").data
     assert (card.license, card.language, card.tags) == (None, ["en"], ["early-exit", "ee_surgery", "cifar"])
+
+
+def test_numbers_that_were_loaded_are_their_authors_until_they_are_measured_again(tmp_path: Path) -> None:
+    about = {"license": "mit", "repo_id": "user/first", "eval_dataset": "user/data", "eval_name": "Data",
+             "eval_split": "test", "eval_task": "default"}  # fmt: skip
+    made("plain", "everything").save_pretrained(tmp_path / "theirs", **about)
+    loaded = ee.from_pretrained(tmp_path / "theirs", base("plain"))
+    assert loaded.provenance["loaded_from"] == "theirs"
+    assert loaded.provenance["card"] == {"license": "mit"}
+    mine = loaded.save_pretrained(tmp_path / "mine", eval_dataset="my/data", eval_task="default")
+    card = ModelCard.load(mine / "README.md")
+    assert card.data.eval_results is None
+    assert card.data.get("model-index") is None
+    assert not (mine / ".eval_results").exists()
+    assert "## Stated, not measured\n\nStated by theirs; not measured again since." in card.text
+    assert "## Trade-offs\n\nStated by theirs; not calibrated again since." in card.text
+    assert "## Operating point\n\nStated by theirs; not calibrated again since." in card.text
+    assert "## Training\n\nStated by theirs; not trained again since." in card.text
+    assert "(data that were not named)" in card.text
+    assert "my/data" not in card.text
+    assert "stated" not in "".join(row[0] for row in parts(mine)["Training"])
+    again = ee.from_pretrained(mine, base("plain"))  # and then by another
+    text = (again.save_pretrained(tmp_path / "third") / "README.md").read_text()
+    assert "Stated by theirs, and loaded from mine; not measured again since." in text
+
+
+def test_what_is_done_again_is_ones_own(tmp_path: Path) -> None:
+    made("plain", "everything").save_pretrained(tmp_path / "theirs")
+    loaded = ee.from_pretrained(tmp_path / "theirs", base("plain"))
+    assert loaded.provenance["evaluation"]["stated_by"] == "theirs"
+    frontier = ee.calibrate(loaded, data(loaded))
+    loaded.operate(frontier[len(frontier) // 2])
+    ee.evaluate(loaded, data(loaded))
+    folder = loaded.save_pretrained(tmp_path / "mine", eval_dataset="my/data", eval_task="default")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.eval_results is not None
+    assert (folder / ".eval_results").exists()
+    assert "## Measured" in card.text
+    assert card.text.count("Stated by") == 1
+    assert "Stated by theirs; not trained again since." in card.text
+    ee.train(loaded, data(loaded), ee.TrainConfig(epochs=1, progress=False, validation=0))
+    assert "calibration" not in loaded.provenance
+    assert "Stated by" not in (loaded.save_pretrained(folder) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("found", [3, [], "text", {"accuracy": "99 %"}, {"stated_by": 5}, {"stated_by": " "}])
+def test_provenance_of_any_shape_is_taken_as_stated(found: Any) -> None:
+    names = ("evaluation", "training", "calibration", "card", "loaded_from")
+    taken = as_stated(dict.fromkeys(names, found), "user/name", calibrated=True)
+    assert taken["loaded_from"] == "user/name"
+    assert taken["calibration"]["stated_by"] == "user/name"
+    assert taken["evaluation"].get("stated_by", "user/name") == "user/name"
+    assert "card" not in taken
+    assert "calibration" not in as_stated(dict.fromkeys(names, found), "user/name", calibrated=False)
+
+
+def test_an_evaluation_that_is_damaged_is_left_out_of_the_card(tmp_path: Path) -> None:
+    folder = made("plain", "everything").save_pretrained(tmp_path / "exits")
+    config, _, _ = load_adapter(folder)
+    damage = [("accuracy", "99 %"), ("accuracy", 99.99), ("macs_fraction", math.nan), ("macs_fraction", 10**400),
+              ("samples", -1), ("samples", "many"), ("labelled", 1), ("exits", "abc"), ("exit_shares", [0.5]),
+              ("exit_accuracies", [2, 2, 2])]  # fmt: skip
+    for key, value in damage:
+        write_card(folder, config, None)
+        assert "## Measured" in (folder / "README.md").read_text()
+        evaluation = {**config.provenance["evaluation"], key: value}
+        with pytest.warns(ee.SurgeryWarning, match="damaged"):
+            write_card(folder, replace(config, provenance={"evaluation": evaluation}), None)
+        assert "## Measured" not in (folder / "README.md").read_text()
 
 
 def test_the_folder_alone_gives_the_same_card(tmp_path: Path) -> None:
@@ -376,9 +447,8 @@ def test_the_folder_alone_gives_the_same_card(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == text
     update_card(folder, license="apache-2.0", repo_id="user/name")
     assert ModelCard.load(folder / "README.md").data.license == "apache-2.0"
-    loaded = ee.from_pretrained(folder, base("plain"))
-    assert loaded.provenance["card"] == {"license": "apache-2.0", "repo_id": "user/name"}
     config, _, _ = load_adapter(folder)
+    assert config.provenance["card"] == {"license": "apache-2.0", "repo_id": "user/name"}
     (folder / "README.md").unlink()
     write_card(folder, config, None)  # no receipt was given: none is stated
     assert "Receipt" not in (folder / "README.md").read_text()
@@ -419,9 +489,9 @@ def test_words_from_elsewhere_stay_in_their_cell(tmp_path: Path) -> None:
     branched.provenance["training"] = {"note": "a | b\n\n<script>", "list": [1, 2], "{{ 7 * 7 }}": True}
     folder = branched.save_pretrained(tmp_path / "exits")
     text = (folder / "README.md").read_text()
-    assert "| note | a \\| b &lt;script> |" in text
+    assert "| note | `a \\| b\\n\\n<script>` |" in text
     assert "| list | 1, 2 |" in text
-    assert "| {{ 7 * 7 }} | true |" in text
+    assert "| `{{ 7 * 7 }}` | true |" in text
 
 
 def test_a_base_of_its_own_is_a_finetune_that_says_so(tmp_path: Path) -> None:

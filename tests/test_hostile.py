@@ -63,6 +63,7 @@ def _set(*path: Any, value: Any) -> Any:
 BOMBS = {
     "width": (_set("exits", 0, "branch", value={"name": "msd", "confidence": False, "options": {"width": 10**9}}),
               "'exits.0.branch.options"),
+    "a word as a threshold": (_set("operating_point", "thresholds", 0, value="nan"), "'operating_point.thresholds"),
     "width within bounds": (
         _set("exits", 0, "branch", value={"name": "msd", "confidence": False, "options": {"width": 60_000}}),
         "has shape|no tensor"),

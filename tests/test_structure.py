@@ -13,7 +13,7 @@ import ee_surgery as ee
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "errors", "registry", "files", "inputs", "picture_settings", "pictures", "samples", "answers", "wrappers",
+    "text", "errors", "registry", "files", "inputs", "picture_settings", "pictures", "samples", "answers", "wrappers",
     "refusals", "receipt", "twin", "signature", "backbone", "graph", "placement", "branches", "policies", "runtime",
     "share", "model", "attach", "training", "presets", "pipeline", "integrations", "report", "demo", "cli",
 ]  # fmt: skip
@@ -44,3 +44,10 @@ def test_public_names_have_docstrings(name: str) -> None:
         for attribute, value in vars(thing).items():
             if not attribute.startswith("_") and inspect.isfunction(value):
                 assert (value.__doc__ or "").strip(), f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_warned_of_is_shown_as_errors_are(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+            assert "SurgeryWarning" in map(ast.unparse, node.args), f"{path}:{node.lineno}"

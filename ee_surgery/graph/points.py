@@ -18,6 +18,7 @@ from ee_surgery.graph.last_call import refuse_probabilities
 from ee_surgery.graph.liveness import Liveness, analyse, live_after
 from ee_surgery.inputs import Arguments
 from ee_surgery.registry import suggest
+from ee_surgery.text import plain, visible
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,17 @@ class ModelGraph:
         saved = 0.5 * (1 - third.macs_fraction)
         return (
             f"Blocks end between {early[0].macs_fraction:.1%} and {early[-1].macs_fraction:.1%} of the MACs. "
-            f"If half of the samples left at {third.name} ({third.macs_fraction:.1%}), "
+            f"If half of the samples left at {visible(third.name)} ({third.macs_fraction:.1%}), "
             f"{saved:.0%} of the MACs would be saved, less the branches' own."
         )
 
     def __str__(self) -> str:
-        lines = [f"{self.backbone.model_id}: {self.macs / 1e6:.2f} MMACs, {len(self.points)} legal exit points"]
+        lines = [
+            f"{visible(self.backbone.model_id)}: {self.macs / 1e6:.2f} MMACs, {len(self.points)} legal exit points"
+        ]
         lines += [
-            f"  {p.name:40} {p.layout:6} {'x'.join(map(str, p.shape)):16} live {p.live}  {p.macs_fraction:6.1%}"
+            f"  {visible(p.name):40} {p.layout:6} {'x'.join(map(str, p.shape)):16} live {p.live}  "
+            f"{p.macs_fraction:6.1%}"
             for p in self.blocks
         ]
         return "\n".join([*lines, self.best_case()])
@@ -128,7 +132,7 @@ class ModelGraph:
         from ee_surgery.report import graph_table
 
         yield graph_table(self)
-        yield self.best_case()
+        yield plain(self.best_case())
 
 
 _AUTOCAST = (

@@ -9,6 +9,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from ee_surgery.errors import SurgeryWarning
 from ee_surgery.integrations.metrics import exit_metrics
 
 __all__ = ["exit_metrics", "register"]
@@ -49,7 +50,9 @@ class _OnImport(MetaPathFinder):
             try:
                 register()
             except Exception as error:  # transformers itself must not fail for it
-                warnings.warn(f"ee_surgery's classes are not known to transformers: {error}", stacklevel=2)
+                warnings.warn(
+                    f"ee_surgery's classes are not known to transformers: {error}", SurgeryWarning, stacklevel=2
+                )
 
         spec.loader.exec_module = run_and_register
         return spec

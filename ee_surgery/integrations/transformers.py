@@ -38,6 +38,7 @@ from ee_surgery.files import atomic_write
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.pipeline import from_pretrained
 from ee_surgery.share.adapter import CONFIG, without_tensors
+from ee_surgery.share.provenance import forget_measured
 from ee_surgery.share.schema import ConfigForm, parse
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loss import batch_loss, relative_costs
@@ -295,7 +296,7 @@ class _EarlyExitForClassification(PreTrainedModel):
         config, branched = self.train_config, self.branched
         told = {name: getattr(config, name) for name in ("objective", "teach", "distill", "temperature")}
         branched.provenance["training"] = {"by": "a training loop of transformers", **told}
-        branched.provenance.pop("evaluation", None)
+        forget_measured(branched.provenance)
         branched.frontier = None
         branched.operate(None)
 

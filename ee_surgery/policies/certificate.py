@@ -12,6 +12,7 @@ import numpy as np
 
 from ee_surgery.errors import DataError
 from ee_surgery.policies.records import ExitRecords
+from ee_surgery.text import visible
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Certificate:
     def promise(self) -> str:
         """In words."""
         if not self.certified:
-            return f"nothing: no early exit could be shown to keep {self.risk} within {self.eps:.3g}"
+            return f"nothing: no early exit could be shown to keep {visible(self.risk)} within {self.eps:.3g}"
         how = "in expectation" if self.method == "crc" else f"with confidence {1 - self.delta:.3g}"
-        return f"{self.risk} at most {self.eps:.3g} {how}"
+        return f"{visible(self.risk)} at most {self.eps:.3g} {how}"
 
     def __str__(self) -> str:
-        return f"{self.promise} ({self.method}, {self.n} samples, observed {self.observed:.3g})"
+        return f"{self.promise} ({visible(self.method)}, {self.n} samples, observed {self.observed:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which has no number for `inf`: a string."""

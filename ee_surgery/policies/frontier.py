@@ -14,6 +14,7 @@ from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.risk import RiskTable
 from ee_surgery.policies.search import search
+from ee_surgery.text import visible
 
 FORMAT_VERSION = 1
 
@@ -140,7 +141,7 @@ class Frontier(Sequence[OperatingPoint]):
         for point in self.milestones():
             shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
             numbers = f"{point.accuracy:9.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
-            lines.append(f"{numbers}   {shares}  ({point.score})")
+            lines.append(f"{numbers}   {shares}  ({visible(point.score)})")
         return "\n".join(lines)
 
     def __rich_console__(self, console: object, options: object):

@@ -12,6 +12,7 @@ from ee_surgery.policies.certificate import Certificate
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore
+from ee_surgery.text import visible
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class OperatingPoint:
 
     def __str__(self) -> str:
         if not self.samples:
-            return f"thresholds {self.thresholds} of {self.score}, by hand"
+            return f"thresholds {self.thresholds} of {visible(self.score)}, by hand"
         shares = " ".join(f"{share:.0%}" for share in self.exit_shares)
         expected = f" ({self.expected_accuracy:.2%} expected)" if math.isfinite(self.expected_accuracy) else ""
         found = f"accuracy {self.accuracy:.2%}{expected} at {self.macs_fraction:.1%} of the MACs"
-        return f"{found}, leaving {shares}: {self.rule}, score {self.score}, {self.samples} samples"
+        return f"{found}, leaving {shares}: {visible(self.rule)}, score {visible(self.score)}, {self.samples} samples"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, and the tensors of a fitted score; JSON has no number for `inf` and NaN: a string and null."""

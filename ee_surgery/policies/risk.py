@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
 from ee_surgery.policies.bounds import ZERO_ONE, Scale, cleared, cleared_by_counts, samples_needed, upper_bound
 from ee_surgery.policies.certificate import Certificate, Check, fingerprint
 from ee_surgery.policies.operating import OperatingPoint, realise
@@ -104,7 +104,7 @@ def risk_control(
     Returns:
         The point, as realised on the certifying samples, and its certificate.
     Warns:
-        UserWarning: nothing could be certified: all exits stay closed. Says how many samples are needed at least.
+        SurgeryWarning: nothing could be certified: all exits stay closed. Says how many samples are needed at least.
     Raises:
         ConfigError: a number outside its range, an unknown method or one that does not fit the losses.
         DataError: the risk needs labels, and there are none.
@@ -357,7 +357,7 @@ def _certified(
         warnings.warn(
             f"No early exit is certified for {risk} <= {eps:g} with delta={delta:g} ({method}): {why}. "
             "All exits stay closed. Record more samples, or accept a larger eps or delta.",
-            UserWarning,
+            SurgeryWarning,
             stacklevel=3,
         )
     # in the order of the fields

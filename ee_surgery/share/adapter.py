@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
-from ee_surgery.errors import AdapterError
+from ee_surgery.errors import AdapterError, SurgeryWarning
 from ee_surgery.files import (
     DIGEST,
     JSON_LIMIT,
+    LISTED,
     FolderChange,
     by_hand,
     change_folder,
@@ -346,6 +347,7 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]
         warnings.warn(
             f"{folder} was saved by a version that kept no digests of its files, so that damage and a mixture of two "
             "adapters cannot be told. Save it again.",
+            SurgeryWarning,
             stacklevel=3,
         )
     return config, weights, frontier
@@ -367,7 +369,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"'ee_surgery', formats {OLD_FORMAT} and {FORMAT_VERSION}."
             f"{' A newer ee-surgery wrote it: upgrade with pip.' if newer else ''}"
         )
-    if (written == FORMAT_VERSION or DIGEST in data) and sealed(data) != data:
+    vouched = sealed(data) == data and data.get(LISTED)
+    if not vouched and (written == FORMAT_VERSION or DIGEST in data):
         raise AdapterError(
             f"{path} is damaged or was edited by hand: it does not have the digest that it states. Save the adapter "
             "again; `ee-surgery card` changes what the card says."
@@ -389,17 +392,19 @@ def own_files(folder: Path) -> dict[str, Path]:
     found = {CONFIG: folder / CONFIG}
     if others := sorted(files.keys() - OWN):
         seen = ", ".join(map(shown, others[:5]))
-        warnings.warn(f"{folder / CONFIG} lists files that no adapter has; they are left out: {seen}.", stacklevel=3)
+        told = f"{folder / CONFIG} lists files that no adapter has; they are left out: {seen}."
+        warnings.warn(told, SurgeryWarning, stacklevel=3)
     names = (files.keys() & OWN) | {CARD, PROCESSOR} if files else {*_READ, PROCESSOR, CARD, PLOT, RESULTS}
     for name in sorted(names):
+        vouched = name in _READ or (name in files and name in PROCESSOR_FILES)
         try:
-            path = find_file(folder, name, files) if name in _READ else locate(folder / CONFIG, name, files)
+            path = find_file(folder, name, files) if vouched else locate(folder / CONFIG, name, files)
             if path is None or (name not in files and path.exists()):
                 path = by_hand(folder, name)
         except OSError as error:
             if name in _READ:
                 raise AdapterError(f"{folder / name} cannot be taken: {error} Save the adapter again.") from error
-            warnings.warn(f"{folder / name} is left out: {error}", stacklevel=3)
+            warnings.warn(f"{folder / name} is left out: {error}", SurgeryWarning, stacklevel=3)
             continue
         if path is not None and path.is_file():
             found[name] = path

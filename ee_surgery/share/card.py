@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from ee_surgery.errors import ConfigError
+from ee_surgery.errors import ConfigError, SurgeryWarning
 from ee_surgery.files import FolderChange, read_bytes
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import describe
 from ee_surgery.registry import suggest
 from ee_surgery.share import card_text as text
 from ee_surgery.share.adapter import CARD, PLOT, PROCESSOR, RESULTS, AdapterConfig, change_adapter, load_adapter
+from ee_surgery.share.provenance import CALIBRATION, EVALUATION, TRAINING, stated_by
+from ee_surgery.text import LINE, markdown, visible
 
 _LARGEST = 4 << 20  # bytes of a card
 MARKER = (
@@ -79,8 +81,11 @@ class CardInfo:
                 continue
             several = isinstance(known[name].default, tuple)
             words = tuple(value) if several and isinstance(value, (list, tuple)) else (value,)
-            if not all(isinstance(word, str) and word.strip() and "\n" not in word for word in words):
-                raise ConfigError(f"{name} of a model card is text{' or a list of it' * several}, got {value!r}.")
+            if not all(isinstance(word, str) and word.strip() and visible(word) == word for word in words):
+                raise ConfigError(
+                    f"{name} of a model card is text{' or a list of it' * several}, got {visible(repr(value))}. It has "
+                    f"one line of at most {LINE} characters, none of them invisible."
+                )
             if name in ("datasets", "repo_id", "eval_dataset"):
                 for word in words:
                     _check_id(name, word)
@@ -93,10 +98,21 @@ class CardInfo:
     @classmethod
     def stored(cls, config: AdapterConfig, given: Mapping[str, Any]) -> CardInfo:
         """What an earlier card of this adapter was given, and what is given now, which wins."""
-        known = {field.name for field in fields(cls)}
         earlier = config.provenance.get("card")
-        earlier = earlier if isinstance(earlier, Mapping) else {}
-        return cls.of({**{name: value for name, value in earlier.items() if name in known}, **given})
+        kept: dict[str, Any] = {}
+        for field in fields(cls):
+            if isinstance(earlier, Mapping) and field.name in earlier:
+                kept = cls._with_stored(kept, field.name, earlier[field.name])
+        return cls.of({**kept, **given})
+
+    @classmethod
+    def _with_stored(cls, kept: dict[str, Any], name: str, value: object) -> dict[str, Any]:
+        """A stored field added, where it is one: what others wrote must not keep a card from being written."""
+        try:
+            return cls.of({**kept, name: value}).to_dict()
+        except ConfigError as error:
+            warnings.warn(f"Left out of the earlier card: {error}", SurgeryWarning, stacklevel=4)
+            return kept
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what was given."""
@@ -136,12 +152,14 @@ def save_card(
         change.stray.add(name)
     if frontier is not None and importlib.util.find_spec("matplotlib") is not None:
         frontier.plot().savefig(change.place(PLOT), dpi=150, format="png")
-    if entries := _leaderboard(info, measured):
+    if entries := _leaderboard(info, None if stated_by(measured) else measured):
         results = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         change.place(RESULTS).write_text(results, encoding="utf-8")
     if foreign:
         change.kept.pop(CARD, None)
-        warnings.warn(f"{path} is not a card of ee_surgery's: it is kept. Delete it to get one.", stacklevel=3)
+        warnings.warn(
+            f"{path} is not a card of ee_surgery's: it is kept. Delete it to get one.", SurgeryWarning, stacklevel=3
+        )
     else:
         content = _render(change, config, frontier, receipt, info, measured, plot=change.wrote(PLOT))
         change.place(CARD).write_text(content, encoding="utf-8")
@@ -176,6 +194,14 @@ def update_card(folder: Path, **about: Any) -> Path:
     return folder / CARD
 
 
+def _is_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _check_id(name: str, given: str) -> None:
     try:
         validate_repo_id(given)
@@ -188,36 +214,68 @@ def _check_id(name: str, given: str) -> None:
 
 def _measured(config: AdapterConfig) -> dict[str, Any] | None:
     """What `evaluate` found at the very operating point that is stored; None otherwise."""
-    found = config.provenance.get("evaluation")
+    found = config.provenance.get(EVALUATION)
     if not isinstance(found, Mapping) or not found.keys() >= _EVALUATION:
+        return None
+    if not _well_formed(found):
+        warnings.warn(
+            "The evaluation that is stored is damaged: it is left out of the card. Run ee.evaluate again.",
+            SurgeryWarning,
+            stacklevel=4,
+        )
         return None
     if found["operating_point"] != describe(config.operating_point):
         warnings.warn(
             "The evaluation was made at another operating point than the one stored: it is left out of the card. Run "
             "ee.evaluate again.",
+            SurgeryWarning,
             stacklevel=4,
         )
         return None
     return dict(found)
 
 
+def _well_formed(found: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of the types that `evaluate` writes; unlike the rest, no schema says so."""
+
+    def share(value: object) -> bool:
+        return isinstance(value, (int, float)) and 0 <= value <= 1
+
+    def several(name: str, fits: Callable[[object], bool]) -> bool:
+        return isinstance(found[name], (list, tuple)) and all(map(fits, found[name]))
+
+    return (
+        all(share(found[name]) for name in ("accuracy", "original_accuracy", "agreement"))
+        and isinstance(found["macs_fraction"], (int, float))
+        and 0 <= found["macs_fraction"] < 1e6
+        and isinstance(found["samples"], int)
+        and 0 <= found["samples"] < 1e15
+        and isinstance(found["labelled"], bool)
+        and several("exits", lambda name: isinstance(name, str))
+        and several("exit_shares", share)
+        and several("exit_accuracies", lambda value: value is None or share(value))
+        and len(found["exits"]) == len(found["exit_shares"]) == len(found["exit_accuracies"])
+    )
+
+
 def _front_matter(
     config: AdapterConfig, info: CardInfo, measured: Mapping[str, Any] | None, name: str
 ) -> ModelCardData:
     base, task = config.base, info.pipeline_tag or text.pipeline_tag(config)
-    found = base.hub_id is not None and text.found_by_name(base, config.own_base)
+    found = base.hub_id is not None and _is_id(base.hub_id) and text.found_by_name(base, config.own_base)
     own = {
         "base_model": base.hub_id,
         "base_model_relation": "finetune" if config.own_base else "adapter",
     }
+    measured = None if stated_by(measured) else measured
     return ModelCardData(
         license=info.license,
         library_name="ee_surgery",
         pipeline_tag=task,
-        tags=["early-exit", *([] if base.library == "torch" else [base.library]), "ee_surgery", *info.tags],
+        tags=["early-exit", *([] if base.library == "torch" else [visible(base.library)]), "ee_surgery", *info.tags],
         datasets=list(info.datasets) or None,
         language=list(info.language) or None,
-        model_name=None if measured is None else name,
+        model_name=None if measured is None else visible(name),
         eval_results=None if measured is None else _results(info, measured, task or "other"),
         **(own if found else {}),
     )
@@ -244,6 +302,14 @@ def _results(info: CardInfo, measured: Mapping[str, Any], task: str) -> list[Eva
     ]
 
 
+def _data(info: CardInfo, measured: Mapping[str, Any]) -> str:
+    """The data of an evaluation by name. What a card is told now is not of an evaluation that was loaded."""
+    name = info.eval_name or info.eval_dataset
+    if stated_by(measured) or name is None:
+        return "data that were not named"
+    return ", ".join(markdown(word) for word in (name, info.eval_split) if word)
+
+
 def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None) -> list[EvalResultEntry]:
     if measured is None or not measured["labelled"] or not info.eval_dataset or not info.eval_task:
         return []
@@ -263,20 +329,24 @@ def _render(
 ) -> str:
     where = info.repo_id or change.folder.resolve().name
     name = where.rsplit("/", 1)[-1]
-    data = ", ".join(filter(None, [info.eval_name or info.eval_dataset or "data that were not named", info.eval_split]))
+    training = text.settings(config.provenance.get(TRAINING))
+
+    def said(part: str) -> dict[str, str | None]:
+        return {"statement": text.statement(config.provenance, part)}
+
     card = ModelCard.from_template(
         _front_matter(config, info, measured, name),
         template_path=str(_TEMPLATE),
         marker=MARKER,
-        title=name,
+        title=markdown(name),
         summary=text.summary(config),
         snippet=text.snippet(config, frontier, where),
         usage=text.usage(config, frontier, where, processor=change.holds(PROCESSOR)),
-        measured=None if measured is None else text.measured(measured, data),
-        frontier=None if frontier is None else {**text.trade_offs(frontier), "plot": PLOT if plot else None},
+        measured=None if measured is None else text.measured(measured, _data(info, measured)) | said(EVALUATION),
+        frontier=None if frontier is None else text.trade_offs(frontier, PLOT if plot else None) | said(CALIBRATION),
         exits=text.exits(config, frontier),
-        point=text.operating_point(config.operating_point, frontier),
-        training=text.settings(config.provenance.get("training")),
+        point=text.operating_point(config.operating_point, frontier) | said(CALIBRATION),
+        training=None if training is None else {"table": training} | said(TRAINING),
         original=text.original(config, receipt),
         limits=text.limits(config, frontier),
     )

@@ -7,11 +7,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ee_surgery.backbone import Identity
+from ee_surgery.errors import AdapterError
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.probe import InputSpec
+from ee_surgery.share.provenance import CALIBRATION, EVALUATION, LOADED_FROM, STATED_BY, TRAINING, stated_by
+from ee_surgery.text import cell, code, markdown, visible
+
+_SETTINGS = 100  # how many are shown
+_AGAIN = {CALIBRATION: "calibrated", EVALUATION: "measured", TRAINING: "trained"}
 
 
 def found_by_name(base: Identity, own_base: bool) -> bool:
@@ -47,7 +55,7 @@ def _base_name(base: Identity) -> str:
 
 def summary(config: AdapterConfig) -> str:
     """One paragraph on what it is."""
-    kinds = ", ".join(dict.fromkeys(f"`{exit.branch.name}`" for exit in config.exits))
+    kinds = ", ".join(dict.fromkeys(code(exit.branch.name) for exit in config.exits))
     count = len(config.exits)
     what = f"{count} branches" if count > 1 else "One branch"
     base = (
@@ -55,18 +63,19 @@ def summary(config: AdapterConfig) -> str:
         if config.own_base
         else "The base's own weights are not changed, and not stored here."
     )
+    name = code(_base_name(config.base))
     return (
-        f"{what} ({kinds}) on `{_base_name(config.base)}`, made with ee_surgery: an input that a branch is sure about "
-        f"leaves the network there, and the rest runs on. {base}"
+        f"{what} ({kinds}) on {name}, made with ee_surgery: an input that a branch is sure about leaves the network "
+        f"there, and the rest runs on. {base}"
     )
 
 
 def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str:
     """Code that works as pasted; where nobody can make the base by a name, as soon as `model` is the base."""
-    loading = f"branched = ee_surgery.from_pretrained({json.dumps(where)})"
+    loading = f"branched = ee_surgery.from_pretrained({_literal(where)})"
     lines = ["import torch", "", "import ee_surgery", ""]
     if not found_by_name(config.base, config.own_base):
-        what = config.base.architecture or config.base.model_id
+        what = visible(config.base.architecture or config.base.model_id).replace("`", "'")
         which = "its weights are stored here" if config.own_base else "with the weights of the fingerprint below"
         lines.append(f"# `model` is the base: a {what} that you have made, {which}.")
         loading = f"{loading[:-1]}, model=model)"
@@ -79,8 +88,8 @@ def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str
     first, *others = config.inputs
     if others or config.options:
         lines.append("inputs = {  # yours, prepared as for the base")
-        lines += [f'    "{name}": {_random(spec)},' for name, spec in config.inputs.items()]
-        lines += [f'    "{name}": {value!r},' for name, value in config.options.items()]
+        lines += [f"    {_literal(name)}: {_random(spec)}," for name, spec in config.inputs.items()]
+        lines += [f"    {_literal(name)}: {_literal(value)}," for name, value in config.options.items()]
         lines += ["}", "output = branched.predict(**inputs)"]
     else:
         lines.append(f"inputs = {_random(config.inputs[first])}  # yours, prepared as for the base")
@@ -89,15 +98,26 @@ def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str
     return "\n".join(lines)
 
 
+def _literal(value: object) -> str:
+    """Plain data as Python code of one line, for code that is shown: nothing hidden in it, no end of the code block."""
+    text = repr(value)
+    if isinstance(value, str) and '"' not in text:
+        text = f'"{text[1:-1]}"'
+    return visible(text, 10 * len(text)).replace("`", "\\x60")
+
+
 def _random(spec: InputSpec) -> str:
     """Code that makes what `InputSpec.make` makes."""
-    shape, kind = tuple(spec.shape), f"dtype=torch.{spec.dtype}"
-    if spec.dtype.startswith(("float", "bfloat")):
-        return f"torch.randn({shape}{'' if spec.dtype == 'float32' else f', {kind}'})"
-    lowest = min(1, spec.highest)
-    if lowest == spec.highest:
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype):  # it becomes code
+        raise AdapterError(f"An input of the adapter is of dtype {spec.dtype!r}, which torch does not have.")
+    shape, kind, highest = tuple(map(int, spec.shape)), f"dtype={dtype}", int(spec.highest)
+    if dtype.is_floating_point:
+        return f"torch.randn({shape}{'' if dtype is torch.float32 else f', {kind}'})"
+    lowest = min(1, highest)
+    if lowest == highest:
         return f"torch.full({shape}, {lowest}, {kind})"
-    return f"torch.randint({lowest}, {spec.highest + 1}, {shape}, {kind})"
+    return f"torch.randint({lowest}, {highest + 1}, {shape}, {kind})"
 
 
 def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processor: bool) -> str:
@@ -106,11 +126,12 @@ def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processo
     if pictures and (processor or config.preprocessing is not None):
         lines.append("`branched.transform()` makes such inputs of PIL pictures.")
         if found_by_name(config.base, config.own_base):
-            pipe = f'transformers.pipeline("image-classification", model={json.dumps(where)})'
-            lines.append(f"With `ee_surgery` imported, `{pipe}` loads it too.")
+            pipe = f'transformers.pipeline("image-classification", model={_literal(where)})'
+            lines.append(f"With `ee_surgery` imported, {code(pipe)} loads it too.")
     elif config.base.library == "transformers" and config.base.hub_id:
         cls, what = ("AutoImageProcessor", "pictures") if pictures else ("AutoTokenizer", "texts")
-        lines.append(f'`transformers.{cls}.from_pretrained("{config.base.hub_id}")` prepares {what} for this base.')
+        call = f"transformers.{cls}.from_pretrained({_literal(config.base.hub_id)})"
+        lines.append(f"{code(call)} prepares {what} for this base.")
     lines.append("`branched(inputs)` answers with what the base answers with.")
     if config.operating_point is not None:
         when = "Inputs leave early as the operating point below says; `branched.operate(None)` runs the whole original."
@@ -125,10 +146,10 @@ def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processo
 
 
 def measured(found: Mapping[str, Any], data: str) -> dict[str, str]:
-    """What `evaluate` found, on data of that name."""
+    """What `evaluate` found; `data`: on which, in Markdown."""
     kind = accuracy_name(found["labelled"])
     text = (
-        f"By running it as it is stored here, on {found['samples']} samples ({_cell(data)}): {kind} "
+        f"By running it as it is stored here, on {found['samples']} samples ({data}): {kind} "
         f"**{found['accuracy']:.2%}** at **{found['macs_fraction']:.2%}** of the original's mean MACs, branches "
         "included."
     )
@@ -138,14 +159,14 @@ def measured(found: Mapping[str, Any], data: str) -> dict[str, str]:
             "it gives them."
         )
     rows = [
-        [f"`{name}`", f"{share:.2%}", "" if accuracy is None else f"{accuracy:.2%}"]
+        [code(name), f"{share:.2%}", "" if accuracy is None else f"{accuracy:.2%}"]
         for name, share, accuracy in zip(found["exits"], found["exit_shares"], found["exit_accuracies"], strict=True)
     ]
     return {"text": text, "table": _table(["exit", "samples that left there", f"their {kind}"], rows)}
 
 
-def trade_offs(frontier: Frontier) -> dict[str, str]:
-    """The points at some round accuracy drops."""
+def trade_offs(frontier: Frontier, plot: str | None) -> dict[str, str | None]:
+    """The points at some round accuracy drops, and where they are drawn."""
     what = accuracy_name(frontier.labelled)
     original = f" (the original: {frontier.base_accuracy:.2%})" if frontier.labelled else ""
     text = (
@@ -154,19 +175,19 @@ def trade_offs(frontier: Frontier) -> dict[str, str]:
         "taken off. MACs: mean of a sample, branches included, by the original's."
     )
     rows = [
-        [f"{p.accuracy:.2%}", _number(p.expected_accuracy, ".2%"), f"{p.macs_fraction:.2%}", f"`{p.score}`",
+        [f"{p.accuracy:.2%}", _number(p.expected_accuracy, ".2%"), f"{p.macs_fraction:.2%}", code(p.score),
          *(f"{share:.2%}" for share in p.exit_shares)]
         for p in frontier.milestones()
     ]  # fmt: skip
-    head = [what, "expected", "MACs", "score", *(f"leave at `{name}`" for name in frontier.exits)]
-    return {"text": text, "table": _table(head, rows)}
+    head = [what, "expected", "MACs", "score", *(f"leave at {code(name)}" for name in frontier.exits)]
+    return {"text": text, "table": _table(head, rows), "plot": plot}
 
 
 def exits(config: AdapterConfig, frontier: Frontier | None) -> dict[str, str]:
     """What each exit reads and costs, and how often it is right alone."""
     head = ["exit", "features", "branch", "MACs of the base up to it", "MACs of its branch"]
     rows = [
-        [f"`{e.name}`", "x".join(map(str, e.shape)), f"`{e.branch.name}`", f"{e.trunk_macs / config.base_macs:.2%}",
+        [code(e.name), "x".join(map(str, e.shape)), code(e.branch.name), f"{e.trunk_macs / config.base_macs:.2%}",
          f"{e.branch_macs:,}"]
         for e in config.exits
     ]  # fmt: skip
@@ -184,7 +205,7 @@ def operating_point(point: OperatingPoint | None, frontier: Frontier | None) -> 
     if point is None or point.policy.closed:
         return {"text": "None is stored: nothing leaves early until one is picked.", "table": None}
     known = {
-        "score": f"`{point.score}`",
+        "score": code(point.score),
         "thresholds": ", ".join("closed" if t == float("inf") else f"{t:.6g}" for t in point.thresholds),
         "who never left gets the answer of": {"last": "the last exit", "most_confident": "the most confident exit"}[
             point.fallback
@@ -196,29 +217,41 @@ def operating_point(point: OperatingPoint | None, frontier: Frontier | None) -> 
         "leave at each exit, the original last": ", ".join(f"{share:.2%}" for share in point.exit_shares),
     }
     chosen = f"on {point.samples} calibration samples, which the numbers are of" if point.samples else ""
-    text = f"An input leaves at the first exit whose score reaches its threshold. Chosen by `{point.rule}` {chosen}"
-    certificate = None if point.certificate is None else _cell(str(point.certificate))
+    text = f"An input leaves at the first exit whose score reaches its threshold. Chosen by {code(point.rule)} {chosen}"
+    certificate = None if point.certificate is None else markdown(point.certificate)
     rows = [[name, value] for name, value in known.items() if value]
     return {"text": f"{text.rstrip()}.", "table": _table(["", ""], rows), "certificate": certificate}
 
 
 def settings(training: object) -> str | None:
-    """Whatever training wrote down, a line each."""
-    if not isinstance(training, Mapping) or not training:
+    """What training wrote down, a line each."""
+    if not isinstance(training, Mapping):
         return None
-    return _table(["setting", "value"], [[_cell(str(n)), _plain(v)] for n, v in training.items() if v is not None])
+    rows = [[markdown(n), _value(v)] for n, v in training.items() if v is not None and n != STATED_BY]
+    return _table(["setting", "value"], rows[:_SETTINGS]) if rows else None
+
+
+def statement(provenance: Mapping[str, Any], part: str) -> str | None:
+    """Whose a part of the provenance is, where it was loaded and not done again."""
+    found = provenance.get(part)
+    name, source = stated_by(found), provenance.get(LOADED_FROM)
+    if name is None:
+        return None
+    how = f", and loaded from {markdown(source)}" if isinstance(source, str) and source != name else ""
+    return f"Stated by {markdown(name)}{how}; not {_AGAIN[part]} again since."
 
 
 def original(config: AdapterConfig, receipt: str | None) -> str:
     """Who the base is, and that it was not touched."""
     base = config.base
-    lines = [f"`{_cell(_base_name(base))}` of {base.library}, {base.num_classes or 'no'} classes"]
+    lines = [f"{code(_base_name(base))} of {markdown(base.library)}, {base.num_classes or 'no'} classes"]
     if base.revision:
-        lines[0] += f", revision `{base.revision}`"
-    lines[0] += f"; fingerprint (SHA-256 of all parameters and buffers) `{base.fingerprint}`."
+        lines[0] += f", revision {code(base.revision)}"
+    lines[0] += f"; fingerprint (SHA-256 of all parameters and buffers) {code(base.fingerprint)}."
     if receipt is not None:
-        lines.append(f"Receipt when this was saved: {_cell(receipt)}.")
-    lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in config.versions.items()) + ".")
+        lines.append(f"Receipt when this was saved: {markdown(receipt)}.")
+    versions = [f"{markdown(name)} {markdown(value)}" for name, value in config.versions.items()]
+    lines.append(f"Versions: {', '.join(versions[:_SETTINGS])}.")
     return "\n\n".join(lines)
 
 
@@ -230,7 +263,7 @@ def limits(config: AdapterConfig, frontier: Frontier | None) -> list[str]:
     other = config.provenance.get("other_base")
     if isinstance(other, Mapping):
         lines.append(
-            f"The branches were trained on a base with fingerprint `{_plain(other.get('trained_on'))}` and then put on "
+            f"The branches were trained on a base with fingerprint {code(other.get('trained_on'))} and then put on "
             "this one: what was calibrated before that does not hold."
         )
     point = frontier.points[0] if frontier is not None else config.operating_point
@@ -260,21 +293,23 @@ def _number(value: float, form: str) -> str:
     return format(value, form) if value == value else ""
 
 
-def _cell(text: str) -> str:
-    """Text that stays in its table cell and cannot be markup."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+def _value(value: object) -> str:
+    """A setting as Markdown; numbers and simple words as they are."""
+    if isinstance(value, Mapping) and not any(isinstance(v, (Mapping, list, tuple)) for v in value.values()):
+        parts = [f"{name} {_number_or_word(v)}" for name, v in value.items() if v is not None]
+        return markdown(", ".join(parts))
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, (Mapping, list, tuple)) for v in value):
+        return markdown(", ".join(map(_number_or_word, value)))
+    return markdown(_number_or_word(value))
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_cell(str(name))} {_plain(v)}" for name, v in value.items() if v is not None)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(item) for item in value)
+def _number_or_word(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return _cell(value if isinstance(value, str) else json.dumps(value, default=str))
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of Markdown that stays in its cells."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ee_surgery.errors import AdapterError, HubError
+from ee_surgery.errors import AdapterError, HubError, SurgeryWarning
 from ee_surgery.files import JSON_LIMIT, read_bytes
 from ee_surgery.share.adapter import (
     BASE,
@@ -79,7 +79,11 @@ def push_folder(
         there = api.list_repo_files(repo_id, revision=revision)
         add = [CommitOperationAdd(name, path) for name, path in files.items()]
         if CARD in there and MARKER not in _text(api.hf_hub_download(repo_id, CARD, revision=revision)):
-            warnings.warn(f"{repo_id} has a card of its own: it is kept. Delete it there to get one.", stacklevel=3)
+            warnings.warn(
+                f"{repo_id} has a card of its own: it is kept. Delete it there to get one.",
+                SurgeryWarning,
+                stacklevel=3,
+            )
             add = [operation for operation in add if operation.path_in_repo != CARD]
         # of an earlier version of this adapter, what the new one no longer has
         stale = [name for name in (FRONTIER, BASE, PLOT, RESULTS) if name in there and name not in files]

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from ee_surgery.backbone import Backbone
-from ee_surgery.errors import DataError
+from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.files import FolderChange, read_object
 from ee_surgery.picture_settings import check_preprocessing
 from ee_surgery.pictures import build_processor, named_processor, plain_settings, timm_model
 from ee_surgery.share.adapter import CONFIG, PROCESSOR, PROCESSOR_FILES, find_file
+from ee_surgery.text import visible
 
 _LIMIT = 1 << 20  # bytes of a processor's file
 
@@ -138,7 +139,11 @@ def save_processor(change: FolderChange, processor: Any, backbone: Backbone) -> 
         try:
             build_processor(read_object(change.place(PROCESSOR), _LIMIT), backbone.named)
         except Exception as error:  # it is saved all the same: transformers' own classes find it there
-            warnings.warn(f"The image processor is saved, but loading will leave it out: {_short(error)}", stacklevel=3)
+            warnings.warn(
+                f"The image processor is saved, but loading will leave it out: {visible(error)}",
+                SurgeryWarning,
+                stacklevel=3,
+            )
 
 
 def load_processor(folder: Path, files: Mapping[str, str], backbone: Backbone) -> Any:
@@ -153,13 +158,15 @@ def load_processor(folder: Path, files: Mapping[str, str], backbone: Backbone) -
     Raises:
         AdapterError: it is not the one that is listed.
     """
-    path = find_file(folder, PROCESSOR, files)
+    path = find_file(folder, PROCESSOR, files) if PROCESSOR in files else folder / PROCESSOR
     if not os.path.lexists(path):
         return None
     try:
         return build_processor(read_object(path, _LIMIT), backbone.named)
     except Exception as error:  # the branches are fine without
-        warnings.warn(f"{folder / PROCESSOR} cannot be read and is left out: {_short(error)}", stacklevel=3)
+        warnings.warn(
+            f"{folder / PROCESSOR} cannot be read and is left out: {visible(error)}", SurgeryWarning, stacklevel=3
+        )
         return None
 
 
@@ -172,12 +179,8 @@ def load_preprocessing(folder: Path, settings: object) -> dict[str, Any] | None:
     except DataError as error:
         warnings.warn(
             f"{folder / CONFIG}: `preprocessing` cannot be used and is left out, so that pictures are prepared as the "
-            f"base says: {_short(error)}",
+            f"base says: {visible(error)}",
+            SurgeryWarning,
             stacklevel=3,
         )
         return None
-
-
-def _short(error: Exception) -> str:
-    text = "".join(character if character.isprintable() else " " for character in str(error))
-    return text if len(text) <= 400 else f"{text[:400]}..."

@@ -55,7 +55,7 @@ Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Count: TypeAlias = Annotated[int, Field(ge=0, le=1 << 62)]
 Side: TypeAlias = Annotated[int, Field(ge=1, le=1 << 20)]
 Threshold: TypeAlias = Annotated[float, Field(allow_inf_nan=False)] | Literal["inf", "-inf"]
-Scalar: TypeAlias = Annotated[int, Field(ge=-(1 << 16), le=1 << 16)] | float | bool | Word
+Scalar: TypeAlias = Annotated[int | float, Field(ge=-(1 << 16), le=1 << 16)] | bool | Word
 Option: TypeAlias = Scalar | Annotated[list[Scalar], Field(max_length=64)] | None
 Plain: TypeAlias = Annotated[dict[str, Any], Field(max_length=1000), AfterValidator(_plain)]
 DType: TypeAlias = Literal[
@@ -282,8 +282,6 @@ class ConfigForm(_Form):
             raise ValueError(f"{len(point.thresholds)} thresholds for {len(names)} exits")
         if self.pretrained_cfg != (self.preprocessing if self.image_processor_type else None):
             raise ValueError("pretrained_cfg and preprocessing differ")
-        if self.format_version == FORMAT_VERSION and not (self.files and self.digest):
-            raise ValueError("files and digest are missing, which this format has")
         return self
 
 

@@ -12,7 +12,7 @@ from scipy.special import bdtr, bdtrc
 from torch import Tensor
 
 from ee_surgery.backbone import Backbone
-from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
 from ee_surgery.model import EarlyExitModel
 
 IGNORED = -100
@@ -155,7 +155,7 @@ class Labels:
             self._look(1)
             warning = _warning(torch.cat(self.answers), torch.cat(self.truth))
             if warning and not self.told:
-                warnings.warn(f"{self.backbone.model_id} {warning}", stacklevel=3)
+                warnings.warn(f"{self.backbone.model_id} {warning}", SurgeryWarning, stacklevel=3)
 
     def _look(self, least: int) -> None:
         answers, truth = torch.cat(self.answers), torch.cat(self.truth)
@@ -165,7 +165,7 @@ class Labels:
         told = f"{self.backbone.model_id} is right on {_percent(answers == truth)} of {len(truth)} samples: {found}"
         if self.table is not None:
             self.told = True
-            warnings.warn(f"{told} Is class_map= right?", stacklevel=4)
+            warnings.warn(f"{told} Is class_map= right?", SurgeryWarning, stacklevel=4)
             return
         label = int(truth[answers != truth].mode().values)
         most = int(answers[truth == label].bincount().argmax())

@@ -28,6 +28,7 @@ from ee_surgery.errors import ConfigError, DataError, TrainingError
 from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
+from ee_surgery.share.provenance import forget_measured
 from ee_surgery.training import checkpoint, track
 from ee_surgery.training.averaging import Average
 from ee_surgery.training.config import TrainConfig
@@ -99,7 +100,7 @@ def train(
     # thresholds, and what was measured, were of the weights before
     branched.operate(None)
     branched.frontier = None
-    branched.provenance.pop("evaluation", None)
+    forget_measured(branched.provenance)
     try:
         accelerator = accelerator or make_accelerator(config)
         return _Run(branched, data, config, validation, accelerator, joint, class_map).run()

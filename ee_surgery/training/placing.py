@@ -24,6 +24,7 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.subset import cheapest_exits
 from ee_surgery.runtime.measure import interleave, parts
+from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.data import Data, batches, loader
 from ee_surgery.training.labels import ClassMap
@@ -57,7 +58,8 @@ class Candidate:
     def __str__(self) -> str:
         options = " ".join(f"{name}={value}" for name, value in self.branch.options.items() if value != "")
         what = f"{self.branch.name} {options}".strip()
-        return f"{'*' if self.chosen else ' '} {self.exit:24} {self.accuracy:7.2%} at {self.cost:6.1%}  {what}"
+        name = visible(self.exit)
+        return f"{'*' if self.chosen else ' '} {name:24} {self.accuracy:7.2%} at {self.cost:6.1%}  {visible(what)}"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import describe
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.risk import risk_table
+from ee_surgery.share.provenance import CALIBRATION
+from ee_surgery.text import visible
 from ee_surgery.training.data import Data, loader, place
 from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard
 from ee_surgery.training.processes import Processes, Shares
@@ -110,6 +112,7 @@ def calibrate(
             scores = ["max_prob", *(["learned"] if records.confidence is not None else [])]
         frontier = Frontier.search(records, scores)
     risks = ("disagreement", *(["accuracy_gap"] if records.labels is not None else []))
+    branched.provenance.pop(CALIBRATION, None)
     branched.frontier = replace(frontier, risks=tuple(risk_table(records, risk) for risk in risks))
     return branched.frontier
 
@@ -137,7 +140,7 @@ class Evaluation:
     def __str__(self) -> str:
         what = "accuracy" if self.labelled else "agreement"
         rows = [
-            f"  {name:32} {share:6.1%}  {'-' if accuracy is None else format(accuracy, '.2%')}"
+            f"  {visible(name):32} {share:6.1%}  {'-' if accuracy is None else format(accuracy, '.2%')}"
             for name, share, accuracy in zip(self.exits, self.exit_shares, self.exit_accuracies, strict=True)
         ]
         head = (
