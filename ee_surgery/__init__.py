@@ -15,6 +15,7 @@ from ee_surgery.errors import (
     SurgeryError,
     TrainingError,
     UnknownNameError,
+    WriteError,
 )
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
 from ee_surgery.integrations import register as _register
@@ -92,6 +93,7 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "Verdict",
+    "WriteError",
     "accuracy_drop_rule",
     "attach",
     "augment",

@@ -64,7 +64,7 @@ def attach(
                 f"{graph[point.name].shape}: make the plan from this model's own graph."
             )
     with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU as well
         built = [
             resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth, graph)
             for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))

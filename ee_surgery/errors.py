@@ -1,5 +1,10 @@
 """Every error this package raises on purpose. Each says what was wrong, what was seen and what to do."""
 
+import torch
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Says nothing about the model or the data at hand: never taken for an answer, always passed on as it is."""
+
 
 class SurgeryError(Exception):
     """Base of all errors of ee_surgery."""
@@ -43,6 +48,10 @@ class FingerprintError(AdapterError):
 
 class HubError(SurgeryError, OSError):
     """The Hub refused, is out of reach, or has no such repository."""
+
+
+class WriteError(SurgeryError, OSError):
+    """A file could not be written: no space, no permission, a failing disk."""
 
 
 class UnknownNameError(SurgeryError, KeyError):

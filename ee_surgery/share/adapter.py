@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
 from ee_surgery.errors import AdapterError, DataError
-from ee_surgery.files import FolderChange, change_folder, listed, locate, read_consistently, sha256
+from ee_surgery.files import FolderChange, change_folder, explained, listed, locate, read_consistently, sha256
 from ee_surgery.graph.points import ExitPoint
 from ee_surgery.inputs import Arguments, tensors
 from ee_surgery.policies.frontier import Frontier
@@ -198,9 +198,10 @@ def change_adapter(folder: Path) -> Iterator[FolderChange]:
     except (OSError, SafetensorError) as error:
         if change is not None and change.committed:
             raise AdapterError(
-                f"{folder} is saved, but not all of its files are in their places yet: {error} Save it again."
+                f"{folder} is saved, but not all of its files are in their places yet: {explained(error)} Then save it "
+                "again."
             ) from error
-        raise AdapterError(f"{folder} could not be written, and is as it was: {error}") from error
+        raise AdapterError(f"{folder} could not be written, and is as it was: {explained(error)}") from error
 
 
 def _refuse_others(folder: Path) -> None:
