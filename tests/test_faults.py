@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ee_surgery as ee
+from benchmarks.memory import kinds
+from ee_surgery.errors import OUT_OF_MEMORY
 from ee_surgery.files import atomic_write
+from ee_surgery.runtime import engine
 from ee_surgery.runtime.measure import measure
 from ee_surgery.share.card import update_card
 from ee_surgery.training import checkpoint, reader, track
@@ -163,7 +166,7 @@ def test_a_failing_disk_is_said_and_leaves_what_was_there(
             write(tmp_path, 1)
         else:
             _fails_whole(write, tmp_path, advice)
-    assert bool(hits) == ((name, operation) not in _NEVER)
+            assert hits
     write(tmp_path, 1)
 
 
@@ -192,7 +195,7 @@ def test_a_line_that_does_not_fit_into_a_log_is_not_begun(tmp_path: Path) -> Non
     log = track.JsonLines(tmp_path / "log.jsonl")
     log.log({"loss": 1.0}, step=1)
     before = log.path.read_bytes()
-    with files_up_to(len(before) + 7), pytest.raises(ee.WriteError, match="log.jsonl cannot be written.*are whole"):
+    with files_up_to(len(before) + 7), pytest.raises(ee.WriteError, match=r"log\.jsonl cannot be written.*are whole"):
         log.log({"loss": 2.0}, step=2)
     assert log.path.read_bytes() == before
 
@@ -414,23 +417,31 @@ class Verb:
         weights: whether it changes the weights of the branches; they are put back before each call.
     """
 
-    def __init__(self, call: Callable[[ee.EarlyExitModel, Path], Any], weights: bool = False) -> None:
-        self.call, self.weights = call, weights
+    def __init__(
+        self,
+        call: Callable[[ee.EarlyExitModel, Path], Any],
+        weights: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.call, self.weights, self.dtype = call, weights, dtype
 
     @property
     def model(self) -> ee.EarlyExitModel:
         """Made on first use."""
         if "_model" not in vars(self):
-            self._model = _leaving()
+            self._model = _leaving().to(self.dtype)
             self._first = {name: tensor.clone() for name, tensor in self._model.branches.state_dict().items()}
         return self._model
 
+    def reset(self) -> None:
+        """Back to the first state."""
+        self.model.branches.load_state_dict(self._first)
+        self.model.operate(thresholds=[0.3, 0.26])
+
     def run(self, folder: Path) -> Any:
         """Once, from the first state."""
-        model = self.model
-        model.branches.load_state_dict(self._first)
-        model.operate(thresholds=[0.3, 0.26])
-        return self.call(model, folder)
+        self.reset()
+        return self.call(self.model, folder)
 
 
 def _train(**options: Any) -> Callable[[ee.EarlyExitModel, Path], list[Tensor]]:
@@ -447,7 +458,7 @@ def _train(**options: Any) -> Callable[[ee.EarlyExitModel, Path], list[Tensor]]:
 
 def _calibrate(model: ee.EarlyExitModel, folder: Path) -> str:
     try:
-        return str(ee.calibrate(model, batches()))
+        return str(ee.calibrate(model, batches(1, 4)))
     finally:
         model.frontier = None
 
@@ -473,9 +484,8 @@ def _measure(model: ee.EarlyExitModel, folder: Path) -> float:
 
 RUNS = {
     "train": Verb(_train(), weights=True),
-    "train in bfloat16": Verb(_train(mixed_precision="bf16"), weights=True),
-    "train with mixup": Verb(_train(mixup=0.5), weights=True),
-    "train the original along": Verb(_train(joint=True)),
+    "train in bfloat16": Verb(_train(mixed_precision="bf16", mixup=0.5), weights=True),
+    "train branches in half precision": Verb(_train(), weights=True, dtype=torch.bfloat16),
     "calibrate": Verb(_calibrate),
     "evaluate": Verb(_evaluate),
     "predict": Verb(_predict),
@@ -539,14 +549,11 @@ def _same(a: Any, b: Any) -> bool:
 def _expected(name: str, captures: bool, folder: Path) -> tuple[Any, int]:
     """What a verb gives, and how many operators or calls it takes."""
     verb = (CAPTURES if captures else RUNS)[name]
-    verb.run(folder / "first")  # whatever is made once and kept
-    with Trap.at() as calls, At() as operators:
-        if not captures:
-            result = verb.run(folder / "first")
-    if captures:
-        with Trap.at() as calls:
-            result = verb.run(folder / "first")
-    return result, calls.count if captures else operators.count
+    verb.run(folder)  # whatever is made once and kept
+    verb.reset()
+    with Trap.at() if captures else At() as counted:
+        result = verb.call(verb.model, folder)
+    return result, counted.count
 
 
 @pytest.fixture(scope="module")
@@ -556,29 +563,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _interrupt(name: str, captures: bool, folder: Path, share: float, error: type[BaseException]) -> None:
     verb = (CAPTURES if captures else RUNS)[name]
+    folder = folder / name.replace(" ", "-")
     expected, count = _expected(name, captures, folder)
-    assert count > 0
-    verb.run(folder / name)
     n, model = 1 + int(share * (count - 1)), verb.model
-    there = content(folder)
-    before = state_of(model), switches()
-    model.branches.load_state_dict(verb._first)
-    weights = weights_of(model.branches)
+    verb.reset()
+    there, before, weights = content(folder), (state_of(model), switches()), weights_of(model.branches)
     with pytest.raises(error), Trap.at(n, error) if captures else At(n, error):
-        verb.run(folder / name)
+        verb.call(model, folder)
     after = state_of(model), switches()
     assert content(folder) == there
     assert weights_of(model.branches) == weights or verb.weights
     if verb.weights:  # thresholds of weights that are gone
         before[0].pop("setting"), after[0].pop("setting")
     assert after == before, (n, count)
-    assert _same(verb.run(folder / name), expected)
+    assert _same(verb.run(folder), expected)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interruption_at_any_operator_leaves_everything_ready_for_the_next_call(name: str, folder: Path) -> None:
     @given(st.floats(0, 1), st.sampled_from(ERRORS))
-    @settings(max_examples=6)
+    @settings(max_examples=5)
     def check(share: float, error: type[BaseException]) -> None:
         _interrupt(name, False, folder, share, error)
 
@@ -587,7 +591,63 @@ def test_an_interruption_at_any_operator_leaves_everything_ready_for_the_next_ca
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_an_interruption_at_any_call_of_the_original_leaves_everything_ready(name: str, folder: Path) -> None:
-    _, count = _expected(name, True, folder)
+    _, count = _expected(name, True, folder / name.replace(" ", "-"))
     random = Random(0)
-    for n in sorted(random.sample(range(1, count + 1), min(count, 3))):
+    for n in sorted(random.sample(range(1, count + 1), min(count, 2))):
         _interrupt(name, True, folder, (n - 0.5) / count, random.choice(ERRORS))
+
+
+@pytest.mark.parametrize("bad", ["labels out of range", "no batch", "an interruption"])
+def test_a_training_that_fails_before_its_first_step_loses_nothing(bad: str) -> None:
+    def stopping() -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    data: Any = {"labels out of range": [(batches()[0][0], torch.full((8,), 9))], "no batch": []}.get(bad, stopping())
+    model = small()
+    ee.calibrate(model, batches())
+    model.operate(max_accuracy_drop=1.0)
+    ee.evaluate(model, batches())
+    before, weights = state_of(model), _weights(model)
+    with pytest.raises(KeyboardInterrupt if bad == "an interruption" else ee.DataError):
+        ee.train(model, data, replace(QUICK, epochs=1, schedule="constant", warmup=0.0))
+    assert state_of(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(weights, _weights(model), strict=True))
+
+
+def test_memory_that_runs_out_is_never_taken_for_an_answer() -> None:
+    """Neither for a model that takes no batch of one, nor for one that cannot be captured, nor for another base."""
+    model = small().original
+    with Trap.at() as calls:
+        ee.augment(model, ["2", "4"], sample=torch.randn(3, 3, 8, 8))
+    errors = []
+    for n in range(1, calls.count + 1):
+        with pytest.raises(OUT_OF_MEMORY) as caught, Trap.at(n, MemoryError):
+            ee.augment(model, ["2", "4"], sample=torch.randn(3, 3, 8, 8))
+        errors.append(caught.type)
+    assert errors == [MemoryError] * calls.count
+
+
+# --- calls without end
+
+
+def test_memory_does_not_grow_over_calls_of_changing_sizes_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kind of object: nothing of ours or of torch's adds up. The long form is `benchmarks.memory`."""
+    monkeypatch.setattr(engine, "_PROGRAMS_KEPT", 2)
+    model, random = small(), Random(0)
+
+    def call(side: int) -> None:
+        score = random.choice(["max_prob", "margin", "entropy", "patience"])
+        model.operate(thresholds=[random.random(), random.random()], score=score)
+        model.predict(torch.randn(random.randint(1, 9), 3, side, side))
+
+    for side in (9, 10, 11):
+        call(side)
+    before = kinds()
+    for side in (12, 13, 14):
+        call(side)
+    for _ in range(200):
+        call(random.choice([13, 14]))
+    assert len(model._engine.programs) == 2
+    grown = {kind: count - before[kind] for kind, count in kinds().items() if count - before[kind] >= 3}
+    assert not grown  # three captures
