@@ -574,7 +574,8 @@ def _interrupt(name: str, captures: bool, folder: Path, share: float, error: typ
     assert content(folder) == there
     assert weights_of(model.branches) == weights or verb.weights
     if verb.weights:  # thresholds of weights that are gone
-        before[0].pop("setting"), after[0].pop("setting")
+        for state in (before[0], after[0]):
+            state.pop("setting")
     assert after == before, (n, count)
     assert _same(verb.run(folder), expected)
 
