@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import _trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,7 +143,7 @@ def switches() -> dict[str, object]:
         "exporting": torch.compiler.is_compiling(),
         "random": (random.getstate(), str(np.random.get_state(legacy=True)), digest(torch.get_rng_state())),  # noqa: NPY002
         "warnings": [*warnings.filters],
-        "patched": (ShapeEnv._set_replacement, vars(torch.export._trace)["_ignore_backend_decomps"]),
+        "patched": (ShapeEnv._set_replacement, vars(_trace)["_ignore_backend_decomps"]),
         "kept whole": [*opaque._running],
         "disabled": engine._DISABLED.get(),
         "threads": threading.active_count(),
