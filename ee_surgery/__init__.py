@@ -16,6 +16,7 @@ from ee_surgery.errors import (
     SurgeryWarning,
     TrainingError,
     UnknownNameError,
+    WriteError,
 )
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
 from ee_surgery.integrations import register as _register
@@ -94,6 +95,7 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "Verdict",
+    "WriteError",
     "accuracy_drop_rule",
     "attach",
     "augment",

@@ -132,7 +132,7 @@ def _named(branch: Branch, prefix: str) -> dict[str, Tensor]:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU as well
         yield
 
 

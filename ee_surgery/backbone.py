@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ee_surgery.answers import OutputKey, check_logits, declared_classes, locate
-from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
 from ee_surgery.pictures import Shape, timm_settings
 from ee_surgery.refusals import check_weights, sample_refusal, takes, variants
@@ -354,6 +354,8 @@ class Backbone:
                 answered = self(self.sample)
             self._states[0].settle()
             return answered
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             main = self.input_names[0]
             value = self.sample.get(main)
@@ -371,6 +373,8 @@ class Backbone:
         try:
             with torch.no_grad():
                 logits = self._place.read(self(one))
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # a model that takes no batch of one
             return False
         return logits is not None and logits.ndim == 1

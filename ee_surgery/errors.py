@@ -4,7 +4,12 @@ Messages quote names out of adapters, repositories and models of other people, a
 they hold no control characters and are of bounded length. `args` keeps them as they were.
 """
 
+import torch
+
 from ee_surgery.text import paragraph
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Says nothing about the model or the data at hand: never taken for an answer, always passed on as it is."""
 
 
 class SurgeryError(Exception):
@@ -59,6 +64,10 @@ class FingerprintError(AdapterError):
 
 class HubError(SurgeryError, OSError):
     """The Hub refused, is out of reach, or has no such repository."""
+
+
+class WriteError(SurgeryError, OSError):
+    """A file could not be written: no space, no permission, a failing disk."""
 
 
 class UnknownNameError(SurgeryError, KeyError):

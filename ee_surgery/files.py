@@ -18,9 +18,11 @@ regular files is read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -30,8 +32,11 @@ from glob import escape
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic_core import from_json
+from safetensors import SafetensorError
+
+from ee_surgery.errors import SurgeryError, WriteError
 
 Found = TypeVar("Found")
 
@@ -50,17 +55,64 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Itera
     Args:
         durable: wait until it is on the disk, so that it survives a loss of power.
     Raises:
-        OSError: it cannot be written.
+        WriteError: it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _writer(path), _staging(path) as staging:
-        new = staging / path.name
-        yield new
-        _finish(staging, durable)
-        os.replace(new, path)
-        if durable:
-            _sync(path.parent)
+    path, replaced = Path(path), False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _writer(path), _staging(path) as staging:
+            new = staging / path.name
+            yield new
+            _finish(staging, durable)
+            os.replace(new, path)
+            replaced = True
+            if durable:
+                _sync(path.parent)
+    except SurgeryError:
+        raise
+    except (OSError, SafetensorError) as error:
+        state = "It is there, but may not survive a loss of power." if replaced else "Nothing there was changed."
+        raise write_error(path, error, state) from error
+
+
+def write_error(path: Path, error: Exception, state: str = "") -> WriteError:
+    """What to raise where a file cannot be written.
+
+    Args:
+        error: what the system, or a library that wrote, raised.
+        state: what became of the file, in a sentence.
+    """
+    found = WriteError(f"{path} cannot be written: {explained(error)} {state}".rstrip())
+    found.errno = _number(error)
+    return found
+
+
+def explained(error: Exception) -> str:
+    """Why a file could not be written, and what to do, in sentences."""
+    said = f"{str(error).rstrip('.')}."
+    if isinstance(error, SurgeryError):
+        return said
+    if isinstance(error, Timeout):
+        return f"{said} Another process is writing there: try again when it is done."
+    return f"{said} {_WAYS_OUT.get(_number(error), 'Check that the disk has space and that you may write there.')}"
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error; safetensors has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+_FULL = "Free some space on that disk, or write to another one."
+_DENIED = "Choose a folder that you may write to."
+_WAYS_OUT: dict[int | None, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _DENIED),
+    errno.EIO: "The disk itself may be failing: write to another one.",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "Something else is in its place: choose another."),
+}
 
 
 class FolderChange:
@@ -318,7 +370,7 @@ def _check_lock(lock: Path) -> None:
         found = lock.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             kind = "a second name of another file" if stat.S_ISREG(found.st_mode) else _kind(found.st_mode)
-            raise OSError(f"{lock} is {kind}, not a lock file: remove it.")
+            raise WriteError(f"{lock} is {kind}, not a lock file: remove it.")
 
 
 def _roll_forward(manifest: Path) -> None:
@@ -353,12 +405,12 @@ def _is_inside(name: str) -> bool:
 def _refuse_linked_folders(folder: Path, name: str) -> None:
     for parent in PurePath(name).parents:
         if parent != PurePath() and (folder / parent).is_symlink():
-            raise OSError(f"{folder / parent} is a link, and nothing is written through links: remove it.")
+            raise WriteError(f"{folder / parent} is a link, and nothing is written through links: remove it.")
 
 
 def _refuse_folder(path: Path) -> None:
     if _is_folder(path):
-        raise OSError(f"{path} is a folder, where a file belongs: remove it.")
+        raise WriteError(f"{path} is a folder, where a file belongs: remove it.")
 
 
 def _is_folder(path: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.errors import CaptureError
+from ee_surgery.errors import OUT_OF_MEMORY, CaptureError
 from ee_surgery.inputs import Arguments, tensors
 
 _BYTES = (
@@ -114,6 +114,8 @@ def takes(run: Callable[[Arguments], object], arguments: Arguments) -> bool:
     try:
         with torch.no_grad():
             run(arguments)
+    except OUT_OF_MEMORY:
+        raise
     except Exception:
         return False
     return True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 
-from ee_surgery.errors import SurgeryError
+from ee_surgery.errors import ConfigError, SurgeryError
 from ee_surgery.files import atomic_write
 from ee_surgery.graph.points import ModelGraph
 from ee_surgery.graph.shortcut import shortest
@@ -116,9 +118,11 @@ def plot_frontier(frontier: Frontier, path: str | os.PathLike[str] | None = None
     """Accuracy against mean MACs: the frontier, the original, and each exit alone.
 
     Args:
-        path: write the picture there (by its suffix), whole or not at all.
+        path: write the picture there (by its suffix; a PNG where it has none), whole or not at all.
     Raises:
         SurgeryError: matplotlib is not installed.
+        ConfigError: pictures of that kind cannot be written.
+        WriteError: the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -153,6 +157,11 @@ def plot_frontier(frontier: Frontier, path: str | os.PathLike[str] | None = None
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     if path is not None:
+        kind = Path(path).suffix.lower().removeprefix(".") or "png"
+        if kind not in (known := figure.canvas.get_supported_filetypes()):
+            raise ConfigError(f"{path} names no kind of picture that can be written: end it in one of {sorted(known)}.")
+        picture = io.BytesIO()  # matplotlib itself fails in its own ways where a disk is full
+        figure.savefig(picture, dpi=150, format=kind)
         with atomic_write(path) as partial:
-            figure.savefig(partial, dpi=150)
+            partial.write_bytes(picture.getbuffer())
     return figure

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ee_surgery.errors import OUT_OF_MEMORY
+
 
 def twin(model: nn.Module, *, live: bool = False) -> nn.Module:
     """A copy of a module in eval mode that shares its parameters and buffers instead of copying them.
@@ -23,6 +25,8 @@ def twin(model: nn.Module, *, live: bool = False) -> nn.Module:
     shared: dict[int, Any] = {id(value): value for value in (*_tensors(model), *_listeners(model))}
     try:
         copied = deepcopy(model, dict(shared))
+    except OUT_OF_MEMORY:
+        raise
     except Exception:  # an attribute that has no copy: a lock, an open file, a generator
         copied = deepcopy(model, {**shared, **_uncopied(model, shared)})
     for path, module in copied.named_modules():
@@ -57,6 +61,8 @@ def _uncopied(model: nn.Module, shared: dict[int, Any]) -> dict[int, Any]:
             if name != "_modules":
                 try:
                     deepcopy(value, dict(shared))
+                except OUT_OF_MEMORY:
+                    raise
                 except Exception:
                     found[id(value)] = value
     return found

@@ -18,6 +18,7 @@ from torch.export import Dim
 from ee_surgery.backbone import Backbone, State
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.explain import explained
+from ee_surgery.graph.leftovers import caches_emptied, untie
 from ee_surgery.graph.opaque import OpaqueCalls
 from ee_surgery.graph.squeezes import name_squeezed_dims
 from ee_surgery.inputs import Arguments, tensors
@@ -100,8 +101,9 @@ def capture(backbone: Backbone, arguments: Arguments) -> Capture:
         wrapper = _LogitsOnly(backbone, model, options, dims).eval()
         with explained(backbone, model, arguments):
             opaque = OpaqueCalls.record(backbone, state.model, arguments)
-            with opaque.patched(model), _indexed_masks(), _backends_kept():
+            with opaque.patched(model), _indexed_masks(), _backends_kept(), caches_emptied():
                 program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
+    untie(program)
     return _read(program, state, inputs, dims, opaque)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ee_surgery.backbone import Backbone
-from ee_surgery.errors import CaptureError
+from ee_surgery.errors import OUT_OF_MEMORY, CaptureError
 from ee_surgery.inputs import Arguments
 from ee_surgery.refusals import first_line, refusal
 
@@ -28,7 +28,7 @@ def explained(backbone: Backbone, model: nn.Module, arguments: Arguments) -> Ite
     try:
         with _watched(lambda: fixed.append(_innermost(_outward(sys._getframe(2)), names))):
             yield
-    except CaptureError:
+    except (CaptureError, *OUT_OF_MEMORY):
         raise
     except Exception as error:
         where = _innermost(_inward(error), names)
@@ -55,6 +55,8 @@ def _refused(backbone: Backbone, arguments: Arguments) -> str:
     try:
         with torch.no_grad():
             backbone(arguments)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         return refusal(backbone.model, backbone.model_id, arguments, backbone.sample, error)
     return ""

@@ -77,7 +77,6 @@ class OpaqueCalls:
             yield
             return
         order = iter(range(len(self.calls)))
-        _running.append(self)
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             index = next(order)
@@ -91,12 +90,13 @@ class OpaqueCalls:
             return pytree.tree_unflatten(_operator(index, [flat[i] for i in places]), self.calls[index].spec)
 
         try:
+            _running.append(self)
             with ExitStack() as stack:
                 for name in {call.module for call in self.calls}:
                     stack.enter_context(_replaced_forward(model.get_submodule(name), stand_in))
                 yield
         finally:
-            _running.pop()
+            _running[:] = [other for other in _running if other is not self]
 
     def macs(self, node: fx.Node) -> int:
         """MACs of the module's call, one sample, as torch counted them."""
@@ -120,13 +120,13 @@ class OpaqueCalls:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")  # somebody else's, who replaced the class's own
-    module.forward = forward
+    before = vars(module).get("forward")  # of its owner, who replaced the class's own
     try:
+        module.forward = forward
         yield
     finally:
         if before is None:
-            del module.forward
+            vars(module).pop("forward", None)
         else:
             module.forward = before
 

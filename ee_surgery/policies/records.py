@@ -22,6 +22,7 @@ from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State
 
 FORMAT_VERSION = 1
+_SCORES_KEPT = 16  # of one set of records: names, and fitted scores, of which every search makes new ones
 
 
 def exit_costs(trunk: Sequence[int], branches: Sequence[int], visits: Sequence[bool]) -> list[int]:
@@ -113,7 +114,10 @@ class ExitRecords:
     def scores(self, which: str | FittedScore) -> Tensor:
         """The score of every branch for every sample, shape (K - 1, N); -inf where logits are not finite."""
         if which not in self._scores:
-            self._scores[which] = self._score(ScoreOf(which))
+            found = self._score(ScoreOf(which))
+            while len(self._scores) >= _SCORES_KEPT:
+                del self._scores[next(iter(self._scores))]
+            self._scores[which] = found
         return self._scores[which]
 
     @cached_property
@@ -196,7 +200,11 @@ class ExitRecords:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file; whole or not at all."""
+        """Write a safetensors file; whole or not at all.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
         path = Path(path)
         tensors = {"logits": self.logits.contiguous()}
         if self.labels is not None:

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -122,7 +122,7 @@ class ScoreOf:
         return score, state
 
 
-@cache
+@lru_cache(maxsize=256)
 def keeps_state(score: Score) -> bool:
     """Whether a named score hands a state on, found by asking it once; one that cannot be asked counts as if it did."""
     try:

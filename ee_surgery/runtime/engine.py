@@ -14,7 +14,7 @@ from torch import nn
 from ee_surgery.backbone import State
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import Prepared
-from ee_surgery.errors import ExitPointError
+from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.points import ModelGraph, read
 from ee_surgery.inputs import Arguments, as_sample, key, tensors
@@ -33,9 +33,9 @@ _DISABLED: ContextVar[tuple[object, ...]] = ContextVar("ee_surgery_disabled", de
 def eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     """Put `modules` in eval mode; give each its own `training` flag back afterwards, also on an error."""
     training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:
@@ -186,6 +186,8 @@ class Engine:
             entry = self._compile(graph, sample)
             if self.backbone.altered:
                 self._check_fit(entry.program, sample)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             altered = self.backbone.altered
             if not altered:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ee_surgery.backbone import Backbone
-from ee_surgery.errors import ExitPointError
+from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
 from ee_surgery.graph.stages import compact
 from ee_surgery.inputs import Arguments, batch_size, select, tensors
 from ee_surgery.runtime.program import Program
@@ -28,7 +28,7 @@ def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
     """
     try:
         _verify(program, backbone, arguments)
-    except (ExitPointError, torch.OutOfMemoryError):
+    except (ExitPointError, *OUT_OF_MEMORY):
         raise
     except Exception as error:
         names = [point.name for point in program.points]
@@ -63,6 +63,8 @@ def _verify_one(program: Program, backbone: Backbone, arguments: Arguments, whol
     live = tuple(tensors(one).values())
     try:
         alone = backbone.logits(backbone(one))
+    except OUT_OF_MEMORY:
+        raise
     except Exception:  # the model itself takes no batch of one: there is nothing to agree with
         return
     if not _close(whole[:1], alone):

@@ -41,6 +41,7 @@ from ee_surgery.files import (
     FolderChange,
     by_hand,
     change_folder,
+    explained,
     listed,
     locate,
     read_bytes,
@@ -225,9 +226,10 @@ def change_adapter(folder: Path) -> Iterator[FolderChange]:
     except (OSError, SafetensorError) as error:
         if change is not None and change.committed:
             raise AdapterError(
-                f"{folder} is saved, but not all of its files are in their places yet: {error} Save it again."
+                f"{folder} is saved, but not all of its files are in their places yet: {explained(error)} Then save it "
+                "again."
             ) from error
-        raise AdapterError(f"{folder} could not be written, and is as it was: {error}") from error
+        raise AdapterError(f"{folder} could not be written, and is as it was: {explained(error)}") from error
 
 
 def _refuse_others(folder: Path) -> None:

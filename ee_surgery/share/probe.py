@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ee_surgery.backbone import Backbone
+from ee_surgery.errors import OUT_OF_MEMORY
 from ee_surgery.inputs import select, tensors
 
 _SAMPLES, _NUMBERS = 2, 32  # a sample; what changes a network changes most of its logits
@@ -79,6 +80,8 @@ class Probe:
         try:
             inputs = _probe_inputs(backbone, specs, options, seed)
             found, shaken = _ask(backbone, inputs), _ask(backbone, _shaken(inputs))
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # anything: ids that must fit each other, boxes, grids
             return None
         if not torch.isfinite(found).all():
@@ -96,6 +99,8 @@ class Probe:
         """What a base answers otherwise than the one that was asked, in words; nothing where it answers alike."""
         try:
             found = _ask(backbone, _probe_inputs(backbone, specs, options, self.seed))
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             return f"it does not take inputs that the other took ({type(error).__name__}: {str(error)[:200]})"
         expected = torch.tensor(self.logits, dtype=torch.float64)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ee_surgery.errors import TrainingError
+from ee_surgery.errors import OUT_OF_MEMORY, TrainingError, WriteError
 from ee_surgery.files import atomic_write
 
 FILE = "training.pt"
+FORMAT_VERSION = 1
 _MARK = b"ee_surgery SHA-256:"
 
 
@@ -45,20 +46,29 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint; whole or not at all, even when the machine loses power.
 
     The file is torch's, and ends in the SHA-256 of all before it. torch reads it as it is; it looks at no such end.
+
+    Raises:
+        TrainingError: it cannot be written; the one before is whole.
     """
     content = io.BytesIO()
-    torch.save(state, content)
-    with atomic_write(folder / FILE) as path, open(path, "wb") as file:
-        file.write(content.getbuffer())
-        file.write(_MARK + hashlib.sha256(content.getbuffer()).digest())
+    torch.save({**state, "format_version": FORMAT_VERSION}, content)
+    try:
+        with atomic_write(folder / FILE) as path, open(path, "wb") as file:
+            file.write(content.getbuffer())
+            file.write(_MARK + hashlib.sha256(content.getbuffer()).digest())
+    except WriteError as error:
+        raise TrainingError(f"{error} The same call goes on from the last checkpoint that was written.") from error
 
 
 def _verified(path: Path) -> io.BytesIO:
     """The content of a file with its digest; nothing of a damaged one is read any further.
 
     Raises:
+        OSError: it cannot be read.
         ValueError: it is not what was written.
     """
+    if not path.is_file():  # a folder, a link that leads nowhere, a pipe that would never end
+        raise ValueError("it is no file.")
     content = memoryview(path.read_bytes())
     size = len(content) - len(_MARK) - hashlib.sha256().digest_size
     if size < 0 or content[size : size + len(_MARK)] != _MARK:
@@ -77,18 +87,37 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         TrainingError: it is damaged, or was made with other settings; the differences are named.
     """
     path = folder / FILE
-    if not path.exists():
-        return None
     try:
-        state = torch.load(_verified(path), map_location="cpu", weights_only=True)
-        stored = state["settings"]
-    except Exception as error:
+        path.lstat()  # of a link itself: one that leads nowhere is no reason to start over
+        content = _verified(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
         raise TrainingError(
-            f"{path} is no checkpoint of this version, or was damaged: {error} Remove it to start over, or use another "
+            f"{path} cannot be read: {error}. Make {folder} a folder that you may read and write, or use another "
             "checkpoint_dir."
         ) from error
+    except ValueError as error:
+        raise refused(folder, error) from error
+    try:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        stored, version = state["settings"], state.get("format_version", FORMAT_VERSION)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:
+        raise refused(folder, error) from error
+    if version != FORMAT_VERSION:
+        raise refused(folder, f"it is of format {version}, this version reads {FORMAT_VERSION}.")
     differ = {key: (stored.get(key), value) for key, value in settings.items() if stored.get(key) != value}
     if differ:
         changes = ", ".join(f"{key}: {was!r} there, {now!r} now" for key, (was, now) in differ.items())
         raise TrainingError(f"{path} was made with other settings ({changes}). Use another checkpoint_dir.")
     return state
+
+
+def refused(folder: Path, why: object) -> TrainingError:
+    """What to raise about a checkpoint in a folder that cannot be gone on from."""
+    return TrainingError(
+        f"{folder / FILE} is no checkpoint of this version, or was damaged: {why} Remove it to start over, or use "
+        "another checkpoint_dir."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -84,13 +85,10 @@ class JointModel(nn.Module):
             return keep
 
         branched = self._branched[0]
-        paths = dict.fromkeys(name.partition("@")[0] for name in branched.exits)
-        handles = [self.model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-        try:
+        with ExitStack() as hooks:
+            for path in dict.fromkeys(name.partition("@")[0] for name in branched.exits):
+                hooks.callback(self.model.get_submodule(path).register_forward_hook(hook(path)).remove)
             return branched.logits_of(arguments), seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _locate(self, branched: EarlyExitModel) -> tuple[list[int], list[str | None]]:
         """Which output of each module its branch reads, and which input is the mask: compared in eval mode."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.branches.base import Prepared
-from ee_surgery.errors import ConfigError, DataError, TrainingError
+from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingError
 from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
@@ -60,7 +60,9 @@ def train(
 
     Branches on a base in float16 or bfloat16 learn in float32, and have the base's type again when training is over.
 
-    Frontier and operating point, which were found with other weights, are dropped: calibrate afterwards. The model is
+    Frontier and operating point, which were found with other weights, are dropped with the first step: calibrate
+    afterwards. An error or an interruption before it leaves all as it was; a later one leaves the branches with the
+    weights of the last step. The model is
     moved to the accelerator's device. With `config.checkpoint_dir`, the same call after a kill goes on where the last
     checkpoint stood and ends in the same weights, bit for bit, as an uninterrupted run on a CPU.
 
@@ -97,10 +99,6 @@ def train(
         if config.teach == "original":
             raise ConfigError('teach="original" has a teacher that does not learn: not with joint=True.')
         branched = branched.copy()
-    # thresholds, and what was measured, were of the weights before
-    branched.operate(None)
-    branched.frontier = None
-    forget_measured(branched.provenance)
     try:
         accelerator = accelerator or make_accelerator(config)
         return _Run(branched, data, config, validation, accelerator, joint, class_map).run()
@@ -175,25 +173,39 @@ class _Run:
             branched.branches.load_state_dict(start)
         self.halves = _halves(branched if joint else branched.branches)
         """What learns in float32, for steps are too small for so few digits, and runs in the type beside it."""
-        self._widen()
-        self.ways = _float_ways(branched) if self.halves and not joint else []
-        self.learner: nn.Module = JointModel(branched) if joint else branched.branches
-        self.optimizer = accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
-        self.average = Average(self.learner, config.ema)
-        takes = torch.float32 if joint and self.halves else self.dtype
-        self.reader = Reader(branched, self.batches, config, self.processes, joint, labels, takes, self._say)
+        self.labels = labels
         self.costs = relative_costs(branched).to(accelerator.device)
         self.report = TrainReport(tuple(branched.exits), branched)
         self.console = Console(quiet=not self.processes.main)
+
+    def _start(self, ending: ExitStack) -> None:
+        """Make what learns and what it reads; `ending` puts back what has to be, however training ends."""
+        ending.callback(self._narrow)
+        self._widen()
+        branched, joint, config = self.branched, self.joint, self.config
+        self.ways = _float_ways(branched) if self.halves and not joint else []
+        self.learner: nn.Module = JointModel(branched) if joint else branched.branches
+        ending.callback(self.learner.zero_grad)  # gradients take as much memory as what learns
+        ending.callback(self._forget_optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
+        self.average = Average(self.learner, config.ema)
+        takes = torch.float32 if joint and self.halves else self.dtype
+        self.reader = Reader(branched, self.batches, config, self.processes, joint, self.labels, takes, self._say)
+        ending.callback(self.reader.close)
+
+    def _forget_optimizer(self) -> None:
+        mine = vars(self).get("optimizer")
+        self.accelerator._optimizers = [other for other in self.accelerator._optimizers if other is not mine]
 
     def run(self) -> TrainReport:
         self.epoch = self.step = self.all_steps = self.taken = self.skipped = self.in_a_row = self.samples = 0
         self.loss_sum = 0.0
         folder = Path(self.config.checkpoint_dir) if self.config.checkpoint_dir else None
-        try:
+        with ExitStack() as ending:
+            self._start(ending)
             state = checkpoint.load(folder, self.settings) if folder else None
-            if state is not None:
-                self._restore(state)
+            if folder and state is not None:
+                self._restore(folder, state)
             self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
             self._check_validation(Labels(self.branched, self.class_map))
             track.start(self.accelerator, self.settings)
@@ -205,10 +217,6 @@ class _Run:
                 state = None
             self._check_skipped()
             self.average.settle()
-        finally:
-            self.reader.close()
-            self._narrow()
-            self.accelerator._optimizers = [o for o in self.accelerator._optimizers if o is not self.optimizer]
         if self.joint:
             self.branched.rebase()
             self._say(
@@ -326,6 +334,7 @@ class _Run:
 
     def _answers(self, lesson: Lesson) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
+        self._drop_measured()
         plain = self.processes.number == 1 and lesson.total > 1
         one_batch = nullcontext() if plain else OneBatch(self.processes, lesson.own, lesson.total)
         with self.accelerator.autocast(), one_batch:
@@ -343,6 +352,12 @@ class _Run:
         if confidence is not None:
             confidence = self.processes.rows(confidence.float(), total)
         return ExitLogits(self.processes.rows(logits.float(), total), confidence)
+
+    def _drop_measured(self) -> None:
+        """Thresholds, and what was measured, were of the weights before."""
+        self.branched.operate(None)
+        self.branched.frontier = None
+        forget_measured(self.branched.provenance)
 
     def _say(self, line: str) -> None:
         if self.config.progress:
@@ -388,9 +403,9 @@ class _Run:
         """The weights that training would end with now, averaged and in the base's type, for a while."""
         changes = self.average.mean is not None or self.halves
         own = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()} if changes else None
-        self.average.settle()
-        self._narrow()
         try:
+            self.average.settle()
+            self._narrow()
             yield
         finally:
             self._widen()
@@ -480,15 +495,30 @@ class _Run:
             },
         )
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; from one that does not fit, nothing is taken."""
+        before = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
+        try:
+            self._take(state)
+        except BaseException as error:
+            self.learner.load_state_dict(before)
+            if not isinstance(error, Exception) or isinstance(error, OUT_OF_MEMORY):
+                raise
+            raise checkpoint.refused(folder, f"{type(error).__name__}: {' '.join(str(error).split())}.") from error
+        self._drop_measured()
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        self.report.epochs.extend(Epoch(**{**e, "accuracies": tuple(e["accuracies"])}) for e in state["history"])
+        for name in _COUNTERS:
+            setattr(self, name, state["counters"][name])
+        history = [Epoch(**{**epoch, "accuracies": tuple(epoch["accuracies"])}) for epoch in state["history"]]
+        self.report.epochs.extend(history)
+        if not all(found.keys() >= checkpoint.random_state().keys() for found in state["random"]):
+            raise KeyError("random")
 
 
 def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:

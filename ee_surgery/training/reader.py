@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ee_surgery.errors import TrainingError
-from ee_surgery.files import atomic_write
+from ee_surgery.files import atomic_write, explained
 from ee_surgery.inputs import Inputs
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.training.checkpoint import random_state, set_random_state
@@ -173,12 +174,13 @@ class Reader:
 
     def _path(self, view: int, number: int) -> Path:
         if self.folder is None:
-            if self.config.checkpoint_dir is None:
-                self.folder = Path(tempfile.mkdtemp(prefix="features-"))
-            else:
-                self.folder = Path(self.config.checkpoint_dir) / f"features-{self.processes.index}"
-                shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
-                self.folder.mkdir(parents=True)
+            with _on_disk(Path(self.config.checkpoint_dir or tempfile.gettempdir())):
+                if self.config.checkpoint_dir is None:
+                    self.folder = Path(tempfile.mkdtemp(prefix="features-"))
+                else:
+                    self.folder = Path(self.config.checkpoint_dir) / f"features-{self.processes.index}"
+                    shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+                    self.folder.mkdir(parents=True)
         return self.folder / f"{view}-{number}.safetensors"
 
     # --- what they teach
@@ -225,8 +227,9 @@ class Reader:
         _load(path, self.home[0])
         loaded = time.perf_counter() - started
         number = self.batches.length
-        free = shutil.disk_usage(path.parent).free / 1e9
-        size = math.inf if number is None else path.stat().st_size * number * (self.config.views or 1) / 1e9
+        with _on_disk(path.parent):
+            free = shutil.disk_usage(path.parent).free / 1e9
+            size = math.inf if number is None else path.stat().st_size * number * (self.config.views or 1) / 1e9
         told = f"{1e3 * loaded:.1f} ms a batch to read, {1e3 * computed:.1f} ms to compute"
         if loaded > _FASTER * computed:
             self.say(f"features are not kept: {told}")
@@ -237,7 +240,8 @@ class Reader:
         else:
             self.say(f"features of {self.config.views} passes are kept, {size:.1f} GB: {told}")
             return True
-        path.unlink()
+        with _on_disk(path.parent):
+            path.unlink()
         return False
 
 
@@ -263,6 +267,18 @@ def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: floa
     return branched.branches.head is not None or distills or not labels_alone
 
 
+@contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    """Turn what a disk makes libraries raise inside into an error that helps."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"Features cannot be kept in {path}: {explained(error)} With TrainConfig(cache_gb=0) none are kept, and "
+            "training gives the same weights."
+        ) from error
+
+
 def _save(lesson: Lesson, path: Path) -> None:
     """Whole or not at all."""
     found = {f"{i} {j}": tensor for i, read in enumerate(lesson.features) for j, tensor in enumerate(read)}
@@ -272,12 +288,12 @@ def _save(lesson: Lesson, path: Path) -> None:
     # the order in memory decides which kernels run, and so the last bits
     last = [name for name, tensor in found.items() if tensor.ndim == 4 and not tensor.is_contiguous()]
     about = {"total": lesson.total, "own": lesson.own, "channels_last": last}
-    with atomic_write(path, durable=False) as partial:  # no other run reads it
+    with _on_disk(path.parent), atomic_write(path, durable=False) as partial:  # no other run reads it
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"lesson": json.dumps(about)})
 
 
 def _load(path: Path, device: torch.device) -> Lesson:
-    with safe_open(path, framework="pt", device=str(device)) as file:  # memory-mapped
+    with _on_disk(path.parent), safe_open(path, framework="pt", device=str(device)) as file:  # memory-mapped
         about = json.loads(file.metadata()["lesson"])
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     for name in about["channels_last"]:

@@ -11,6 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 
+from ee_surgery.files import write_error
+
 
 class JsonLines(GeneralTracker):
     """A file with one JSON object a line: the settings, then the numbers of each epoch. Needs no other package.
@@ -35,18 +37,40 @@ class JsonLines(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Write the settings."""
+        """Write the settings.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
         self._write({"settings": values})
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Write numbers; `step` is the epoch, counted from 1."""
+        """Write numbers; `step` is the epoch, counted from 1.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
         self._write({"epoch": step, **values})
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _append(self.path, (json.dumps(values) + "\n").encode())
+        except OSError as error:
+            raise write_error(self.path, error, "The lines before are whole.") from error
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line at the end of a file, or nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except BaseException:
+            file.truncate(end)
+            raise
 
 
 def start(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
