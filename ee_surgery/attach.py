@@ -13,6 +13,7 @@ from ee_surgery.backbone import Sample
 from ee_surgery.branches import BranchSpec, resolve
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import build
+from ee_surgery.checks import count, instance
 from ee_surgery.errors import BranchError, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.features import Layout
@@ -49,12 +50,15 @@ def attach(
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
+    instance("plan", plan, ExitPlan, hint="place(graph, exits) makes one.")
+    seed = count("seed", seed, low=0)
     if isinstance(model, ModelGraph):
         graph = model
     else:
         graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
-    given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
+    several = isinstance(branch, Sequence) and not isinstance(branch, str)
+    given = [BranchSpec.of(each) for each in (branch if several else [branch] * len(plan.points))]
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
     for point in plan.points:
@@ -66,7 +70,7 @@ def attach(
     with GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = [
-            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth, graph)
+            resolve(spec, point, graph.backbone.num_classes, graph.macs, depth, graph)
             for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
         ]
         head = None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,6 +15,8 @@ from ee_surgery.answers import OutputKey
 from ee_surgery.attach import attach
 from ee_surgery.backbone import Backbone, Identity, Sample, make_model
 from ee_surgery.branches import BranchSpec
+from ee_surgery.checks import accuracy_drop as check_drop
+from ee_surgery.checks import count, flag, instance, path
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.model import EarlyExitModel
@@ -94,13 +95,16 @@ def augment(
     calibration data; thresholds, and what is certified of them, come from the other. `provenance["placement"]` keeps
     what was tried.
     """
+    joint, seed = flag("joint", joint), count("seed", seed, low=0)
+    max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
+    config = None if config is None else instance("config", config, TrainConfig)
     if joint and train is None:
         raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
     method = None if preset is None else PRESETS[preset]
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     config = config or (TrainConfig() if method is None else method.config)
     policy = "search" if method is None else method.policy
-    if exits == "auto":
+    if isinstance(exits, str) and exits == "auto":
         if train is None or calibrate is None or placement is not None:
             raise ConfigError(
                 'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'
@@ -212,7 +216,7 @@ def from_pretrained(
         AdapterError: a file is missing or damaged, or the base cannot be made from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
-    folder = Path(source)
+    folder = path("source", source, hint="A folder that save_pretrained wrote, or a repository such as user/name.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if not folder.is_dir():
         folder = fetch(str(source), revision=revision, **hub)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ee_surgery.checks import count, flag, instance, names, plain
 from ee_surgery.errors import ExitPointError
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
@@ -80,27 +81,28 @@ def place(
         UnknownNameError: no such rule.
     Source: EENets (Demir & Akbas, arXiv:2409.05336) and PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
     """
+    instance("graph", graph, ModelGraph, hint="inspect(model) makes one.")
+    clip = flag("clip", clip)
     model_id = graph.backbone.model_id
     blocks = sorted(graph.blocks, key=lambda p: (-p.name.count("."), p.index))
     # One candidate a share of the cost: the outermost block that ends there, the last of several.
     candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
     rest = sorted(candidates.values(), key=lambda point: point.index)
-    if exits == "all":
+    if isinstance(exits, str) and exits == "all":
         points = tuple(point for point in rest if point.macs_fraction < 1 - _NEARLY)
         if not points:
             raise ExitPointError(f"{model_id} has no block that ends before the whole cost: name points yourself.")
         return ExitPlan(model_id, "all", points)
-    if not isinstance(exits, int):
-        exits = [exits] if isinstance(exits, str) else exits
-        points = sorted((graph[name] for name in exits), key=lambda point: point.index)
+    if plain(exits) is None:
+        given = names("exits", exits, ExitPointError, "Or a whole number: how many.")
+        points = sorted((graph[name] for name in given), key=lambda point: point.index)
         for before, after in itertools.pairwise(points):
             if before.index == after.index:
-                raise ExitPointError(f"The exits {list(exits)} name the position of {after.name!r} twice.")
+                raise ExitPointError(f"The exits {given} name the position of {after.name!r} twice.")
         if not points:
             raise ExitPointError("An empty list of exits: name at least one, or give a number.")
         return ExitPlan(model_id, "explicit", tuple(points))
-    if exits < 1:
-        raise ExitPointError(f"exits must be at least 1, got {exits}.")
+    exits = count("exits", exits, error=ExitPointError)
     chosen: list[ExitPoint] = []
     for target in PLACEMENTS[rule](exits):
         found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - _NEARLY), None)

@@ -24,6 +24,7 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.branches.base import Prepared
+from ee_surgery.checks import flag, instance
 from ee_surgery.errors import ConfigError, DataError, TrainingError
 from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
@@ -59,7 +60,8 @@ def train(
 
     Branches on a base in float16 or bfloat16 learn in float32, and have the base's type again when training is over.
 
-    Frontier and operating point, which were found with other weights, are dropped: calibrate afterwards. The model is
+    Frontier and operating point, which were found with other weights, are dropped with the first step: calibrate
+    afterwards. The model is
     moved to the accelerator's device. With `config.checkpoint_dir`, the same call after a kill goes on where the last
     checkpoint stood and ends in the same weights, bit for bit, as an uninterrupted run on a CPU.
 
@@ -90,16 +92,15 @@ def train(
             that the original surely knows nothing about (see `strangers`), or data that runs out.
         TrainingError: the loss stays non-finite, or is in most steps; or a checkpoint of another run is in the way.
     """
-    config = config or TrainConfig()
+    instance("branched", branched, EarlyExitModel)
+    config = TrainConfig() if config is None else instance("config", config, TrainConfig)
+    joint = flag("joint", joint)
+    accelerator = None if accelerator is None else instance("accelerator", accelerator, Accelerator)
     before = checkpoint.random_state()
     if joint:
         if config.teach == "original":
             raise ConfigError('teach="original" has a teacher that does not learn: not with joint=True.')
         branched = branched.copy()
-    # thresholds, and what was measured, were of the weights before
-    branched.operate(None)
-    branched.frontier = None
-    branched.provenance.pop("evaluation", None)
     try:
         accelerator = accelerator or make_accelerator(config)
         return _Run(branched, data, config, validation, accelerator, joint, class_map).run()
@@ -138,7 +139,7 @@ class _Run:
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
         self.dtype = next(branched.branches.parameters()).dtype
         """Of the branches when they run, and of what the model takes."""
-        if validation is None and config.validation and is_samples(data) and isinstance(data, Sized):
+        if validation is None and config.validation and is_samples(data) and isinstance(data, Sized) and len(data) > 1:
             held = max(1, round(len(data) * config.validation))
             parts = [len(data) - held, held]
             data, validation = random_split(data, parts, torch.Generator().manual_seed(config.seed))  # pyright: ignore[reportArgumentType]
@@ -303,10 +304,17 @@ class _Run:
                     f"{self.step}). Lower lr (now {self.config.lr}), check the inputs for NaN, or train in float32."
                 )
             return
+        self._forget()
         self.optimizer.step()
         self.average.update()
         self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
         self.loss_sum += value
+
+    def _forget(self) -> None:
+        """Weights change now: thresholds, and what was measured, were of the weights before."""
+        self.branched.operate(None)
+        self.branched.frontier = None
+        self.branched.provenance.pop("evaluation", None)
 
     def _loss(self, batch: Batch) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
@@ -480,6 +488,7 @@ class _Run:
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        self._forget()
         self.learner.load_state_dict(state["learner"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
