@@ -10,7 +10,7 @@ from torch import nn
 
 from ee_surgery.answers import OutputKey
 from ee_surgery.backbone import Sample
-from ee_surgery.branches import BranchSpec, resolve
+from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import build
 from ee_surgery.checks import count, instance
@@ -51,14 +51,14 @@ def attach(
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
     instance("plan", plan, ExitPlan, hint="place(graph, exits) makes one.")
-    seed = count("seed", seed, low=0)
+    seed, given = count("seed", seed, low=0), known(branch)
     if isinstance(model, ModelGraph):
         graph = model
     else:
         graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
-    several = isinstance(branch, Sequence) and not isinstance(branch, str)
-    given = [BranchSpec.of(each) for each in (branch if several else [branch] * len(plan.points))]
+    if isinstance(branch, (str, BranchSpec)):
+        given *= len(plan.points)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
     for point in plan.points:

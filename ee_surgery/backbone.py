@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ee_surgery.answers import OutputKey, check_logits, declared_classes, locate
-from ee_surgery.checks import count, names, plain, refuse
+from ee_surgery.checks import count, names, refuse
 from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
 from ee_surgery.pictures import Shape, timm_settings
@@ -151,8 +151,7 @@ class Backbone:
         self.model = model = unwrapped(model)
         if num_classes is not None:
             num_classes = count("num_classes", num_classes, low=2, hint="A softmax tells two classes apart.")
-        if output is not None and not isinstance(output, str) and plain(output) is None:
-            output = _steps(output)
+        output = _steps(output) if output is not None else None
         self.named = library_model(model)
         """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
         self.library: Library = _library(self.named)
@@ -477,10 +476,12 @@ def _known(opaque: Sequence[str], model: nn.Module, model_id: str) -> list[str]:
     return given
 
 
-def _steps(output: object) -> tuple[int | str, ...]:
-    if not isinstance(output, (list, tuple)) or not output or not all(isinstance(key, (int, str)) for key in output):
+def _steps(output: object) -> OutputKey:
+    """Where the logits are, as it was said."""
+    keys = output if isinstance(output, (list, tuple)) else [output]
+    if not keys or not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in keys):
         refuse("output", "an index, a name, or a list of them from the outside in", output)
-    return tuple(output)
+    return tuple(keys) if keys is output else keys[0]
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -187,7 +187,7 @@ def names(name: str, value: object, error: Error = ConfigError, hint: str = "") 
     """A list of names; one alone stands for a list of it."""
     if isinstance(value, str):
         return [word(name, value, error, hint)]
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, Tensor)):
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping, Tensor)):
         refuse(name, "a name or a list of names", value, error, hint)
     given = list(value)
     for i, each in enumerate(given):

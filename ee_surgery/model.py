@@ -201,12 +201,14 @@ class EarlyExitModel(nn.Module):
             if value is not None and owner is None:
                 raise OperatingPointError(f"{name}= goes with {_GOES_WITH[name]}=, which was not given.")
         if thresholds is not None:
-            return self._set(OperatingPoint.by_hand(thresholds, score or "max_prob", len(self.branches)))
+            return self._set(
+                OperatingPoint.by_hand(thresholds, "max_prob" if score is None else score, len(self.branches))
+            )
         if max_accuracy_drop is not None or budget is not None or risk is not None:
             if self.frontier is None:
                 raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
             wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "risk": risk}
-            point = self.frontier.at(**wanted, risk_of=risk_of or "disagreement")
+            point = self.frontier.at(**wanted, risk_of="disagreement" if risk_of is None else risk_of)
         return self._set(point)
 
     def _set(self, point: OperatingPoint | None) -> OperatingPoint | None:

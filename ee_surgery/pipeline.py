@@ -14,13 +14,13 @@ from torch import nn
 from ee_surgery.answers import OutputKey
 from ee_surgery.attach import attach
 from ee_surgery.backbone import Backbone, Identity, Sample, make_model
-from ee_surgery.branches import BranchSpec
+from ee_surgery.branches import BranchSpec, known
 from ee_surgery.checks import accuracy_drop as check_drop
 from ee_surgery.checks import count, flag, instance, path
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.placement import ExitPlan, place
+from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.presets import PRESETS
@@ -101,10 +101,17 @@ def augment(
     if joint and train is None:
         raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
     method = None if preset is None else PRESETS[preset]
+    searched = isinstance(exits, str) and exits == "auto"
+    if exits is not None and not searched and not isinstance(exits, ExitPlan):
+        exits = check_exits(exits)  # before the model is read, which may take a minute
+    if placement is not None:
+        PLACEMENTS[placement]  # a name that is known
+    if branch is not None:
+        known(branch)
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     config = config or (TrainConfig() if method is None else method.config)
     policy = "search" if method is None else method.policy
-    if isinstance(exits, str) and exits == "auto":
+    if searched:
         if train is None or calibrate is None or placement is not None:
             raise ConfigError(
                 'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'

@@ -61,6 +61,22 @@ class ExitPlan:
         return [point.name for point in self.points]
 
 
+def check_exits(exits: int | str | Sequence[str]) -> int | str | list[str]:
+    """How many exits, `all`, or their names; any model may turn out to lack them.
+
+    Raises:
+        ExitPointError: it is none of them.
+    """
+    if plain(exits) is not None:
+        return count("exits", exits, error=ExitPointError)
+    if isinstance(exits, str) and exits == "all":
+        return exits
+    given = names("exits", exits, ExitPointError, "Or a whole number: how many.")
+    if not given:
+        raise ExitPointError("An empty list of exits: name at least one, or give a number.")
+    return given
+
+
 def place(
     graph: ModelGraph, exits: int | str | Sequence[str] = 3, rule: str = "linear", *, clip: bool = False
 ) -> ExitPlan:
@@ -88,21 +104,18 @@ def place(
     # One candidate a share of the cost: the outermost block that ends there, the last of several.
     candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
     rest = sorted(candidates.values(), key=lambda point: point.index)
-    if isinstance(exits, str) and exits == "all":
+    exits = check_exits(exits)
+    if exits == "all":
         points = tuple(point for point in rest if point.macs_fraction < 1 - _NEARLY)
         if not points:
             raise ExitPointError(f"{model_id} has no block that ends before the whole cost: name points yourself.")
         return ExitPlan(model_id, "all", points)
-    if plain(exits) is None:
-        given = names("exits", exits, ExitPointError, "Or a whole number: how many.")
-        points = sorted((graph[name] for name in given), key=lambda point: point.index)
+    if isinstance(exits, list):
+        points = sorted((graph[name] for name in exits), key=lambda point: point.index)
         for before, after in itertools.pairwise(points):
             if before.index == after.index:
-                raise ExitPointError(f"The exits {given} name the position of {after.name!r} twice.")
-        if not points:
-            raise ExitPointError("An empty list of exits: name at least one, or give a number.")
+                raise ExitPointError(f"The exits {exits} name the position of {after.name!r} twice.")
         return ExitPlan(model_id, "explicit", tuple(points))
-    exits = count("exits", exits, error=ExitPointError)
     chosen: list[ExitPoint] = []
     for target in PLACEMENTS[rule](exits):
         found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - _NEARLY), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -163,6 +163,21 @@ BRANCHES: Registry[type[Branch]] = Registry("branch")
 """Name -> class taking (point, num_classes, confidence=..., **options). Register your own."""
 
 
+def known(branch: str | BranchSpec | Sequence[str | BranchSpec]) -> list[BranchSpec]:
+    """One or several branches as specs, of names that are registered.
+
+    Raises:
+        ConfigError: something else.
+        UnknownNameError: no branch of that name.
+    """
+    several = isinstance(branch, Sequence) and not isinstance(branch, str)
+    specs = [BranchSpec.of(each) for each in (branch if several else [branch])]
+    for spec in specs:
+        if spec.name != "auto":
+            BRANCHES[spec.name]
+    return specs
+
+
 def build(
     spec: BranchSpec, point: ExitPoint, num_classes: int, depth: int = 0, graph: ModelGraph | None = None
 ) -> Branch:
@@ -208,10 +223,10 @@ def _check_size(make: Callable[[], nn.Module], spec: BranchSpec) -> None:
     try:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in make().parameters())
-    except SurgeryError:
-        raise
-    except Exception:  # what is wrong shows when it is built; some branches cannot be made without data
-        return
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        return  # made from data: it cannot be measured before
     if size > _LARGEST:
         raise ConfigError(
             f"Branch {spec.name!r} with {dict(spec.options)} would have {size:.3g} parameters, more than "

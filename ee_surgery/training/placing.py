@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ee_surgery.attach import attach
 from ee_surgery.backbone import Sample
-from ee_surgery.branches import BranchSpec, resolve
+from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain
 from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
@@ -148,14 +148,13 @@ def search_exits(
     """
     choice("cost", cost, ("macs", "time"))
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
+    specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
     config = instance("config", config or TrainConfig(), TrainConfig)
     for name, data in (("train", train), ("held_out", held_out)):
         if isinstance(data, Iterator):
             raise DataError(f"{name} is an iterator, used up after one pass: give a Dataset, a DataLoader or a list.")
     graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
-    several = isinstance(branch, Sequence) and not isinstance(branch, str)
-    specs = [BranchSpec.of(each) for each in (branch if several else [branch])]
     by_name = plain(points) is None
     tried = list(place(graph, points).points) if by_name else _spread(graph, count("points", points))
     probe_steps = probe_steps or short_training(config, train)
