@@ -893,7 +893,7 @@ class _Poisoned(ee.Branch):
             logits[kind == number, 1] = bad
         confidence = answer.confidence
         if confidence is not None:
-            confidence = 100 * confidence
+            confidence = torch.sin(features.sum((1, 2, 3)))
             for number, bad in enumerate((NAN, INF, -INF), 3):
                 confidence[kind == number] = bad
         return ee.ExitLogits(logits, confidence)
@@ -901,7 +901,7 @@ class _Poisoned(ee.Branch):
 
 def _kind(features: Tensor) -> Tensor:
     """0 to 2: logits that are not finite; 3 to 5: such a confidence; others: none."""
-    return (features.sum((1, 2, 3)) * 1000).long() % 9
+    return (features.sum((1, 2, 3)) * 10).long() % 9
 
 
 @pytest.fixture(scope="module")
