@@ -167,7 +167,7 @@ class Backbone:
                 *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE),
             ]
         )
-        self.output = output if isinstance(output, (int, str, type(None))) else tuple(output)
+        self.output = output
         self.sample = self._sample(sample)
         """Four samples, in their normal form."""
         self.batch_dims = batch_dims(self.sample)
@@ -476,12 +476,12 @@ def _known(opaque: Sequence[str], model: nn.Module, model_id: str) -> list[str]:
     return given
 
 
-def _steps(output: object) -> OutputKey:
+def _steps(output: OutputKey) -> OutputKey:
     """Where the logits are, as it was said."""
-    keys = output if isinstance(output, (list, tuple)) else [output]
+    keys: tuple[Any, ...] = tuple(output) if isinstance(output, (list, tuple)) else (output,)
     if not keys or not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in keys):
         refuse("output", "an index, a name, or a list of them from the outside in", output)
-    return tuple(keys) if keys is output else keys[0]
+    return keys if isinstance(output, (list, tuple)) else output
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:

@@ -285,9 +285,9 @@ def _exits(text: str | None) -> int | str | list[str] | None:
         return text.split(",")
 
 
-def _asked(drop: float | None, budget: float | None) -> dict[str, float]:
+def _asked(drop: float | None, budget: float | None) -> dict[str, Any]:
     """What `operate` is to be asked for, checked before anything is loaded."""
-    asked: dict[str, float] = {}
+    asked: dict[str, Any] = {}
     if drop is not None:
         asked["max_accuracy_drop"] = accuracy_drop("--max-accuracy-drop", drop)
     if budget is not None:

@@ -105,7 +105,7 @@ def place(
     candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
     rest = sorted(candidates.values(), key=lambda point: point.index)
     exits = check_exits(exits)
-    if exits == "all":
+    if isinstance(exits, str):  # all
         points = tuple(point for point in rest if point.macs_fraction < 1 - _NEARLY)
         if not points:
             raise ExitPointError(f"{model_id} has no block that ends before the whole cost: name points yourself.")

@@ -921,7 +921,7 @@ def test_what_is_not_finite_never_leaves_routed_as_replayed(
 ) -> None:
     pictures = W.data.tensors[0]
     records = ee.record(poisoned, ee.unlabelled(W.data))
-    point = replace(ee.OperatingPoint.by_hand(tau, score, 2), fallback=fallback)
+    point = replace(ee.OperatingPoint.by_hand((tau, tau), score), fallback=fallback)
     poisoned.operate(point)
     replay = records.replay(point.policy)
     features = poisoned.features_alone(pictures)

@@ -170,8 +170,8 @@ def known(branch: str | BranchSpec | Sequence[str | BranchSpec]) -> list[BranchS
         ConfigError: something else.
         UnknownNameError: no branch of that name.
     """
-    several = isinstance(branch, Sequence) and not isinstance(branch, str)
-    specs = [BranchSpec.of(each) for each in (branch if several else [branch])]
+    given = branch if isinstance(branch, Sequence) and not isinstance(branch, str) else [branch]
+    specs = [BranchSpec.of(each) for each in given]
     for spec in specs:
         if spec.name != "auto":
             BRANCHES[spec.name]

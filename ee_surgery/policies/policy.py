@@ -92,9 +92,9 @@ class ThresholdPolicy:
     ) -> tuple[bool, Tensor, State]:
         """The same for a batch of one, compared in Python: a few kernel launches fewer, which count at batch 1."""
         score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
-        value = score.item()  # and `sound` in numbers
-        finite = math.isfinite(value) and math.isfinite(precise(logits).sum().item())
-        return finite and value >= self._taus[exit_index], score, state  # pyright: ignore[reportAttributeAccessIssue]
+        value = score.item()
+        leaves = value >= self._taus[exit_index] and math.isfinite(value + precise(logits).sum().item())  # pyright: ignore[reportAttributeAccessIssue]
+        return leaves, score, state
 
     def check(self, classes: int, units: Sequence[bool], chained: bool = False) -> None:
         """Try it on made-up answers: a score that cannot work is refused before samples come.

@@ -108,7 +108,7 @@ def search(
         prices: how many; time grows linearly.
     """
     instance("records", records, ExitRecords)
-    given = [choice("fallbacks", each, FALLBACKS) for each in names("fallbacks", fallbacks)]
+    given: list[Fallback] = [choice("fallbacks", each, FALLBACKS) for each in names("fallbacks", fallbacks)]
     return best_of(records, [score], f"search({score})", given, count("prices", prices, low=2))
 
 
