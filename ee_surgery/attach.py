@@ -13,9 +13,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ee_surgery.answers import OutputKey
 from ee_surgery.backbone import Sample
-from ee_surgery.branches import BranchSpec, resolve
+from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import BRANCHES, Branch, build
+from ee_surgery.checks import count, instance
 from ee_surgery.errors import AdapterError, BranchError, ExitPointError, SurgeryError
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.features import Layout
@@ -53,12 +54,15 @@ def attach(
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
     """
+    instance("plan", plan, ExitPlan, hint="place(graph, exits) makes one.")
+    seed, given = count("seed", seed, low=0), known(branch)
     if isinstance(model, ModelGraph):
         graph = model
     else:
         graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
-    given = [branch] * len(plan.points) if isinstance(branch, (str, BranchSpec)) else list(branch)
+    if isinstance(branch, (str, BranchSpec)):
+        given *= len(plan.points)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
     for point in plan.points:
@@ -69,7 +73,7 @@ def attach(
             )
     with _seeded(seed):
         built = [
-            resolve(BranchSpec.of(spec), point, graph.backbone.num_classes, graph.macs, depth, graph)
+            resolve(spec, point, graph.backbone.num_classes, graph.macs, depth, graph)
             for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
         ]
         bank = BranchBank([made for _, made in built], _head(graph))

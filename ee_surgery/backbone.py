@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ee_surgery.answers import OutputKey, check_logits, declared_classes, locate
+from ee_surgery.checks import count, names, refuse
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError
 from ee_surgery.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
 from ee_surgery.pictures import Shape, timm_settings
 from ee_surgery.refusals import check_weights, sample_refusal, takes, variants
+from ee_surgery.registry import suggest
 from ee_surgery.samples import default_sample
 from ee_surgery.signature import Signature, attributes, set_since
 from ee_surgery.twin import twin
@@ -146,9 +148,10 @@ class Backbone:
         num_classes: int | None = None,
         output: OutputKey | None = None,
     ) -> None:
-        if num_classes is not None and num_classes < 2:
-            raise ConfigError(f"num_classes must be at least 2, got {num_classes}: a softmax tells two classes apart.")
         self.model = model = unwrapped(model)
+        if num_classes is not None:
+            num_classes = count("num_classes", num_classes, low=2, hint="A softmax tells two classes apart.")
+        output = _steps(output) if output is not None else None
         self.named = library_model(model)
         """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
         self.library: Library = _library(self.named)
@@ -158,8 +161,13 @@ class Backbone:
         self._states = [State(model)]  # the one in force last
         self._first: State | None = self._states[0]
         self.input_names = _input_names(self.named)
-        self.opaque = _outermost([*opaque, *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE)])
-        self.output = output if isinstance(output, (int, str, type(None))) else tuple(output)
+        self.opaque = _outermost(
+            [
+                *_known(opaque, model, self.model_id),
+                *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE),
+            ]
+        )
+        self.output = output
         self.sample = self._sample(sample)
         """Four samples, in their normal form."""
         self.batch_dims = batch_dims(self.sample)
@@ -461,6 +469,23 @@ def _agrees(file: Path, weights: Mapping[str, Tensor], limit: int = 1 << 16) -> 
             return bool(small) and all(digest(stored.get_tensor(n)) == digest(weights[n]) for n in small)
     except (OSError, SafetensorError):
         return False
+
+
+def _known(opaque: Sequence[str], model: nn.Module, model_id: str) -> list[str]:
+    """Names of modules that the model has."""
+    given, known = names("opaque", opaque), dict(model.named_modules())
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"opaque: {model_id} has no module {name!r}. {suggest(name, known)}")
+    return given
+
+
+def _steps(output: OutputKey) -> OutputKey:
+    """Where the logits are, as it was said."""
+    keys: tuple[Any, ...] = tuple(output) if isinstance(output, (list, tuple)) else (output,)
+    if not keys or not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in keys):
+        refuse("output", "an index, a name, or a list of them from the outside in", output)
+    return keys if isinstance(output, (list, tuple)) else output
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:

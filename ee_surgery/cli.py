@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone, make_model
+from ee_surgery.checks import accuracy_drop, count, positive
 from ee_surgery.files import atomic_write
 from ee_surgery.report import adapter_table, frontier_table, graph_table
 from ee_surgery.runtime.measure import measure
@@ -104,15 +106,16 @@ def augment(
 ) -> None:
     """Add branches to a model, train and calibrate them where pictures are given, and write the adapter folder."""
     with _errors():
-        base = _model(model, checkpoint, random_weights)
-        training = out.with_name(f"{out.name}.training")  # a killed run goes on from here, run again
+        if out.exists() and not out.is_dir():
+            raise ee.ConfigError(f"--out {out} is a file: give a folder, or the name of one to be made.")
         config = replace(
             ee.TrainConfig() if preset is None else ee.PRESETS[preset].config,
             epochs=epochs,
             batch_size=batch_size,
             teach="original" if unlabelled else "labels",
-            checkpoint_dir=str(training),
         )
+        base = _model(model, checkpoint, random_weights)
+        training = out.with_name(f"{out.name}.training")  # a killed run goes on from here, run again
         branched = ee.augment(
             base,
             _exits(exits),
@@ -121,7 +124,7 @@ def augment(
             preset=preset,
             train=None if train is None else _images(base, train, unlabelled),
             calibrate=None if calibrate is None else _images(base, calibrate, unlabelled),
-            config=config,
+            config=replace(config, checkpoint_dir=str(training)),
             max_accuracy_drop=max_accuracy_drop,
         )
         branched.save_pretrained(out)
@@ -145,13 +148,16 @@ def calibrate(
 ) -> None:
     """Search thresholds on held-out pictures, and store the frontier and the operating point in the adapter folder."""
     with _errors():
+        asked = _asked(max_accuracy_drop, budget)
         branched = _load(adapter, checkpoint, random_weights)
         pictures = _images(branched, data, unlabelled)
         frontier = ee.calibrate(branched, pictures, policy=policy, batch_size=batch_size)
-        if max_accuracy_drop is not None or budget is not None:
-            branched.operate(max_accuracy_drop=max_accuracy_drop, budget=budget)
-        branched.save_pretrained(adapter)
-        console.print(frontier_table(frontier))
+        try:
+            if asked:
+                branched.operate(**asked)
+        finally:  # what was found is kept, whether or not a point of it meets the request
+            branched.save_pretrained(adapter)
+            console.print(frontier_table(frontier))
 
 
 @app.command(epilog="Example: ee-surgery evaluate runs/adapter --data test --budget 0.6")
@@ -170,7 +176,7 @@ def evaluate(
 ) -> None:
     """Run an adapter on pictures, samples really leaving; at its stored operating point unless one is asked for."""
     with _errors():
-        branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
+        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
         pictures = _images(branched, data, unlabelled)
         _say(ee.evaluate(branched, pictures, batch_size=batch_size))
         if save:
@@ -191,8 +197,9 @@ def bench(
 ) -> None:
     """Time an adapter against its original, interleaved, on real pictures."""
     with _errors():
-        torch.set_num_threads(threads)
-        branched = _load(adapter, checkpoint, random_weights, max_accuracy_drop, budget)
+        torch.set_num_threads(count("--threads", threads))
+        batch_size, samples = count("--batch-size", batch_size), count("--samples", samples, low=batch_size)
+        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
         pictures = _images(branched, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
         inputs = torch.stack([pictures[int(i)] for i in order])
@@ -281,7 +288,22 @@ def _say(text: object) -> None:
 def _exits(text: str | None) -> int | str | list[str] | None:
     if text is None or text in ("all", "auto"):
         return text
-    return int(text) if text.isdigit() else text.split(",")
+    try:
+        return int(text)
+    except ValueError:
+        return text.split(",")
+
+
+def _asked(drop: float | None, budget: float | None) -> dict[str, Any]:
+    """What `operate` is to be asked for, checked before anything is loaded."""
+    asked: dict[str, Any] = {}
+    if drop is not None:
+        asked["max_accuracy_drop"] = accuracy_drop("--max-accuracy-drop", drop)
+    if budget is not None:
+        asked["budget"] = positive("--budget", budget)
+    if len(asked) > 1:
+        raise ee.ConfigError("Give --max-accuracy-drop or --budget, not both.")
+    return asked
 
 
 def _adapter_folder(name: str) -> Path | None:
@@ -325,14 +347,14 @@ def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
 
 
 def _load(
-    adapter: Path, checkpoint: str, random_weights: bool, drop: float | None = None, budget: float | None = None
+    adapter: Path, checkpoint: str, random_weights: bool, asked: Mapping[str, Any] | None = None
 ) -> ee.EarlyExitModel:
     base = None  # made by its library from the id in the adapter
     if checkpoint or random_weights:
         base = _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights)
     branched = ee.from_pretrained(adapter, base)
-    if drop is not None or budget is not None:
-        branched.operate(max_accuracy_drop=drop, budget=budget)
+    if asked:
+        branched.operate(**asked)
     return branched
 
 
@@ -342,14 +364,22 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
 
     backbone = model._backbone if isinstance(model, ee.EarlyExitModel) else Backbone(model)
     try:
-        pictures = ImageFolder(folder, transform=_preprocess(model, backbone))
-    except FileNotFoundError as error:
+        pictures = ImageFolder(folder, transform=_preprocess(model, backbone), loader=_picture)
+    except OSError as error:
         raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
     if unlabelled:
         return ee.unlabelled(pictures)
     index = _class_index(pictures.classes, backbone, folder)
     pictures.target_transform = index.__getitem__
     return pictures
+
+
+def _picture(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for damaged files
+        raise ee.DataError(f"Cannot read the picture {path}: {error}. Remove it, or replace it.") from error
 
 
 def _class_index(names: list[str], backbone: Backbone, folder: Path) -> list[int]:

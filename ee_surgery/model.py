@@ -20,6 +20,7 @@ from ee_surgery.backbone import Output
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import ExitLogits
+from ee_surgery.checks import instance, names, path, word
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.graph.points import ModelGraph, inspect, read
 from ee_surgery.inputs import Arguments, Inputs, batch_size, tensors
@@ -27,6 +28,7 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.scores import FittedScore
 from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.engine import Engine, eval_mode
 from ee_surgery.runtime.program import Program
@@ -37,6 +39,8 @@ from ee_surgery.share.hub import push_folder
 from ee_surgery.share.probe import Probe
 from ee_surgery.share.processor import find_processor, picture_transform, processor_settings, save_processor
 
+_UNSAID: Any = object()  # beside None, which means never leaving
+_GOES_WITH = {"score": "thresholds", "risk_of": "risk"}
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
 
@@ -127,7 +131,7 @@ class EarlyExitModel(nn.Module):
         if self.branches.chained:
             raise BranchError("These branches read each other's answers: none of them can do without the others.")
         graph = read(self._backbone, self.sample)
-        points = place(graph, list(exits)).points
+        points = place(graph, names("exits", exits, ExitPointError)).points
         missing = [point.name for point in points if point.name not in self.exits]
         if missing:
             raise ExitPointError(f"No exits at {missing}, only at {self.exits}.")
@@ -152,14 +156,14 @@ class EarlyExitModel(nn.Module):
 
     def operate(
         self,
-        point: OperatingPoint | None = None,
+        point: OperatingPoint | None = _UNSAID,
         *,
         max_accuracy_drop: float | None = None,
         budget: float | None = None,
         risk: tuple[float, float] | None = None,
-        risk_of: str = "disagreement",
+        risk_of: str | None = None,
         thresholds: Sequence[float] | float | None = None,
-        score: str = "max_prob",
+        score: str | FittedScore | None = None,
     ) -> OperatingPoint | None:
         """Set when samples leave. Takes microseconds: nothing is captured, trained or searched again.
 
@@ -169,12 +173,16 @@ class EarlyExitModel(nn.Module):
             budget: the most accurate one within this fraction of the original's MACs.
             risk: (eps, delta): the cheapest one certified to differ from the original on at most a share eps of new
                 samples, with confidence 1 - delta. The certificate is on the point.
-            risk_of: `disagreement`, or `accuracy_gap` where the calibration data had labels.
-            thresholds: one a branch, or one for all, for `score`; nothing is known about their accuracy then.
+            risk_of: `disagreement` (when left out), or `accuracy_gap` where the calibration data had labels.
+            thresholds: one a branch, or one for all; nothing is known about their accuracy then. inf closes an exit.
+            score: what thresholds are compared with; `max_prob` when left out.
         Returns:
             The operating point now in force; None for never.
         Raises:
-            OperatingPointError: more than one of them, no frontier yet, or none of its points meets the request.
+            OperatingPointError: none or more than one of them, one of the wrong kind or outside its range, no frontier
+                yet, or none of its points meets the request. The operating point stays what it was.
+            UnknownNameError: no such score.
+            ConfigError: the score needs confidence units that the branches do not have.
         """
         given = {
             "max_accuracy_drop": max_accuracy_drop,
@@ -183,26 +191,32 @@ class EarlyExitModel(nn.Module):
             "thresholds": thresholds,
             "point": point,
         }
-        asked = [name for name, value in given.items() if value is not None]
-        if len(asked) > 1:
+        asked = [name for name, value in given.items() if value is not None and value is not _UNSAID]
+        if len(asked) > 1 or (not asked and point is _UNSAID):
             raise OperatingPointError(
-                f"Give exactly one of max_accuracy_drop=, budget=, risk=, thresholds=; got {asked}."
+                f"Give exactly one of max_accuracy_drop=, budget=, risk=, thresholds=; got {asked or 'none'}. "
+                "operate(None): never leave early."
             )
+        for name, value, owner in (("score", score, thresholds), ("risk_of", risk_of, risk)):
+            if value is not None and owner is None:
+                raise OperatingPointError(f"{name}= goes with {_GOES_WITH[name]}=, which was not given.")
         if thresholds is not None:
-            values = [thresholds] * len(self.branches) if isinstance(thresholds, (int, float)) else thresholds
-            return self._set(OperatingPoint.by_hand(tuple(float(v) for v in values), score))
+            return self._set(
+                OperatingPoint.by_hand(thresholds, "max_prob" if score is None else score, len(self.branches))
+            )
         if max_accuracy_drop is not None or budget is not None or risk is not None:
             if self.frontier is None:
                 raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
-            point = self.frontier.at(max_accuracy_drop=max_accuracy_drop, budget=budget, risk=risk, risk_of=risk_of)
+            wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "risk": risk}
+            point = self.frontier.at(**wanted, risk_of="disagreement" if risk_of is None else risk_of)
         return self._set(point)
 
     def _set(self, point: OperatingPoint | None) -> OperatingPoint | None:
-        policy = None if point is None else point.policy
-        if policy is not None and len(policy.thresholds) != len(self.branches):
-            raise OperatingPointError(
-                f"{len(policy.thresholds)} thresholds for {len(self.branches)} branches at {self.exits}."
-            )
+        policy = None
+        if point is not None:
+            hint = "Numbers go by name: thresholds=, max_accuracy_drop= or budget=."
+            policy = instance("point", point, OperatingPoint, OperatingPointError, hint).policy
+            policy.check(self.num_classes, self.branches.units, self.branches.chained)
         self._setting = point, None if policy is None or policy.closed else policy
         return point
 
@@ -357,7 +371,7 @@ class EarlyExitModel(nn.Module):
             ConfigError: a card keyword that is unknown, or no text.
             AdapterError: the folder holds a model that is not an adapter of ours, or cannot be written.
         """
-        folder = Path(folder)
+        folder = path("folder", folder)
         if _beside_the_main_process():
             return folder
         self.processor = self.processor if processor is None else processor
@@ -398,6 +412,7 @@ class EarlyExitModel(nn.Module):
             AdapterError: the repository holds another model, which the adapter would make unreadable.
             HubError: no such user, no right to write, no connection; the repository holds what it held before.
         """
+        word("repo_id", repo_id, hint="Such as user/name.")
         if _beside_the_main_process():
             return ""
         hub = {"private": private, "token": token, "revision": revision, "message": message, "create_pr": create_pr}

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
-from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
@@ -15,11 +14,13 @@ from torch import nn
 from ee_surgery.answers import OutputKey
 from ee_surgery.attach import attach, attach_stored
 from ee_surgery.backbone import Backbone, Sample
-from ee_surgery.branches import BranchSpec
+from ee_surgery.branches import BranchSpec, known
+from ee_surgery.checks import accuracy_drop as check_drop
+from ee_surgery.checks import count, flag, instance, path
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError, SurgeryWarning
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect, read
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.placement import ExitPlan, place
+from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.presets import PRESETS
@@ -97,13 +98,23 @@ def augment(
     calibration data; thresholds, and what is certified of them, come from the other. `provenance["placement"]` keeps
     what was tried.
     """
+    joint, seed = flag("joint", joint), count("seed", seed, low=0)
+    max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
+    config = None if config is None else instance("config", config, TrainConfig)
     if joint and train is None:
         raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
     method = None if preset is None else PRESETS[preset]
+    searched = isinstance(exits, str) and exits == "auto"
+    if exits is not None and not searched and not isinstance(exits, ExitPlan):
+        exits = check_exits(exits)  # before the model is read, which may take a minute
+    if placement is not None:
+        PLACEMENTS[placement]  # a name that is known
+    if branch is not None:
+        known(branch)
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     config = config or (TrainConfig() if method is None else method.config)
     policy = "search" if method is None else method.policy
-    if exits == "auto":
+    if searched:
         if train is None or calibrate is None or placement is not None:
             raise ConfigError(
                 'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'
@@ -218,7 +229,7 @@ def from_pretrained(
         AdapterError: a file is missing, damaged or larger than it may be, or the base cannot be made from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
-    folder = Path(source)
+    folder = path("source", source, hint="A folder that save_pretrained wrote, or a repository such as user/name.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     local = folder.is_dir()
     if not local:

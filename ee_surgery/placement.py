@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ee_surgery.checks import count, flag, instance, names, plain
 from ee_surgery.errors import ExitPointError
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
@@ -60,6 +61,22 @@ class ExitPlan:
         return [point.name for point in self.points]
 
 
+def check_exits(exits: int | str | Sequence[str]) -> int | str | list[str]:
+    """How many exits, `all`, or their names; any model may turn out to lack them.
+
+    Raises:
+        ExitPointError: it is none of them.
+    """
+    if plain(exits) is not None:
+        return count("exits", exits, error=ExitPointError)
+    if isinstance(exits, str) and exits == "all":
+        return exits
+    given = names("exits", exits, ExitPointError, "Or a whole number: how many.")
+    if not given:
+        raise ExitPointError("An empty list of exits: name at least one, or give a number.")
+    return given
+
+
 def place(
     graph: ModelGraph, exits: int | str | Sequence[str] = 3, rule: str = "linear", *, clip: bool = False
 ) -> ExitPlan:
@@ -80,27 +97,25 @@ def place(
         UnknownNameError: no such rule.
     Source: EENets (Demir & Akbas, arXiv:2409.05336) and PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
     """
+    instance("graph", graph, ModelGraph, hint="inspect(model) makes one.")
+    clip = flag("clip", clip)
     model_id = graph.backbone.model_id
     blocks = sorted(graph.blocks, key=lambda p: (-p.name.count("."), p.index))
     # One candidate a share of the cost: the outermost block that ends there, the last of several.
     candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
     rest = sorted(candidates.values(), key=lambda point: point.index)
-    if exits == "all":
+    exits = check_exits(exits)
+    if isinstance(exits, str):  # all
         points = tuple(point for point in rest if point.macs_fraction < 1 - _NEARLY)
         if not points:
             raise ExitPointError(f"{model_id} has no block that ends before the whole cost: name points yourself.")
         return ExitPlan(model_id, "all", points)
-    if not isinstance(exits, int):
-        exits = [exits] if isinstance(exits, str) else exits
+    if isinstance(exits, list):
         points = sorted((graph[name] for name in exits), key=lambda point: point.index)
         for before, after in itertools.pairwise(points):
             if before.index == after.index:
-                raise ExitPointError(f"The exits {list(exits)} name the position of {after.name!r} twice.")
-        if not points:
-            raise ExitPointError("An empty list of exits: name at least one, or give a number.")
+                raise ExitPointError(f"The exits {exits} name the position of {after.name!r} twice.")
         return ExitPlan(model_id, "explicit", tuple(points))
-    if exits < 1:
-        raise ExitPointError(f"exits must be at least 1, got {exits}.")
     chosen: list[ExitPoint] = []
     for target in PLACEMENTS[rule](exits):
         found = next((i for i, point in enumerate(rest) if point.macs_fraction >= target - _NEARLY), None)

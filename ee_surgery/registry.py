@@ -35,7 +35,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files its argument under `name`."""
+        """Decorator that files its argument under `name`.
+
+        Raises:
+            ConfigError: there is one of that name already, or it is no name.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"A {self.kind} is registered under a name, not under {name!r}.")
 
         def add(item: T) -> T:
             if name in self._items:
@@ -46,10 +52,9 @@ class Registry(Mapping[str, T], Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        try:
+        if isinstance(name, str) and name in self._items:
             return self._items[name]
-        except KeyError:
-            raise UnknownNameError(f"No {self.kind} {name!r}. {suggest(name, self._items)}") from None
+        raise UnknownNameError(f"No {self.kind} {str(name)[:80]!r}. {suggest(str(name)[:80], self._items)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

@@ -9,10 +9,15 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ee_surgery.checks import refuse
 from ee_surgery.errors import CaptureError
 
 # Their answers are the inner module's own.
 _HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_MAKE_ONE = (
+    "Make it first: timm.create_model('resnet50', pretrained=True), or "
+    "AutoModelForImageClassification.from_pretrained('google/vit-base-patch16-224')."
+)
 # By name: importing FSDP or DeepSpeed takes longer than everything else here.
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "DTensor"})
 
@@ -25,8 +30,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     buffers, hooks and all parts that are not wrapped.
 
     Raises:
+        ConfigError: it is no module, but the name of one, for example.
         CaptureError: parameters are sharded over processes, or it is TorchScript.
     """
+    if not isinstance(model, nn.Module):
+        how = "Make an object of it first." if isinstance(model, type) else _MAKE_ONE
+        refuse("model", "a torch.nn.Module", model, hint=how)
     for kind in (type(model), *{type(parameter) for parameter in model.parameters()}):
         if sharded := _SHARDED.intersection(cls.__name__ for cls in kind.__mro__):
             raise CaptureError(

@@ -104,7 +104,7 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
     )
     console.print(branched.frontier)
     asked = {name: value for name, value in asdict(recipe.operate).items() if value is not None}
-    branched.operate(**asked)
+    branched.operate(**asked or {"point": None})
     console.print(str(ee.evaluate(branched, test, accelerator=accelerator)), highlight=False)
     console.print(f"Original {branched.receipt()}.")
     seconds = branched.provenance["training"]["seconds"]

@@ -341,7 +341,7 @@ def test_bad_requests_to_a_frontier_are_refused(request_: dict[str, float]) -> N
 
 
 def test_thresholds_must_be_numbers() -> None:
-    with pytest.raises(ee.ConfigError, match="must be numbers"):
+    with pytest.raises(ee.ConfigError, match="must be a number"):
         ee.ThresholdPolicy((math.nan,))
     with pytest.raises(ee.UnknownNameError, match="Did you mean 'max_prob'"):
         ee.ThresholdPolicy((0.5,), "maxprob")

@@ -98,14 +98,14 @@ def test_a_budget_in_milliseconds_is_met_by_realised_exits() -> None:
     with pytest.raises(ee.OperatingPointError, match=r"cheapest possible mean is 2\.310 ms"):
         eenet_scheduler(records, 2.0, latency_ms=latency, steps=2)
     for bad in ([1.0, 2.0], [0.0, 1.0, 2.0, 3.0]):
-        with pytest.raises(ee.ConfigError, match="latency_ms must be 4 rising positive"):
+        with pytest.raises(ee.ConfigError, match="latency_ms"):
             eenet_scheduler(records, 2.0, latency_ms=bad, steps=2)
 
 
 def test_a_budget_the_scheduler_cannot_meet_names_the_cheapest() -> None:
     with pytest.raises(ee.OperatingPointError, match=r"cheapest possible mean is 0\.280 of the MACs"):
         eenet_scheduler(_six_hundred(), 0.27, steps=2)
-    with pytest.raises(ee.ConfigError, match="budget must be positive"):
+    with pytest.raises(ee.ConfigError, match="budget must be a positive number"):
         eenet_scheduler(_six_hundred(), 0.0)
 
 

@@ -13,9 +13,9 @@ import ee_surgery as ee
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "text", "errors", "registry", "files", "inputs", "picture_settings", "pictures", "samples", "answers", "wrappers",
-    "refusals", "receipt", "twin", "signature", "backbone", "graph", "placement", "branches", "policies", "runtime",
-    "share", "model", "attach", "training", "presets", "pipeline", "integrations", "report", "demo", "cli",
+    "text", "errors", "registry", "checks", "files", "inputs", "picture_settings", "pictures", "samples", "answers",
+    "wrappers", "refusals", "receipt", "twin", "signature", "backbone", "graph", "placement", "branches", "policies",
+    "runtime", "share", "model", "attach", "training", "presets", "pipeline", "integrations", "report", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -2,6 +2,6 @@
 
 from ee_surgery.branches import chained, conv, pooled, residual, shortcut  # noqa: F401  (their classes register themselves)
 from ee_surgery.branches.auto import resolve
-from ee_surgery.branches.base import BRANCHES, Branch, BranchSpec, ExitLogits
+from ee_surgery.branches.base import BRANCHES, Branch, BranchSpec, ExitLogits, known
 
-__all__ = ["BRANCHES", "Branch", "BranchSpec", "ExitLogits", "resolve"]
+__all__ = ["BRANCHES", "Branch", "BranchSpec", "ExitLogits", "known", "resolve"]

@@ -22,6 +22,11 @@ class BranchBank(nn.Module):
         self.chained = any(branch.chained for branch in branches)
         """Whether a branch reads the answers of those before it."""
 
+    @property
+    def units(self) -> list[bool]:
+        """Which branches have a confidence unit."""
+        return [branch.confidence is not None for branch in self]
+
     def __len__(self) -> int:
         return len(self.exits)
 

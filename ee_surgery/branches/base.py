@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.errors import BranchError, ConfigError
+from ee_surgery.checks import flag, instance, number, refuse, word
+from ee_surgery.errors import BranchError, ConfigError, SurgeryError
 from ee_surgery.graph.cost import module_macs
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
@@ -55,10 +56,30 @@ class BranchSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     """Keyword arguments of the branch class."""
 
+    def __post_init__(self) -> None:
+        word("name", self.name)
+        flag("confidence", self.confidence)
+        if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
+            refuse("options", "a dict of options by name", self.options)
+        plainly = {name: _option(name, value) for name, value in self.options.items()}
+        object.__setattr__(self, "options", plainly)
+
     @classmethod
     def of(cls, branch: BranchSpec | str) -> BranchSpec:
-        """A spec as it is, a name as a spec without options."""
+        """A spec as it is, a name as a spec without options.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        instance("branch", branch, (BranchSpec, str), hint=f"Names: auto, {', '.join(BRANCHES)}.")
         return branch if isinstance(branch, BranchSpec) else cls(branch)
+
+
+def _option(name: str, value: object) -> Option:
+    """An option as plain data, which can be saved."""
+    if isinstance(value, (str, bool)):
+        return value
+    return number(f"option {name}", value, hint="Options are numbers, words or flags.")
 
 
 class Branch(nn.Module, ABC):
@@ -142,6 +163,21 @@ BRANCHES: Registry[type[Branch]] = Registry("branch")
 """Name -> class taking (point, num_classes, confidence=..., **options). Register your own."""
 
 
+def known(branch: str | BranchSpec | Sequence[str | BranchSpec]) -> list[BranchSpec]:
+    """One or several branches as specs, of names that are registered.
+
+    Raises:
+        ConfigError: something else.
+        UnknownNameError: no branch of that name.
+    """
+    given = branch if isinstance(branch, Sequence) and not isinstance(branch, str) else [branch]
+    specs = [BranchSpec.of(each) for each in given]
+    for spec in specs:
+        if spec.name != "auto":
+            BRANCHES[spec.name]
+    return specs
+
+
 def build(
     spec: BranchSpec, point: ExitPoint, num_classes: int, depth: int = 0, graph: ModelGraph | None = None
 ) -> Branch:
@@ -153,7 +189,7 @@ def build(
     Raises:
         UnknownNameError: no branch of that name.
         BranchError: it does not fit the features there, or needs the graph.
-        ConfigError: an option it does not know.
+        ConfigError: an option that it does not know, or cannot be built with.
     """
     cls = BRANCHES[spec.name]
     place: dict[str, object] = {"before": depth} if cls.chained else {}
@@ -161,10 +197,46 @@ def build(
         if graph is None:
             raise BranchError(f"Branch {spec.name!r} is cut from a model's graph: put it there with `attach`.")
         place["graph"] = graph
-    try:
+
+    def make() -> Branch:
         return cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    except TypeError as error:
-        raise ConfigError(f"Branch {spec.name!r} does not take {dict(spec.options)}: {error}") from error
+
+    try:
+        if spec.options and not cls.reads_all:
+            _check_size(make, spec)
+        return make()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        if isinstance(error, SurgeryError):
+            raise
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"Branch {spec.name!r} does not take {dict(spec.options)} at {point.name!r}: {told}"
+        ) from error
+
+
+def _check_size(make: Callable[[], nn.Module], spec: BranchSpec) -> None:
+    """Measure a branch before it takes any memory.
+
+    Raises:
+        ConfigError: it is far larger than any that saves something.
+    """
+    try:
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in make().parameters())
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        return  # made from data: it cannot be measured before
+    if size > _LARGEST:
+        raise ConfigError(
+            f"Branch {spec.name!r} with {dict(spec.options)} would have {size:.3g} parameters, more than "
+            f"{_LARGEST:.0g}: ask for less."
+        )
+
+
+_LARGEST = 1e9  # parameters of one branch: most originals have fewer
+DEEPEST = 100
+"""Layers that a branch may have: of more, the first would be as far from the loss as those of the original."""
 
 
 def channels(point: ExitPoint) -> int:

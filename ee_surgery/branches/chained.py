@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, channels, grid, hand_on, mixed_pool, summary, to_nchw
+from ee_surgery.checks import flag
 from ee_surgery.graph.points import ExitPoint
 
 
@@ -60,7 +61,7 @@ class ZtwBranch(Branch):
         self.conv = nn.Conv2d(c, c, 3, padding=1) if self.cells else None
         self.share = nn.Parameter(torch.rand(())) if self.cells else None
         self.norm = nn.LayerNorm(num_classes) if before else None
-        self.ensemble = Ensemble(before + 1, num_classes) if ensemble else None
+        self.ensemble = Ensemble(before + 1, num_classes) if flag("ensemble", ensemble) else None
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> the part of the vector that is read from the features."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.branches.base import BRANCHES, Branch, channels, require_grid, to_nchw
+from ee_surgery.branches.base import BRANCHES, DEEPEST, Branch, channels, require_grid, to_nchw
+from ee_surgery.checks import count
 from ee_surgery.graph.points import ExitPoint
 
 
@@ -40,7 +41,7 @@ class ConvBranch(MapBranch):
         c = channels(point)
         super().__init__(point, num_classes, confidence, c)
         require_grid("conv", point)
-        self.body = nn.Sequential(*(unit(c, c, 1) for _ in range(depth)))
+        self.body = nn.Sequential(*(unit(c, c, 1) for _ in range(count("depth", depth, high=DEEPEST))))
 
 
 @BRANCHES.register("conv2")
@@ -71,6 +72,7 @@ class EENetBranch(MapBranch):
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, narrow: int = 0) -> None:
         c = channels(point)
+        narrow = count("narrow", narrow, low=0)
         width = max(1, c // (narrow or (4 if c >= 256 else 1)))
         super().__init__(point, num_classes, confidence, width)
         require_grid("eenet", point)
@@ -88,6 +90,7 @@ class MsdBranch(MapBranch):
     """
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 128) -> None:
+        width = count("width", width)
         super().__init__(point, num_classes, confidence, width)
         require_grid("msd", point)
         self.body = nn.Sequential(unit(channels(point), width, 2), unit(width, width, 2))
@@ -108,6 +111,7 @@ class BranchyBranch(Branch):
     def __init__(
         self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 32, depth: int = 0
     ) -> None:
+        width, depth = count("width", width), count("depth", depth, low=0, high=DEEPEST)
         cells = min(4, *require_grid("branchy", point))
         super().__init__(point, num_classes, confidence, width * cells**2)
         self.cells = cells
@@ -137,7 +141,7 @@ class StridedBranch(MapBranch):
         self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 0, depth: int = 3
     ) -> None:
         c = channels(point)
-        width = width or max(64, 2 * c)
+        width, depth = count("width", width, low=0) or max(64, 2 * c), count("depth", depth, high=DEEPEST)
         super().__init__(point, num_classes, confidence, width)
         side = min(require_grid("strided", point))
         units = []

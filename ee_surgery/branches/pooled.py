@@ -19,6 +19,7 @@ from ee_surgery.branches.base import (
     summary,
     to_nchw,
 )
+from ee_surgery.checks import count, flag
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint
 
@@ -48,7 +49,7 @@ class BnPoolBranch(Branch):
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, relu: bool = True) -> None:
         super().__init__(point, num_classes, confidence, channels(point))
         self.norm = nn.BatchNorm1d(channels(point))
-        self.relu = relu
+        self.relu = flag("relu", relu)
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, *shape) -> (B, C)."""
@@ -121,6 +122,8 @@ class MlpBranch(Branch):
         norm: bool = False,
         preact: bool = False,
     ) -> None:
+        cells, hidden = count("cells", cells, low=0), count("hidden", hidden)
+        norm, preact = flag("norm", norm), flag("preact", preact)
         super().__init__(point, num_classes, confidence, hidden)
         size, c = grid(point), channels(point)
         if size is None:
@@ -156,6 +159,7 @@ class TokenBranch(Branch):
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, hidden: int = 0) -> None:
         c = channels(point) * (2 if point.prefix_tokens else 1)
+        hidden = count("hidden", hidden, low=0)
         super().__init__(point, num_classes, confidence, hidden or c)
         self.norm = nn.LayerNorm(c)
         self.hidden = nn.Linear(c, hidden) if hidden else None

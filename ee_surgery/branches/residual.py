@@ -8,8 +8,9 @@ from itertools import product
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.branches.base import BRANCHES, Option, channels, require_grid
+from ee_surgery.branches.base import BRANCHES, DEEPEST, Option, channels, require_grid
 from ee_surgery.branches.conv import MapBranch, unit
+from ee_surgery.checks import count, flag, positive
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint
 
@@ -44,6 +45,8 @@ class ResidualBranch(MapBranch):
         depth: int = 2,
         depthwise: bool = False,
     ) -> None:
+        width, depth = count("width", width, low=0), count("depth", depth, high=DEEPEST)
+        budget, depthwise = positive("budget", budget), flag("depthwise", depthwise)
         c, side = channels(point), min(require_grid("residual", point))
         stride = 2 if side >= 2 * _LEAST_SIDE else 1
         sides = [-(-side // stride)]

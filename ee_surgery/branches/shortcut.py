@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, Prepared
+from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.points import ExitPoint, ModelGraph
 from ee_surgery.graph.shortcut import Key, Shortcut, key, named, pieces, within, write_shortcut
@@ -51,6 +52,7 @@ class ShortcutBranch(Branch):
         self.classifier = nn.Identity()  # the original's own comes with its tail
         if graph.head is not None:
             raise BranchError(f"No shortcut in {graph.backbone.model_id}: it has no head of its own to copy.")
+        budget, blocks = positive("budget", budget), None if blocks is None else str(blocks)
         given = pieces(graph, point)
         if blocks is None:
             kept = within(given, budget * graph.macs)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.checks import accuracy_drop, optional
+from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.records import ExitRecords
@@ -32,10 +33,7 @@ def exit_metrics(model: Any, *, max_accuracy_drop: float | None = 0.01) -> ExitM
     Raises:
         ConfigError: another drop.
     """
-    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 1:
-        raise ConfigError(
-            f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop}: 0.01 is one percentage point."
-        )
+    max_accuracy_drop = optional(accuracy_drop)("max_accuracy_drop", max_accuracy_drop)
     return ExitMetrics(getattr(model, "branched", model), max_accuracy_drop)
 
 

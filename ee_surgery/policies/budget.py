@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ee_surgery.checks import instance, positive
 from ee_surgery.errors import OperatingPointError
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
@@ -51,6 +52,8 @@ def geometric_budget(records: ExitRecords, budget: float, score: str | FittedSco
     Source: budgeted batch classification of MSDNet (Huang et al., ICLR 2018, arXiv:1703.09844); the published code
     steps g and takes the first that exceeds the budget, this bisects and stays within.
     """
+    instance("records", records, ExitRecords)
+    budget = positive("budget", budget)
     scores, n = records.scores(score), len(records)
     rule = f"geometric_budget({budget:g})"
 

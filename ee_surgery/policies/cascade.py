@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ee_surgery.errors import ConfigError
+from ee_surgery.checks import accuracy_drop, instance, number
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
@@ -43,10 +43,8 @@ def accuracy_drop_rule(
         min_tail: smallest share of the samples that may count as a tail, lest a few lucky ones set the standard.
     Source: Berestizshevsky & Even, arXiv:1805.10982, section 3, which has no minimum tail.
     """
-    if not 0 <= drop <= 1:
-        raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
-    if not 0 <= min_tail <= 1:
-        raise ConfigError(f"min_tail must be in [0, 1], got {min_tail}.")
+    instance("records", records, ExitRecords)
+    drop, min_tail = accuracy_drop("drop", drop), number("min_tail", min_tail, low=0, high=1)
     rows = zip(records.scores(score), records.correct[:-1], strict=True)
     thresholds = tuple(lowest_good(row, correct, drop, min_tail * len(records)) for row, correct in rows)
     return realise(records, ThresholdPolicy(thresholds, score), f"accuracy_drop_rule({drop:g})")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ee_surgery.checks import accuracy_drop, count, instance
 from ee_surgery.policies.cascade import lowest_good, tail_accuracy
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
@@ -42,6 +43,8 @@ def class_thresholds(records: ExitRecords, drop: float, min_tail: int = 20) -> O
         (arXiv:2509.08318), with the standard of the exit in place of each class's own, which for a class that the exit
         does not know would be its own low best.
     """
+    instance("records", records, ExitRecords)
+    drop, min_tail = accuracy_drop("drop", drop), count("min_tail", min_tail)
     scores, answers = records.scores("max_prob"), records.logits.argmax(-1)
     classes = records.logits.shape[-1]
     taus = torch.full((len(records.exits), classes), NEVER)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ee_surgery.checks import count, instance, numbers, positive
 from ee_surgery.errors import ConfigError, OperatingPointError
 from ee_surgery.policies.budget import quota_thresholds
 from ee_surgery.policies.operating import OperatingPoint, realise
-from ee_surgery.policies.policy import NEVER, ThresholdPolicy, precise
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords, exit_costs
-from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
+from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted, precise
 
 _RHO, _ALPHA_KL, _ALPHA_COST, _BETA = 0.5, 1e-3, 1e-2, 1.0
 _LR, _WEIGHT_DECAY, _STEPS, _PERIOD, _BATCH = 1e-2, 1e-2, 160, 10, 1024
@@ -119,8 +120,10 @@ def eenet_scheduler(
         and the budget is met by realised exits, not by soft shares within 10 %. In place of ten restarts at 3e-5,
         two rates of Adam for few steps, from scores that start as the largest probability.
     """
-    if not budget > 0:
-        raise ConfigError(f"budget must be positive, got {budget}.")
+    instance("records", records, ExitRecords)
+    budget, seed, steps = positive("budget", budget), count("seed", seed, low=0), count("steps", steps)
+    if not numbers("rates", rates, above=0):
+        raise ConfigError("rates is empty: give at least one.")
     costs = _costs(records, latency_ms)
     unit = "ms" if latency_ms is not None else ""
     tried = []
@@ -177,8 +180,8 @@ def _costs(records: ExitRecords, latency_ms: Sequence[float] | None) -> Tensor:
     if latency_ms is None:
         paid = exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))
         return torch.tensor(paid, dtype=torch.float64) / records.base_macs
-    rising = list(latency_ms) == sorted(latency_ms) and min(latency_ms, default=0) > 0
-    if len(latency_ms) != len(records.exits) + 1 or not rising:
+    latency_ms = numbers("latency_ms", latency_ms, above=0)
+    if len(latency_ms) != len(records.exits) + 1 or list(latency_ms) != sorted(latency_ms):
         raise ConfigError(f"latency_ms must be {len(records.exits) + 1} rising positive numbers, got {latency_ms}.")
     return torch.tensor(latency_ms, dtype=torch.float64)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ee_surgery.checks import accuracy_drop, instance, names, numbers, positive, shown, word
 from ee_surgery.errors import DataError, OperatingPointError
 from ee_surgery.policies.catalogue import POLICIES
 from ee_surgery.policies.operating import OperatingPoint, realise
@@ -17,6 +18,7 @@ from ee_surgery.policies.search import search
 from ee_surgery.text import visible
 
 FORMAT_VERSION = 1
+_LEVELS = "It is (eps, delta): with confidence 1 - delta, at most a share eps of new samples; (0.01, 0.05) for example."
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Frontier(Sequence[OperatingPoint]):
             records: answers to held-out data: neither what trained the branches nor what will be reported.
             scores: which scores may be used; each operating point uses one of them.
         """
-        return cls.of(records, [point for score in scores for point in search(records, score)])
+        instance("records", records, ExitRecords)
+        return cls.of(records, [point for score in names("scores", scores) for point in search(records, score)])
 
     @classmethod
     def trace(cls, records: ExitRecords, policy: str = "search") -> Frontier:
@@ -58,6 +61,7 @@ class Frontier(Sequence[OperatingPoint]):
         Args:
             records: held-out answers, as for `search`.
         """
+        instance("records", records, ExitRecords)
         return cls.of(records, POLICIES[policy](records))
 
     @classmethod
@@ -96,19 +100,19 @@ class Frontier(Sequence[OperatingPoint]):
         Raises:
             OperatingPointError: none or several were given, or no point meets the request.
         """
-        if [max_accuracy_drop, budget, risk].count(None) != 2:
+        if sum(asked is not None for asked in (max_accuracy_drop, budget, risk)) != 1:
             raise OperatingPointError("Give exactly one of max_accuracy_drop=, budget= and risk=.")
         if risk is not None:
-            return self._certified(risk_of, *risk)
+            levels = numbers("risk", risk, above=0, below=1, error=OperatingPointError, hint=_LEVELS)
+            if len(levels) != 2:
+                raise OperatingPointError(f"risk must be (eps, delta), got {shown(risk)}. {_LEVELS}")
+            return self._certified(risk_of, *levels)
         if max_accuracy_drop is not None:
-            if not 0 <= max_accuracy_drop <= 1:
-                raise OperatingPointError(
-                    f"max_accuracy_drop must be in [0, 1], got {max_accuracy_drop}: 0.01 is one percentage point."
-                )
+            max_accuracy_drop = accuracy_drop("max_accuracy_drop", max_accuracy_drop, OperatingPointError)
             # Never exiting is a point of every search, so there always is one.
             floor = self.base_accuracy - max_accuracy_drop - 1e-12
             return next(p for p in self.points if p.expected_accuracy >= floor)
-        assert budget is not None
+        budget = positive("budget", budget, OperatingPointError, "A fraction of the original's MACs: 0.5.")
         affordable = [point for point in self.points if point.macs_fraction <= budget + 1e-12]
         if not affordable:
             raise OperatingPointError(
@@ -118,6 +122,7 @@ class Frontier(Sequence[OperatingPoint]):
         return affordable[-1]
 
     def _certified(self, name: str, eps: float, delta: float) -> OperatingPoint:
+        word("risk_of", name, OperatingPointError)
         for table in self.risks:
             if table.risk == name:
                 return table.at(eps, delta)

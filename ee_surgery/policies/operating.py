@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from ee_surgery.checks import instance, number, numbers
+from ee_surgery.errors import OperatingPointError
 from ee_surgery.policies.certificate import Certificate
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
@@ -48,9 +53,25 @@ class OperatingPoint:
         return ThresholdPolicy(self.thresholds, self.score, self.fallback)
 
     @classmethod
-    def by_hand(cls, thresholds: tuple[float, ...], score: str) -> OperatingPoint:
-        """Thresholds that no calibration stands behind: accuracy and cost are not known, NaN."""
-        return cls(thresholds, score, math.nan, math.nan, math.nan, (), samples=0, rule="by hand")
+    def by_hand(
+        cls, thresholds: Sequence[float] | float, score: str | FittedScore, branches: int = 1
+    ) -> OperatingPoint:
+        """Thresholds that no calibration stands behind: accuracy and cost are not known, NaN.
+
+        Args:
+            thresholds: one a branch, or one for all.
+            score: what they are compared with.
+            branches: how many there are.
+        Raises:
+            OperatingPointError: a threshold is no number.
+        """
+        limits = {"infinite": True, "error": OperatingPointError, "hint": "Use inf to close an exit."}
+        several = isinstance(thresholds, (Sequence, Tensor, np.ndarray)) and not isinstance(thresholds, str)
+        if not several or (isinstance(thresholds, (Tensor, np.ndarray)) and thresholds.ndim == 0):
+            taus = (number("thresholds", thresholds, **limits),) * branches
+        else:
+            taus = numbers("thresholds", thresholds, **limits)
+        return cls(tuple(map(float, taus)), score, math.nan, math.nan, math.nan, (), samples=0, rule="by hand")
 
     def __str__(self) -> str:
         if not self.samples:
@@ -93,6 +114,7 @@ def describe(point: OperatingPoint | None) -> dict[str, Any] | None:
 
 def realise(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:
     """Replay a policy on records and state what it gives."""
+    instance("records", records, ExitRecords)
     replay = records.replay(policy)
     n, k = len(records), len(records.exits) + 1
     accuracy = replay.correct.double().mean().item()

@@ -11,9 +11,8 @@ from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional as F
 
-from ee_surgery.policies.policy import precise
 from ee_surgery.policies.records import ExitRecords
-from ee_surgery.policies.scores import FittedScore, State, fitted
+from ee_surgery.policies.scores import FittedScore, State, fitted, precise
 
 _LIMIT = 15.0
 _RIDGE = 100.0  # in samples: how many it takes to move a weight on a standardised feature

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ee_surgery.errors import ConfigError
-from ee_surgery.policies.scores import FittedScore, ScoreOf, State
+from ee_surgery.checks import choice, numbers
+from ee_surgery.errors import OperatingPointError, SurgeryError
+from ee_surgery.policies.scores import FittedScore, ScoreOf, State, precise, sound
 
 NEVER = math.inf
 
@@ -32,7 +34,12 @@ class Decision(NamedTuple):
 class ThresholdPolicy:
     """Leave at the first exit whose score reaches its threshold; the original's head takes what is left.
 
-    A sample whose logits are not all finite never leaves early.
+    A sample never leaves where one of its logits, its score, or the confidence that the score reads is NaN or infinite:
+    at no threshold, -inf included.
+
+    Raises:
+        ConfigError: a threshold that is no number, or another setting that is unknown.
+        UnknownNameError: no such score.
     """
 
     thresholds: tuple[float, ...]
@@ -44,10 +51,9 @@ class ThresholdPolicy:
     way had the largest softmax probability, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
 
     def __post_init__(self) -> None:
-        if any(math.isnan(value) for value in self.thresholds):
-            raise ConfigError(f"Thresholds must be numbers, got {self.thresholds}. Use inf to close an exit.")
-        if self.fallback not in ("last", "most_confident"):
-            raise ConfigError(f"fallback must be 'last' or 'most_confident', got {self.fallback!r}.")
+        thresholds = numbers("thresholds", self.thresholds, infinite=True, hint="Use inf to close an exit.")
+        object.__setattr__(self, "thresholds", thresholds)
+        choice("fallback", self.fallback, ("last", "most_confident"))
         # Looked up once: decide runs at every exit. Scores are float32, so thresholds are compared as float32.
         object.__setattr__(self, "_score", ScoreOf(self.score))
         object.__setattr__(self, "_taus", torch.tensor(self.thresholds, dtype=torch.float32).tolist())
@@ -78,33 +84,49 @@ class ThresholdPolicy:
         Args:
             logits: (B, C), `confidence`: (B,) or None, `state`: from the exit before, () at the first.
         """
-        logits = precise(logits)
-        confidence = None if confidence is None else precise(confidence)
         score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
-        # One sum tells: it is finite unless a logit is not (or their sum overflows, which is no answer either).
-        leaves = (score >= self._taus[exit_index]) & torch.isfinite(logits.sum(-1))  # pyright: ignore[reportAttributeAccessIssue]
-        return Decision(score, leaves, state)
+        return Decision(score, sound(score, logits) >= self._taus[exit_index], state)  # pyright: ignore[reportAttributeAccessIssue]
 
     def decide_one(
         self, exit_index: int, logits: Tensor, confidence: Tensor | None, state: State
     ) -> tuple[bool, Tensor, State]:
         """The same for a batch of one, compared in Python: a few kernel launches fewer, which count at batch 1."""
-        logits = precise(logits)
-        confidence = None if confidence is None else precise(confidence)
         score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
-        leaves = score.item() >= self._taus[exit_index] and math.isfinite(logits.sum().item())  # pyright: ignore[reportAttributeAccessIssue]
+        value = score.item()
+        leaves = value >= self._taus[exit_index] and math.isfinite(value + precise(logits).sum().item())  # pyright: ignore[reportAttributeAccessIssue]
         return leaves, score, state
 
+    def check(self, classes: int, units: Sequence[bool], chained: bool = False) -> None:
+        """Try it on made-up answers: a score that cannot work is refused before samples come.
 
-def precise(logits: Tensor) -> Tensor:
-    """Logits in the one precision that scores are computed in: float32, that of records, whatever the model's own is.
-
-    A float64 score on the far side of a threshold from its float32 record would leave elsewhere than replayed.
-    """
-    return logits.float()
+        Args:
+            classes: C.
+            units: for each branch, whether it has a confidence unit.
+            chained: whether each branch reads the answers of those before it.
+        Raises:
+            OperatingPointError: not a threshold for each branch, or the score does not take such answers.
+            ConfigError: the score needs confidence units that are not there.
+        """
+        if len(self.thresholds) != len(units):
+            raise OperatingPointError(f"{len(self.thresholds)} thresholds for {len(units)} branches: one per branch.")
+        policy, state = self.to(torch.device("cpu")), ()
+        try:
+            for k, unit in enumerate(units):
+                if self.visits(chained)[k]:
+                    answer = torch.zeros(2, classes), torch.zeros(2) if unit else None
+                    score, leaves, state = policy.decide(k, *answer, state)
+                    if leaves.shape != (2,):
+                        raise ValueError(f"two samples have scores of shape {tuple(score.shape)}")
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise OperatingPointError(
+                f"The score {self.score!r} does not take answers of these branches, over {classes} classes: {error}. "
+                "Was it fitted on records of another model?"
+            ) from error
 
 
 def certainty(logits: Tensor) -> Tensor:
     """What `most_confident` compares exits by: the largest softmax probability; -inf where not finite, (B,)."""
     top = torch.softmax(precise(logits), -1).amax(-1)
-    return torch.where(torch.isfinite(logits.sum(-1)), top, -torch.inf)
+    return torch.nan_to_num(sound(top, logits), nan=-torch.inf)

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ee_surgery.errors import DataError
+from ee_surgery.checks import flag, instance, names, numbers, refuse
+from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.files import atomic_write
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
-from ee_surgery.policies.scores import FittedScore, ScoreOf, State
+from ee_surgery.policies.scores import FittedScore, ScoreOf, State, sound
 
 FORMAT_VERSION = 1
 _SCORES_KEPT = 16  # of one set of records: names, and fitted scores, of which every search makes new ones
@@ -34,6 +35,28 @@ def exit_costs(trunk: Sequence[int], branches: Sequence[int], visits: Sequence[b
     paid = list(accumulate((cost * seen for cost, seen in zip(branches, visits, strict=True)), initial=0))
     # a sample that leaves at exit k has been to branch k; the original's own head has none
     return [t + p for t, p in zip(trunk, [*paid[1:], paid[-1]], strict=True)]
+
+
+def _check_tensors(logits: Tensor, labels: Tensor | None, confidence: Tensor | None) -> None:
+    """Whether these can be records; K and N are those of the logits.
+
+    Raises:
+        DataError: they cannot; what was seen is named.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point() or logits.shape[2] < 2:
+        refuse("logits", "floating point numbers of shape (exits, samples, classes)", logits, DataError)
+    k, n, classes = logits.shape
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in _WHOLE:
+            refuse("labels", f"whole numbers of shape ({n},)", labels, DataError)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            low, high = int(labels.min()), int(labels.max())
+            raise DataError(f"labels must be class numbers below {classes}, got {low} to {high}.")
+    if confidence is not None and (not isinstance(confidence, Tensor) or tuple(confidence.shape) != (k - 1, n)):
+        refuse("confidence", f"numbers of shape {(k - 1, n)}, one for each branch and sample", confidence, DataError)
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Replay(NamedTuple):
@@ -72,6 +95,13 @@ class ExitRecords:
     """Whether each branch reads the answers of those before it, which then all have to run."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "exits", tuple(names("exits", self.exits, DataError)))
+        for name in ("trunk_macs", "branch_macs"):
+            object.__setattr__(self, name, numbers(name, getattr(self, name), low=0, error=DataError))
+        flag("chained", self.chained, DataError)
+        _check_tensors(self.logits, self.labels, self.confidence)
+        if self.labels is not None:
+            object.__setattr__(self, "labels", self.labels.long())
         k, n, _ = self.logits.shape
         sizes = (len(self.exits) + 1, len(self.trunk_macs), len(self.branch_macs) + 1)
         if set(sizes) != {k} or (self.labels is not None and len(self.labels) != n):
@@ -82,6 +112,8 @@ class ExitRecords:
             )
         if n == 0:
             raise DataError("Records of no samples: the data that was handed in is empty.")
+        if list(self.trunk_macs) != sorted(self.trunk_macs) or not self.trunk_macs[-1]:
+            raise DataError(f"trunk_macs must rise to the cost of the whole original, got {self.trunk_macs}.")
 
     def __len__(self) -> int:
         return self.logits.shape[1]
@@ -112,7 +144,7 @@ class ExitRecords:
         return self.accuracies[-1]
 
     def scores(self, which: str | FittedScore) -> Tensor:
-        """The score of every branch for every sample, shape (K - 1, N); -inf where logits are not finite."""
+        """The score of every branch for every sample, (K - 1, N); -inf where it or what it reads is not finite."""
         if which not in self._scores:
             found = self._score(ScoreOf(which))
             while len(self._scores) >= _SCORES_KEPT:
@@ -130,11 +162,18 @@ class ExitRecords:
         for k in range(len(self.exits)):
             confidence = None if self.confidence is None else self.confidence[k]
             value, state = score(self.logits[k], confidence, state, k)
-            rows.append(value.masked_fill(~torch.isfinite(self.logits[k].sum(-1)), -torch.inf))
+            rows.append(torch.nan_to_num(sound(value, self.logits[k]), nan=-torch.inf))
         return torch.stack(rows)
 
     def replay(self, policy: ThresholdPolicy) -> Replay:
-        """Decide on the recorded answers as a routed run would: same exits, nothing recomputed."""
+        """Decide on the recorded answers as a routed run would: same exits, nothing recomputed.
+
+        Raises:
+            ConfigError: it is no policy, or one for another number of exits.
+        """
+        instance("policy", policy, ThresholdPolicy)
+        if len(policy.thresholds) != len(self.exits):
+            raise ConfigError(f"The policy has {len(policy.thresholds)} thresholds, these records {len(self.exits)}.")
         scores, last = self.scores(policy.score), len(self.exits)
         leaves = (scores >= torch.tensor(policy.thresholds, dtype=torch.float32)[:, None]) & (scores > -torch.inf)
         # of several that would let a sample go, the first; a row of ones at the end takes what is left
@@ -167,7 +206,15 @@ class ExitRecords:
         return right.any(0).double().mean().item(), cost
 
     def take(self, rows: Tensor) -> ExitRecords:
-        """The records of some samples: indices, shape (M,)."""
+        """The records of some samples: indices, shape (M,).
+
+        Raises:
+            DataError: it is no list of sample numbers, or an empty one.
+        """
+        if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in _WHOLE:
+            refuse("rows", "the numbers of samples, shape (M,)", rows, DataError)
+        if len(rows) and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise DataError(f"rows must be below {len(self)}, got {int(rows.min())} to {int(rows.max())}.")
         return ExitRecords(
             self.exits,
             self.logits[:, rows],
@@ -211,12 +258,7 @@ class ExitRecords:
             tensors["labels"] = self.labels.contiguous()
         if self.confidence is not None:
             tensors["confidence"] = self.confidence.contiguous()
-        plain = {
-            "exits": self.exits,
-            "trunk_macs": self.trunk_macs,
-            "branch_macs": self.branch_macs,
-            "chained": self.chained,
-        }
+        plain = {name: getattr(self, name) for name in _STORED}
         meta = {"format_version": str(FORMAT_VERSION), **{key: json.dumps(value) for key, value in plain.items()}}
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata=meta)
@@ -237,12 +279,13 @@ class ExitRecords:
             raise DataError(f"Cannot read exit records from {path}: {error}") from error
         if meta.get("format_version") != str(FORMAT_VERSION) or "logits" not in tensors:
             raise DataError(f"{path} holds no exit records of format {FORMAT_VERSION}: its metadata is {meta}.")
+        try:
+            plain = {name: json.loads(meta.get(name, default)) for name, default in _STORED.items()}
+        except ValueError as error:
+            raise DataError(f"{path} holds damaged exit records: {error}. Record them again.") from error
         return cls(
-            tuple(json.loads(meta["exits"])),
-            tensors["logits"],
-            tuple(json.loads(meta["trunk_macs"])),
-            tuple(json.loads(meta["branch_macs"])),
-            tensors.get("labels"),
-            tensors.get("confidence"),
-            json.loads(meta.get("chained", "false")),
+            logits=tensors["logits"], labels=tensors.get("labels"), confidence=tensors.get("confidence"), **plain
         )
+
+
+_STORED = {"exits": "", "trunk_macs": "", "branch_macs": "", "chained": "false"}  # and what stands for a missing one

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ee_surgery.checks import count, flag, instance, number
 from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
 from ee_surgery.policies.bounds import ZERO_ONE, Scale, cleared, cleared_by_counts, samples_needed, upper_bound
 from ee_surgery.policies.certificate import Certificate, Check, fingerprint
@@ -109,7 +110,9 @@ def risk_control(
         ConfigError: a number outside its range, an unknown method or one that does not fit the losses.
         DataError: the risk needs labels, and there are none.
     """
-    _check_levels(eps, delta)
+    instance("records", records, ExitRecords)
+    eps, delta = _levels(eps, delta)
+    per_exit, seed = flag("per_exit", per_exit), count("seed", seed, low=0)
     kind, method, _ = _risk(risk, records), _method(method, risk), SCORES[score]  # the last: a name that is known
     if per_exit:
         part, records = _halves(records, seed)
@@ -143,6 +146,8 @@ def check_certificate(certificate: Certificate, records: ExitRecords) -> Check:
     Raises:
         DataError: other exits, or labels are missing that the risk needs.
     """
+    instance("certificate", certificate, Certificate, hint="It is on the point: `point.certificate`.")
+    instance("records", records, ExitRecords)
     risk, eps, delta = _risk(certificate.risk, records), certificate.eps, certificate.delta
     promised, there = len(certificate.thresholds), len(records.exits)
     if promised != there:
@@ -191,7 +196,7 @@ class RiskTable:
         By `ltt-binomial` for losses of 0 and 1, as `risk_control`; by `ltt-trinomial` for -1, 0 and 1, where
         `risk_control` takes longer and may certify a cheaper point. Warns and raises as `risk_control`.
         """
-        _check_levels(eps, delta)
+        eps, delta = _levels(eps, delta)
         method, n = _counted(self.risk), self.points[0].samples
         ok = cleared_by_counts(method, np.array(self.worse[1:]), np.array(self.better[1:]), n, eps, delta)
         best = _cheapest(np.array([point.macs_fraction for point in self.points]), ok)
@@ -227,6 +232,7 @@ def risk_table(records: ExitRecords, risk: str = "disagreement", score: str = "m
     Raises:
         ConfigError: the losses of this risk are not whole numbers, so counts do not tell their mean.
     """
+    instance("records", records, ExitRecords)
     kind, _ = _risk(risk, records), (SCORES[score], _counted(risk))
     path = _Path(records, _shared_path(records, score), score)
     worse, better = [0], [0]
@@ -366,9 +372,9 @@ def _certified(
     return replace(point, rule=f"risk_control({risk} <= {eps:g}, delta={delta:g})", certificate=certificate)
 
 
-def _check_levels(eps: float, delta: float) -> None:
-    if not (0 < eps < 1 and 0 < delta < 1):
-        raise ConfigError(f"eps and delta must be in (0, 1), got {eps} and {delta}: 0.01 is one percent.")
+def _levels(eps: float, delta: float) -> tuple[float, float]:
+    limits = {"above": 0, "below": 1, "hint": "0.01 is one percent."}
+    return number("eps", eps, **limits), number("delta", delta, **limits)
 
 
 def _risk(name: str, records: ExitRecords) -> Risk:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from ee_surgery.checks import instance
 from ee_surgery.errors import ConfigError
 from ee_surgery.registry import Registry
 
@@ -94,9 +95,15 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 class ScoreOf:
-    """A score of either sort, by name or fitted, behind one call."""
+    """A score of either sort, by name or fitted, behind one call: for routed runs and for replays.
+
+    Raises:
+        ConfigError: it is neither.
+        UnknownNameError: no score of that name.
+    """
 
     def __init__(self, score: str | FittedScore) -> None:
+        instance("score", score, (str, FittedScore), hint=f"Names: {', '.join(SCORES)}.")
         self.named = SCORES[score] if isinstance(score, str) else None
         self.score = score
         self.stateful = score.stateful if self.named is None else keeps_state(self.named)  # pyright: ignore[reportAttributeAccessIssue]
@@ -105,11 +112,17 @@ class ScoreOf:
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
-        """Score one exit, counted from 0.
+        """Score one exit, counted from 0: in float32, whatever the model computes in.
+
+        A confidence that is not finite is handed on as NaN, so that no score makes a number of it.
 
         Raises:
             ConfigError: it hands a state on but does not say that it is stateful.
         """
+        logits = precise(logits)
+        if confidence is not None:
+            confidence = precise(confidence)
+            confidence = confidence + (confidence - confidence)  # infinity less itself is NaN
         if self.named is not None:
             score, state = self.named(logits, confidence, state)
         else:
@@ -120,6 +133,24 @@ class ScoreOf:
                 "it. Override the property `stateful` to return True."
             )
         return score, state
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Logits in the one precision that scores are computed in: float32, that of records, whatever the model's own is.
+
+    A float64 score on the far side of a threshold from its float32 record would leave elsewhere than replayed; in
+    float16 the sum over 20,000 classes overflows.
+    """
+    return logits.float()
+
+
+def sound(score: Tensor, logits: Tensor) -> Tensor:
+    """The score (B,), NaN where it or one of the logits (B, C) is not finite: NaN reaches no threshold, not even -inf.
+
+    One sum over the classes tells; where it overflows in float32, that is no answer either.
+    """
+    total = precise(logits).sum(-1) + score
+    return score + (total - total)
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ee_surgery.errors import ConfigError
+from ee_surgery.checks import accuracy_drop, choice, count, instance, names
 from ee_surgery.policies.operating import OperatingPoint, realise
 from ee_surgery.policies.outlook import ChanceOfBeingRight
 from ee_surgery.policies.policy import Fallback
@@ -107,7 +107,9 @@ def search(
         fallbacks: whose answer may be given where nothing left.
         prices: how many; time grows linearly.
     """
-    return best_of(records, [score], f"search({score})", fallbacks, prices)
+    instance("records", records, ExitRecords)
+    given: list[Fallback] = [choice("fallbacks", each, FALLBACKS) for each in names("fallbacks", fallbacks)]
+    return best_of(records, [score], f"search({score})", given, count("prices", prices, low=2))
 
 
 def stopping(records: ExitRecords) -> list[OperatingPoint]:
@@ -173,8 +175,8 @@ def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") ->
     Args:
         drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
     """
-    if not 0 <= drop <= 1:
-        raise ConfigError(f"drop must be in [0, 1], got {drop}: 0.01 is one percentage point.")
+    instance("records", records, ExitRecords)
+    drop = accuracy_drop("drop", drop)
     state = ThresholdSearch(records, score)
     found = state.sweep(_prices(64))
     _fill(found, state)

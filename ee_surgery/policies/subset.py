@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ee_surgery.errors import ConfigError
+from ee_surgery.checks import accuracy_drop, count, instance
 from ee_surgery.policies.outlook import chances
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.thresholds import Floats, Ranks, ThresholdSearch
@@ -44,10 +44,8 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
         ConfigError: `max_accuracy_drop` or `most` out of range.
         DataError: the branches read each other's answers.
     """
-    if not 0 <= max_accuracy_drop <= 1 or most < 1:
-        raise ConfigError(
-            f"max_accuracy_drop must be in [0, 1] and most at least 1, got {max_accuracy_drop} and {most}."
-        )
+    instance("records", records, ExitRecords)
+    max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
     costs = Costs(records, max_accuracy_drop)
     # what giving that much accuracy away by not answering at all would cost: an exit that guesses does no better
     chosen, cost = (), 1 - min(1.0, max_accuracy_drop / max(records.base_accuracy, 1e-9))

@@ -11,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
+from ee_surgery.checks import instance, word
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
 
@@ -36,6 +37,9 @@ def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledS
 
     Source: Guo et al., ICML 2017, arXiv:1706.04599.
     """
+    instance("records", records, ExitRecords)
+    word("score", score)
+    SCORES[score]  # a name that is known
     found = []
     for logits in records.logits:
         whole = torch.isfinite(logits).all(-1)

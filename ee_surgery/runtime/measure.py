@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ee_surgery.branches.base import Branch, ExitLogits, ask
+from ee_surgery.checks import count, refuse
 from ee_surgery.errors import DataError
 from ee_surgery.graph.stages import compact
 from ee_surgery.inputs import Inputs, tensors
@@ -102,8 +103,18 @@ def measure(
             they take decides the time, so take real ones.
         batch_size: samples a batch; a last, smaller batch is left out.
     Raises:
-        DataError: fewer inputs than one batch.
+        DataError: fewer inputs than one batch, or no input tensors.
+        ConfigError: a number that is none.
     """
+    if not hasattr(branched, "operate"):
+        refuse("branched", "an EarlyExitModel", branched)
+    batch_size, rounds, warmup = (
+        count("batch_size", batch_size),
+        count("rounds", rounds),
+        count("warmup", warmup, low=0),
+    )
+    if not isinstance(inputs, Tensor) and not (isinstance(inputs, Mapping) and tensors(inputs)):
+        refuse("inputs", "a tensor of samples, or a dict of such", inputs, DataError)
     named = {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     first = next(iter(tensors(named).values()))
     batches: list[Inputs] = []

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-from ee_surgery.errors import ConfigError
+from ee_surgery.checks import choice, count, flag, number, numbers, optional, path, word
 from ee_surgery.training.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How to train the branches. The original learns nothing and stays in eval mode."""
+    """How to train the branches. The original learns nothing and stays in eval mode.
+
+    Raises:
+        ConfigError: a value of another kind, or outside its range: all numbers are finite.
+    """
 
     epochs: int = 5
     """Passes over the training set."""
@@ -87,38 +93,58 @@ class TrainConfig:
     """Show a progress bar where the output is a terminal, one line an epoch elsewhere."""
 
     def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         OBJECTIVES[self.objective]  # raises with near names
-        for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "patience_nonfinite"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_steps", "views"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, or None, got {getattr(self, name)}.")
-        for name in ("distill", "distill_from", "warmup", "survivor", "mix_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be in [0, 1], got {value}.")
-        if not all(0 <= share <= 1 for share in self.milestones):
-            raise ConfigError(f"milestones must be shares of the training in [0, 1], got {self.milestones}.")
-        if self.ensemble_epochs < 0:
-            raise ConfigError(f"ensemble_epochs must be at least 0, got {self.ensemble_epochs}.")
-        for name in ("cutmix", "mixup", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("lr", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("validation", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
 
 
-_CHOICES = {
-    "teach": ("labels", "original"),
-    "optimizer": ("adamw", "adam", "sgd"),
-    "schedule": ("cosine", "linear", "step", "constant"),
-    "mixed_precision": ("no", "auto", "bf16", "fp16"),
+def _exit_weights(name: str, value: object) -> tuple[float, ...] | str:
+    if isinstance(value, str):
+        return choice(name, value, ("uniform", "falling", "linear", "ramp"))
+    return numbers(name, value, low=0, hint="One an exit that learns, or 'uniform', 'falling', 'linear', 'ramp'.")
+
+
+def _folder(name: str, value: object) -> str:
+    return str(path(name, value))
+
+
+_SHARE = partial(number, low=0, high=1)
+_RATE = partial(number, above=0)
+_LEAST_0 = partial(number, low=0)
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "epochs": count,
+    "max_steps": optional(count),
+    "batch_size": count,
+    "accumulate": count,
+    "objective": word,
+    "distill": _SHARE,
+    "distill_from": _SHARE,
+    "temperature": _RATE,
+    "survivor": optional(_SHARE),
+    "teach": partial(choice, known=("labels", "original")),
+    "cutmix": _LEAST_0,
+    "mixup": _LEAST_0,
+    "mix_share": _SHARE,
+    "views": optional(count),
+    "cache_gb": _LEAST_0,
+    "ema": partial(number, low=0, below=1),
+    "exit_weights": _exit_weights,
+    "cost_weight": _LEAST_0,
+    "optimizer": partial(choice, known=("adamw", "adam", "sgd")),
+    "lr": _RATE,
+    "weight_decay": _LEAST_0,
+    "momentum": partial(number, low=0, below=1),
+    "schedule": partial(choice, known=("cosine", "linear", "step", "constant")),
+    "milestones": partial(numbers, low=0, high=1, hint="Shares of the training."),
+    "warmup": _SHARE,
+    "clip_grad": optional(partial(number, above=0, hint="None for gradients as they are.")),
+    "ensemble_epochs": partial(count, low=0),
+    "mixed_precision": partial(choice, known=("no", "auto", "bf16", "fp16")),
+    "validation": partial(number, low=0, below=1),
+    "num_workers": partial(count, low=0),
+    "seed": partial(count, low=0),
+    "checkpoint_dir": optional(_folder),
+    "checkpoint_steps": count,
+    "patience_nonfinite": count,
+    "progress": flag,
 }

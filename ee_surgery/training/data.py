@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
@@ -9,8 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from ee_surgery.checks import count as count_of
+from ee_surgery.checks import refuse
 from ee_surgery.errors import DataError
 from ee_surgery.inputs import Inputs, take, tensors
 
@@ -66,7 +69,12 @@ class Half:
 
 
 def unlabelled(data: Data) -> Data:
-    """The same data without its labels: then the original's own answers stand for them, and accuracy is agreement."""
+    """The same data without its labels: then the original's own answers stand for them, and accuracy is agreement.
+
+    Raises:
+        DataError: it is no data.
+    """
+    _check(data)
     if isinstance(data, Iterator):
         return map(_without_labels, data)
     if isinstance(data, IterableDataset):
@@ -125,14 +133,49 @@ def loader(data: Data, batch_size: int, *, shuffle: bool = False, num_workers: i
     """Batches of `data`: itself where it gives batches already, else a DataLoader over it.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or has no samples; or samples do not make a batch.
+        ConfigError: no such batch size.
     """
-    if is_samples(data):
-        shuffle = shuffle and not isinstance(data, IterableDataset)
-        return DataLoader(data, batch_size, shuffle=shuffle, num_workers=num_workers)  # pyright: ignore[reportArgumentType]
-    if not isinstance(data, Iterable):
-        raise DataError(f"Data must be a Dataset, a DataLoader or an iterable of batches; got {type(data).__name__}.")
-    return data
+    batch_size = count_of("batch_size", batch_size)
+    _check(data)
+    if not is_samples(data):
+        return data  # pyright: ignore[reportReturnType]
+    stream = isinstance(data, IterableDataset)
+    if not stream and len(data) == 0:  # pyright: ignore[reportArgumentType]
+        raise DataError(f"No samples: the {type(data).__name__} that was handed in is empty.")
+    shuffle = shuffle and not stream
+    return DataLoader(data, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=_collate)  # pyright: ignore[reportArgumentType]
+
+
+def _check(data: object) -> None:
+    """Whether it can be data.
+
+    Raises:
+        DataError: it is the name of some, a model, a single number, ...
+    """
+    if isinstance(data, _NO_DATA) or not (isinstance(data, Iterable) or is_samples(data)):  # pyright: ignore[reportArgumentType]
+        hint = "A folder of pictures: torchvision.datasets.ImageFolder(folder, branched.transform())."
+        text = isinstance(data, (str, bytes, os.PathLike))
+        refuse("data", "a Dataset, a DataLoader or an iterable of batches", data, DataError, hint if text else "")
+
+
+_NO_DATA = (str, bytes, os.PathLike, Mapping, torch.nn.Module, type)
+
+
+def _collate(samples: list[Any]) -> Any:
+    """One batch of samples, as torch makes it.
+
+    Raises:
+        DataError: they hold something else than numbers, or do not have the same shape.
+    """
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError) as error:
+        told = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"The samples do not make a batch: {told}. Give the dataset a transform that ends in tensors of one size "
+            "(`branched.transform()`), or hand in batches."
+        ) from error
 
 
 def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:

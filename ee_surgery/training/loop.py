@@ -24,6 +24,7 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.branches.base import Prepared
+from ee_surgery.checks import flag, instance
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingError
 from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
@@ -93,7 +94,10 @@ def train(
             that the original surely knows nothing about (see `strangers`), or data that runs out.
         TrainingError: the loss stays non-finite, or is in most steps; or a checkpoint of another run is in the way.
     """
-    config = config or TrainConfig()
+    instance("branched", branched, EarlyExitModel)
+    config = TrainConfig() if config is None else instance("config", config, TrainConfig)
+    joint = flag("joint", joint)
+    accelerator = None if accelerator is None else instance("accelerator", accelerator, Accelerator)
     before = checkpoint.random_state()
     if joint:
         if config.teach == "original":
@@ -137,7 +141,7 @@ class _Run:
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
         self.dtype = next(branched.branches.parameters()).dtype
         """Of the branches when they run, and of what the model takes."""
-        if validation is None and config.validation and is_samples(data) and isinstance(data, Sized):
+        if validation is None and config.validation and is_samples(data) and isinstance(data, Sized) and len(data) > 1:
             held = max(1, round(len(data) * config.validation))
             parts = [len(data) - held, held]
             data, validation = random_split(data, parts, torch.Generator().manual_seed(config.seed))  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ee_surgery.attach import attach
 from ee_surgery.backbone import Sample
-from ee_surgery.branches import BranchSpec, resolve
+from ee_surgery.branches import BranchSpec, known, resolve
+from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain
 from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
 from ee_surgery.inputs import Inputs, tensors
@@ -147,15 +148,17 @@ def search_exits(
         ConfigError: branches that read each other's answers.
         DataError: `train` or `held_out` is an iterator, which can be read once only.
     """
-    if cost not in ("macs", "time"):
-        raise ConfigError(f"cost must be 'macs' or 'time', got {cost!r}.")
+    choice("cost", cost, ("macs", "time"))
+    max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
+    specs = known(branch)
+    seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
+    config = instance("config", config or TrainConfig(), TrainConfig)
     for name, data in (("train", train), ("held_out", held_out)):
         if isinstance(data, Iterator):
             raise DataError(f"{name} is an iterator, used up after one pass: give a Dataset, a DataLoader or a list.")
     graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
-    specs = [BranchSpec.of(b) for b in ([branch] if isinstance(branch, (str, BranchSpec)) else branch)]
-    tried = _spread(graph, points) if isinstance(points, int) else list(place(graph, points).points)
-    config = config or TrainConfig()
+    by_name = plain(points) is None
+    tried = list(place(graph, points).points) if by_name else _spread(graph, count("points", points))
     probe_steps = probe_steps or short_training(config, train)
     # as many epochs as these steps can need
     steps = {"epochs": probe_steps, "max_steps": probe_steps}
@@ -204,6 +207,9 @@ def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_dro
         ExitPointError: none of them saves anything.
         DataError: the branches read each other's answers.
     """
+    instance("branched", branched, EarlyExitModel)
+    if instance("records", records, ExitRecords).exits != tuple(branched.exits):
+        raise DataError(f"These records are of exits {list(records.exits)}, the model has {branched.exits}.")
     subset = cheapest_exits(records, max_accuracy_drop, most=len(records.exits))
     if not subset.exits:
         raise ExitPointError(

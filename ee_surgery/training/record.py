@@ -9,10 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ee_surgery.checks import instance, names
 from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.policies.catalogue import POLICIES
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import describe
+from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.records import ExitRecords
 from ee_surgery.policies.risk import risk_table
 from ee_surgery.share.provenance import CALIBRATION
@@ -45,6 +48,7 @@ def record(
         DataError: no samples, labels for some batches only, labels that are no classes of the model, or that the
             original surely knows nothing about (see `strangers`).
     """
+    instance("branched", branched, EarlyExitModel)
     logits: list[Tensor] = []
     confidence: list[Tensor] = []
     labels: list[Tensor] = []
@@ -64,17 +68,17 @@ def record(
             known.compare(logits[-1][-1].argmax(-1), labels[-1])
     _all_or_none(len(labels), len(logits))
     known.settle()
-    records = ExitRecords(
+    told = torch.cat(labels) if labels else None
+    rows = slice(None) if told is None else _labelled(told)
+    return ExitRecords(
         exits=tuple(branched.exits),
-        logits=torch.cat(logits, 1),
+        logits=torch.cat(logits, 1)[:, rows],
         trunk_macs=branched.trunk_macs,
         branch_macs=branched.branch_macs,
-        labels=torch.cat(labels) if labels else None,
-        confidence=torch.cat(confidence, 1) if confidence else None,
+        labels=None if told is None else told[rows],
+        confidence=torch.cat(confidence, 1)[:, rows] if confidence else None,
         chained=branched.branches.chained,
     )
-    rows = None if records.labels is None else _labelled(records.labels)
-    return records if rows is None or len(rows) == len(records) else records.take(rows)
 
 
 def calibrate(
@@ -99,22 +103,36 @@ def calibrate(
         accelerator: as for `record`; every process then searches, and finds the same.
         class_map: as for `record`.
     Raises:
-        ConfigError: `scores` beside a policy that has its own.
+        ConfigError: `scores` beside a policy that has its own, an empty list, or a score that needs confidence units.
+        UnknownNameError: no such policy or score.
         DataError: as for `record`.
     """
     if scores is not None and policy != "search":
         raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
+    instance("branched", branched, EarlyExitModel)
+    POLICIES[policy]  # a name that is known, before anything runs
+    wanted = None if scores is None else _scores(branched, scores)
     records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
     if policy != "search":
         frontier = Frontier.trace(records, policy)
     else:
-        if scores is None:
-            scores = ["max_prob", *(["learned"] if records.confidence is not None else [])]
-        frontier = Frontier.search(records, scores)
+        by_default = ["max_prob", *(["learned"] if records.confidence is not None else [])]
+        frontier = Frontier.search(records, wanted or by_default)
     risks = ("disagreement", *(["accuracy_gap"] if records.labels is not None else []))
     branched.provenance.pop(CALIBRATION, None)
     branched.frontier = replace(frontier, risks=tuple(risk_table(records, risk) for risk in risks))
     return branched.frontier
+
+
+def _scores(branched: EarlyExitModel, scores: Iterable[str]) -> list[str]:
+    """Names of scores that these branches have."""
+    given = names("scores", scores)
+    if not given:
+        raise ConfigError("scores= is an empty list: name at least one score, or leave it out.")
+    for name in given:
+        policy = ThresholdPolicy((0.0,) * len(branched.branches), name)
+        policy.check(branched.num_classes, branched.branches.units, branched.branches.chained)
+    return given
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,7 @@ def evaluate(
     Raises:
         DataError: as for `record`.
     """
+    instance("branched", branched, EarlyExitModel)
     found: list[Tensor] = []
     labelled = 0
     processes = _processes(branched, accelerator)
@@ -190,14 +209,14 @@ def evaluate(
     table = torch.cat(found)
     answer, original, target, exit_index, macs = table[_labelled(table[:, 2])].unbind(1)
     correct, base, same = answer == target, original == target, answer == original
-    names = (*branched.exits, "original")
-    left = [exit_index == k for k in range(len(names))]
+    exits = (*branched.exits, "original")
+    left = [exit_index == k for k in range(len(exits))]
     result = Evaluation(
         accuracy=_mean(correct),
         original_accuracy=_mean(base),
         agreement=_mean(same),
         macs_fraction=_mean(macs),
-        exits=names,
+        exits=exits,
         exit_shares=tuple(_mean(rows) for rows in left),
         exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
         samples=len(correct),
@@ -236,5 +255,6 @@ def _home(branched: EarlyExitModel) -> tuple[torch.device, torch.dtype]:
 def _processes(branched: EarlyExitModel, accelerator: Accelerator | None) -> Processes:
     """Those that share the work; the model is moved to where this one works."""
     if accelerator is not None:
+        instance("accelerator", accelerator, Accelerator)
         branched.to(accelerator.device)
     return Processes(accelerator)

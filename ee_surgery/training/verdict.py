@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ee_surgery.errors import DataError, OperatingPointError
+from ee_surgery.checks import instance, numbers, shown
+from ee_surgery.errors import ConfigError, DataError, OperatingPointError
 from ee_surgery.graph.points import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating import realise
@@ -89,6 +90,9 @@ def verdict(
         OperatingPointError: the model is not calibrated.
         DataError: no labels.
     """
+    instance("branched", branched, EarlyExitModel)
+    for name, other in instance("alternatives", alternatives, Mapping, hint="By name.").items():
+        _check(name, other)
     if branched.frontier is None:
         raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
     records = record(branched, data, batch_size=batch_size, class_map=class_map)
@@ -101,6 +105,19 @@ def verdict(
         realised = realise(records, point.policy, point.rule)
         found.append(Alternative(name, accuracy, cost, realised.accuracy, realised.macs_fraction))
     return Verdict(records.base_accuracy, records.best_case(), tuple(found), len(records))
+
+
+def _check(name: str, other: object) -> None:
+    """Whether it is a model, or what one was measured at.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(other, nn.Module):
+        return
+    hint = "A model, or its (accuracy, MACs by the original's)."
+    if len(numbers(f"alternatives[{name!r}]", other, low=0, hint=hint)) != 2 or other[0] > 1:  # pyright: ignore[reportIndexIssue]
+        raise ConfigError(f"alternatives[{name!r}] must be accuracy in [0, 1] and MACs, got {shown(other)}. {hint}")
 
 
 def _measure(
