@@ -32,7 +32,10 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}"
     if not isinstance(value, (str, bytes, Real, list, tuple, dict, set, type(None), os.PathLike, Tensor)):
         return f"a {type(value).__name__}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists
+        return f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 

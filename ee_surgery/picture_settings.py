@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ee_surgery.checks import shown
 from ee_surgery.errors import DataError
 
 LARGEST_SIDE = 4096
@@ -83,17 +84,6 @@ def processor_arguments(settings: Mapping[str, Any], known: Collection[str]) -> 
         raise DataError(f"it asks for pictures of {max(sides):g} pixels along a side; {LARGEST_SIDE} are the most.")
     _check_resized(sides, arguments.get("crop_pct"))
     return arguments, unknown
-
-
-def shown(value: object) -> str:
-    """A value out of a file in a message: one line, without control characters, not long."""
-    if isinstance(value, (str, list, tuple, Mapping)) and len(value) > 80:
-        return f"a {type(value).__name__} of length {len(value)}"
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _check_plain(name: str, value: object) -> None:

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ee_surgery.checks import shown
 from ee_surgery.errors import DataError, SurgeryWarning
-from ee_surgery.picture_settings import processor_arguments, shown
+from ee_surgery.picture_settings import processor_arguments
 
 _FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
 _PROBE = (512, 512)  # a square picture: processors that keep its proportions answer with a square

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ee_surgery.backbone import Identity
 from ee_surgery.branches.base import BranchSpec
+from ee_surgery.checks import shown
 from ee_surgery.errors import AdapterError, SurgeryWarning
 from ee_surgery.files import (
     DIGEST,
@@ -51,7 +52,6 @@ from ee_surgery.files import (
 )
 from ee_surgery.graph.points import ExitPoint
 from ee_surgery.inputs import Arguments, tensors
-from ee_surgery.picture_settings import shown
 from ee_surgery.policies.frontier import Frontier
 from ee_surgery.policies.operating import OperatingPoint
 from ee_surgery.share.probe import InputSpec, Probe
