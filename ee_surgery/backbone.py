@@ -151,7 +151,6 @@ class Backbone:
         self.model = model = unwrapped(model)
         if num_classes is not None:
             num_classes = count("num_classes", num_classes, low=2, hint="A softmax tells two classes apart.")
-        output = _steps(output) if output is not None else None
         self.named = library_model(model)
         """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
         self.library: Library = _library(self.named)
@@ -167,7 +166,7 @@ class Backbone:
                 *(n for n, m in model.named_modules() if type(m).__name__ in _OPAQUE),
             ]
         )
-        self.output = output
+        self.output = None if output is None else _steps(output)
         self.sample = self._sample(sample)
         """Four samples, in their normal form."""
         self.batch_dims = batch_dims(self.sample)
@@ -480,12 +479,12 @@ def _known(opaque: Sequence[str], model: nn.Module, model_id: str) -> list[str]:
     return given
 
 
-def _steps(output: OutputKey) -> OutputKey:
+def _steps(output: OutputKey) -> int | str | tuple[int | str, ...]:
     """Where the logits are, as it was said."""
     keys: tuple[Any, ...] = tuple(output) if isinstance(output, (list, tuple)) else (output,)
     if not keys or not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in keys):
         refuse("output", "an index, a name, or a list of them from the outside in", output)
-    return keys if isinstance(output, (list, tuple)) else output
+    return keys if isinstance(output, (list, tuple)) else keys[0]
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ A hazard is a name, what to try, the error that has to come, and a part of its m
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -700,11 +701,11 @@ def sharing_hazards() -> Iterator[Hazard]:
                     DATA, "frontier")  # fmt: skip
 
 
-@cache
-def _root() -> Path:
-    import tempfile
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="hazards")  # removed with it
 
-    return Path(tempfile.mkdtemp(prefix="hazards"))
+
+def _root() -> Path:
+    return Path(_TEMPORARY.name)
 
 
 def _folder(name: str) -> Path:

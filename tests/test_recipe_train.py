@@ -64,7 +64,7 @@ def test_settings_are_what_the_file_says(tmp_path: Path) -> None:
         ("model: {name: x}\ntrain: {epochs: 1.5}", "epochs must be int"),
         ("model: {name: x}\ntrain: {epochs: true}", "epochs must be int, got True, a bool"),
         ("model: {name: x}\ntrain: {lr: fast}", "lr must be float, got 'fast'"),
-        ("model: {name: x}\ntrain: {lr: -1}", "lr must be positive"),
+        ("model: {name: x}\ntrain: {lr: -1}", "lr must be a positive number"),
         ("model: {name: x}\ntrain: {optimizer: adm}", r"optimizer must be Literal\['adamw', 'adam', 'sgd'\]"),
         ("model: {name: x}\ntrain: {objective: sum_cee}", "Did you mean 'sum_ce'"),
         ("model: {name: x}\nexits: [1, 2]", r"exits must be int \| str \| list\[str\] \| None, got \[1, 2\], a list"),
