@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import ee_surgery as ee
 from ee_surgery.inputs import Inputs, take
+from ee_surgery.policies.operating import OperatingPoint
 from recipes.networks import CifarResNet
 
 POOL = 12  # samples of each size
@@ -105,7 +106,7 @@ def _expect(serial: ee.EarlyExitModel, inputs: Inputs, thresholds: list[list[flo
         answer = serial.backbone(**inputs).logits if isinstance(inputs, dict) else serial.backbone(inputs)
     expected = Expected(inputs, answer, {}, {}, {})
     for point, values in enumerate(thresholds):
-        serial.operate(thresholds=values)
+        serial.operate(None if values is None else OperatingPoint.by_hand(values, "max_prob"))
         output = serial.predict(inputs)
         expected.exits[point], expected.logits[point] = output.exit_index, output.logits
         expected.costs[point] = output.costs
@@ -211,7 +212,8 @@ class Traffic:
             which = choose.randrange(len(self.subjects))
             subject, point = self.subjects[which], choose.randrange(len(POINTS))
             self.points[which][1] += 1
-            subject.branched.operate(thresholds=subject.thresholds[point])
+            values = subject.thresholds[point]
+            subject.branched.operate(None if values is None else OperatingPoint.by_hand(values, "max_prob"))
             self.points[which][0] = point
             self.points[which][1] += 1
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import get_ident
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ee_surgery.answers import OutputKey
 from ee_surgery.backbone import Sample
@@ -17,7 +15,7 @@ from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import BRANCHES, Branch, build
 from ee_surgery.checks import count, instance
-from ee_surgery.errors import AdapterError, BranchError, ExitPointError, SurgeryError
+from ee_surgery.errors import BranchError, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.features import Layout
 from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
@@ -94,39 +92,21 @@ def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec]
         for depth, (spec, point) in enumerate(zip(specs, plan.points, strict=True)):
             prefix = f"exits.{depth}."
             if not BRANCHES[spec.name].reads_all:  # those copy the original, and are no larger
-                weights.check(_measured(spec, point, classes, depth, prefix, len(weights.shapes)), prefix)
+                weights.check(_measured(spec, point, classes, depth, prefix), prefix)
             branches.append(build(spec, point, classes, depth, graph))
             weights.check(_named(branches[-1], prefix), prefix)
         if graph.head is not None:
             spec = _HEAD[graph.head.layout]
-            weights.check(_measured(spec, graph.head, classes, 0, "head.", len(weights.shapes)), "head.")
+            weights.check(_measured(spec, graph.head, classes, 0, "head."), "head.")
         bank = BranchBank(branches, _head(graph))
     weights.fill(bank)
     return EarlyExitModel(graph, plan, specs, bank)
 
 
-def _measured(
-    spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str, most: int
-) -> dict[str, Tensor]:
-    """Tensors of a branch on the `meta` device, by name; at most so many."""
-    thread, count, options = get_ident(), 0, str(dict(spec.options))[:200]
-
-    def watch(module: nn.Module, name: str, parameter: object) -> None:
-        nonlocal count
-        count += get_ident() == thread  # the hook is the whole process's
-        if count > most:
-            raise AdapterError(f"Branch {spec.name!r} with {options} has more tensors than the {most} that are stored.")
-
-    handle = register_module_parameter_registration_hook(watch)
-    try:
-        with torch.device("meta"):
-            return _named(build(spec, point, classes, depth), prefix)
-    except SurgeryError:
-        raise
-    except Exception as error:  # sizes that no layer takes
-        raise AdapterError(f"Branch {spec.name!r} cannot be built with {options}: {str(error)[:200]}") from error
-    finally:
-        handle.remove()
+def _measured(spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a branch on the `meta` device, by name."""
+    with torch.device("meta"):
+        return _named(build(spec, point, classes, depth), prefix)
 
 
 def _named(branch: Branch, prefix: str) -> dict[str, Tensor]:

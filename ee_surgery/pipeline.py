@@ -265,7 +265,7 @@ def from_pretrained(
         provenance.pop("evaluation", None)
         provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     graph = read(backbone, backbone.sample)
-    plan = ExitPlan(backbone.model_id, config.placement, _points(graph, config))
+    plan = ExitPlan(backbone.model_id, config.placement, _points(graph, config, same=differ is None))
     branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], weights)
     branched.own_base = config.own_base
     branched.provenance = provenance
@@ -276,16 +276,18 @@ def from_pretrained(
     return branched
 
 
-def _points(graph: ModelGraph, config: AdapterConfig) -> tuple[ExitPoint, ...]:
+def _points(graph: ModelGraph, config: AdapterConfig, same: bool) -> tuple[ExitPoint, ...]:
     """The exit points of an adapter in this very model.
 
+    Args:
+        same: whether the base is the one that the adapter belongs to.
     Raises:
         ExitPointError: there is none of a name.
         AdapterError: features there are of another kind than stated, or exits come twice or out of order.
     """
     points = tuple(graph[exit.name] for exit in config.exits)
     for stored, point in zip(config.exits, points, strict=True):
-        if (stored.shape, stored.layout) != (point.shape, point.layout):
+        if same and (stored.shape, stored.layout) != (point.shape, point.layout):
             raise AdapterError(
                 f"The adapter states features of shape {stored.shape} ({stored.layout}) at {stored.name!r}; this model "
                 f"has {point.shape} ({point.layout}) there for the same input."

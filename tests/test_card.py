@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import ee_surgery as ee
-from ee_surgery import pipeline
 from ee_surgery.cli import app
+from ee_surgery.share import base as bases
 from ee_surgery.share import card as cards
 from ee_surgery.share.adapter import load_adapter
 from ee_surgery.share.card import CardInfo, update_card, write_card
@@ -167,7 +167,7 @@ def test_the_snippet_runs_as_pasted(
     branched = made(name, state)
     branched.save_pretrained(tmp_path / "user" / "name", repo_id="user/name")
     monkeypatch.chdir(tmp_path)  # where `user/name` is a folder, which a repository of that name would be copied to
-    monkeypatch.setattr(pipeline, "make_model", lambda library, model_id, **options: base(name))
+    monkeypatch.setattr(bases, "make_model", lambda library, model_id, **options: base(name))
     (code,) = SNIPPET.findall((tmp_path / "user/name/README.md").read_text())
     assert 'from_pretrained("user/name"' in code
     namespace: dict[str, Any] = {} if name == "timm" else {"model": base(name)}

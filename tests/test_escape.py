@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import ee_surgery as ee
 from ee_surgery import cli
+from ee_surgery.files import sealed
 from ee_surgery.report import adapter_table, frontier_table, graph_table
 from ee_surgery.share import card as cards
 from ee_surgery.share.adapter import AdapterConfig, load_adapter
@@ -229,7 +230,8 @@ def everywhere(value: Any, text: str) -> Any:
     if isinstance(value, str):
         return text
     if is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in fields(value) if field.name not in LOOKED_UP]
+        taken = LOOKED_UP if text.strip() or not isinstance(value, ee.BranchSpec) else {*LOOKED_UP, "name"}
+        names = [field.name for field in fields(value) if field.name not in taken]
         return replace(value, **{name: everywhere(getattr(value, name), text) for name in names})
     if isinstance(value, Mapping):
         return {name: item if name in LOOKED_UP else everywhere(item, text) for name, item in value.items()}
@@ -375,19 +377,19 @@ def test_commands_print_no_text_of_a_folder_as_it_is(tmp_path: Path, monkeypatch
     for where, put in variants(data):
         if where.startswith(("[label_names]", "[probe]", "[files]", "[provenance][placement]")):
             continue
-        (folder / "config.json").write_text(json.dumps(put(ALL)))
+        (folder / "config.json").write_text(json.dumps(sealed(put(ALL))))
         said.append(_run("inspect" if len(said) % 4 else "card", str(folder)))
     assert len(said) > 60
     assert len(set(said)) > 5
 
 
 def test_a_closing_tag_in_a_name_is_printed(tmp_path: Path) -> None:
-    folder = made("plain", "frontier").save_pretrained(tmp_path / "exits")
+    folder = made("plain", "bare").save_pretrained(tmp_path / "exits")
     data = json.loads((folder / "config.json").read_text())
     data["exits"][0]["name"] = "[/] [link=https://evil.example]x[/link]"
     data["base"]["hub_id"] = None
     data["base"]["model_id"] = "[bold]Net[/bold]"
-    (folder / "config.json").write_text(json.dumps(data))
+    (folder / "config.json").write_text(json.dumps(sealed(data)))
     out = _run("inspect", str(folder))
     assert "[bold]Net[/bold]" in out
     assert "[/] [link=https://evil.example]x[/link]" in out
@@ -396,9 +398,11 @@ def test_a_closing_tag_in_a_name_is_printed(tmp_path: Path) -> None:
 def test_a_pulled_adapter_and_an_error_of_the_hub_are_printed_clean(hub: Hub, tmp_path: Path) -> None:
     folder = made("plain", "frontier").save_pretrained(tmp_path / "exits")
     data = json.loads((folder / "config.json").read_text())
-    data["base"]["model_id"], data["base"]["hub_id"] = ALL, None
-    (folder / "config.json").write_text(json.dumps(data))
-    _run("push", str(folder), "user/name")
+    data["base"]["model_id"], data["base"]["hub_id"] = "Net", None
+    data[ALL] = 1  # a key that an error names
+    (folder / "config.json").write_text(json.dumps(sealed(data)))
+    assert "AdapterError" in _run("push", str(folder), "user/name")
+    hub.put("user/name", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
     assert "\\x1b]0;title" in _run("pull", "user/name")
     assert "HubError" in _run("pull", f"user/{HOSTILE[0]}")
 

@@ -217,7 +217,7 @@ def test_searching_needs_data_and_says_when_nothing_pays() -> None:
         ee.search_exits(model, data, data, branch="pool", max_accuracy_drop=0.0, **search)
     with pytest.raises(ee.DataError, match="train is an iterator"):
         ee.search_exits(model, iter([data[:8]]), data, **search)
-    with pytest.raises(ee.ConfigError, match="'macs' or 'time'"):
+    with pytest.raises(ee.ConfigError, match="'macs', 'time'"):
         ee.search_exits(model, data, data, cost="watts", **search)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ee.ConfigError, match="cannot be tried without"):
         ee.search_exits(model, data, data, branch="ztw", **search)

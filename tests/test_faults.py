@@ -101,7 +101,7 @@ def _adapter(folder: Path, version: int) -> None:
 def _card(folder: Path, version: int) -> None:
     if not version:
         _adapter(folder, 0)
-    update_card(folder, license=f"mit-{version}" * 500)
+    update_card(folder, license=f"mit-{version}")
 
 
 def _tracker(folder: Path, version: int) -> None:

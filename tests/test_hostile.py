@@ -64,12 +64,12 @@ BOMBS = {
     "a word as a threshold": (_set("operating_point", "thresholds", 0, value="nan"), "'operating_point.thresholds"),
     "width within bounds": (
         _set("exits", 0, "branch", value={"name": "msd", "confidence": False, "options": {"width": 60_000}}),
-        "has shape|no tensor"),
+        "would have 3.24e"),
     "depth": (_set("exits", 0, "branch", value={"name": "conv", "confidence": False, "options": {"depth": 60_000}}),
-              "more tensors than"),
+              "depth must be"),
     "sizes that no layer takes": (
         _set("exits", 0, "branch", value={"name": "token", "confidence": False, "options": {"hidden": -5}}),
-        "cannot be built|has shape|no tensor"),
+        "hidden must be"),
     "input": (_set("inputs", "x", "shape", value=[4, 3, 10**5, 10**5]), "too large to make up"),
     "classes of a head": (_set("head_classes", value=10**9), "'head_classes'"),
     "an opaque module of no name": (_set("opaque", value=["no.such.module"]), "keeps modules .*no.such.module"),
@@ -91,7 +91,7 @@ BOMBS = {
 def test_what_a_config_may_not_say_is_named(name: str, subjects: dict[str, Subject], folder: Path) -> None:
     change, message = BOMBS[name]
     edit(folder, change)
-    with pytest.raises(ee.AdapterError, match=message) as caught:
+    with pytest.raises((ee.AdapterError, ee.ConfigError), match=message) as caught:
         _load(folder, subjects)
     assert len(str(caught.value)) < 2000
 

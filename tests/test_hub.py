@@ -21,6 +21,7 @@ from torch import nn
 
 import ee_surgery as ee
 from ee_surgery.backbone import Backbone
+from ee_surgery.files import sealed
 from ee_surgery.share.adapter import CONFIG
 from ee_surgery.share.hub import FILES, push_folder
 from tests.hub_program import Net, X, base
@@ -69,7 +70,7 @@ def _folder(files: dict[str, bytes], to: Path) -> Path:
 def _edited(files: dict[str, bytes], change: Callable[[dict[str, Any]], object]) -> dict[str, bytes]:
     config = json.loads(files["config.json"])
     change(config)
-    return {**files, "config.json": json.dumps(config).encode()}
+    return {**files, "config.json": json.dumps(sealed(config)).encode()}
 
 
 def _load(repo: str = REPO, **options: Any) -> ee.EarlyExitModel:
@@ -407,17 +408,15 @@ def test_a_push_to_no_repository_id_says_so(repo: str, hub: Hub, model: ee.Early
 # --- other versions, and what does not belong there
 
 
-def test_newer_keys_warn_and_newer_formats_are_refused(hub: Hub, files: dict[str, bytes]) -> None:
+def test_newer_keys_and_newer_formats_are_refused(hub: Hub, files: dict[str, bytes]) -> None:
     def newer(config: dict[str, Any]) -> None:
         config["sparkle"] = 1
         config["base"]["aura"] = "blue"
         config["exits"][0]["mood"] = {"of": "the exit"}
 
     hub.put(REPO, _edited(files, newer))
-    with pytest.warns(UserWarning, match="does not know.*") as caught:
-        assert _load().exits == ["blocks.0", "blocks.1"]
-    told = " ".join(str(warning.message) for warning in caught)
-    assert all(key in told for key in ("sparkle", "aura", "mood"))
+    with pytest.raises(ee.AdapterError, match=r"'(sparkle|base.aura|exits.0.mood)': Extra"):
+        _load()
     hub.put(REPO, _edited(files, lambda config: config.update(format_version=config["format_version"] + 1)))
     with pytest.raises(ee.AdapterError, match="upgrade"):
         _load()
@@ -440,10 +439,8 @@ def test_nothing_executable_is_downloaded_or_read(hub: Hub, files: dict[str, byt
     bomb, code = _bomb(tmp_path), f"open({str(tmp_path / 'exploded')!r}, 'w')".encode()
     evil = dict.fromkeys(("pytorch_model.bin", "ee_adapter.pkl", "ee_adapter.pt", "training_args.bin"), bomb)
     evil |= dict.fromkeys(("modeling_evil.py", "config.py", "sub/config.json", "__init__.py"), code)
-    auto = {"AutoModelForImageClassification": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
-    hub.put(REPO, {**_edited(files, lambda config: config.update(auto_map=auto)), **evil})
-    with pytest.warns(UserWarning, match="auto_map"):
-        _load()
+    hub.put(REPO, {**files, **evil})
+    _load()
     asked = {path.partition("/resolve/")[2].partition("/")[2] for path in hub.asked("/resolve/")}
     assert {"config.json", WEIGHTS, "frontier.json"} <= asked <= set(FILES)
     assert not (tmp_path / "exploded").exists()

@@ -359,7 +359,7 @@ def test_modules_kept_whole_run_in_eval_mode_as_often_as_they_are_called() -> No
 
 
 def test_an_opaque_module_that_is_not_there_is_named() -> None:
-    with pytest.raises(ee.CaptureError, match=r"no module 'iner' to keep whole.*inner"):
+    with pytest.raises(ee.ConfigError, match=r"no module 'iner'.*inner"):
         ee.inspect(_Wrapped(nn.ReLU()), torch.randn(4, 8), opaque=["iner"])
 
 

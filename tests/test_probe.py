@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTModel
 
 import ee_surgery as ee
+from benchmarks.mutations import edit
 from ee_surgery.backbone import Backbone
 from ee_surgery.share.probe import InputSpec, Probe, make_inputs
 
@@ -168,9 +169,7 @@ def test_a_base_without_a_head_is_probed_by_its_features(tmp_path: Path) -> None
 
 def test_an_adapter_without_a_probe_is_taken_as_before(tmp_path: Path) -> None:
     folder = _saved(Net(), tmp_path)
-    data = json.loads((folder / "config.json").read_text())
-    del data["probe"]
-    (folder / "config.json").write_text(json.dumps(data))
+    edit(folder, lambda data: data.pop("probe"))
     assert ee.from_pretrained(folder, Net(act=nn.GELU).eval()).exits
 
 

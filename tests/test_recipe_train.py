@@ -180,7 +180,8 @@ def test_a_transformers_model_goes_through(tmp_path: Path, capsys: pytest.Captur
     assert "epoch 1: loss" in printed
     assert "Original unchanged" in printed
     assert (tmp_path / "out" / "report.md").read_text() in printed
-    loaded = ee.from_pretrained(tmp_path / "out" / "adapter")
+    named = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    loaded = ee.from_pretrained(tmp_path / "out" / "adapter", named)
     training = loaded.provenance["training"]
     assert (training["epochs"], training["samples"], training["device"]) == (1, 64, "cpu")
     card = load_adapter(tmp_path / "out" / "adapter")[0].provenance["card"]

@@ -290,7 +290,7 @@ def test_decisions_at_a_threshold_are_those_of_the_records_whatever_the_type(dty
             assert torch.equal(branched.predict(x).exit_index, replayed)
 
 
-def test_scores_are_computed_in_the_precision_of_records() -> None:
+def test_scores_are_computed_in_the_precision_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
 
     def spy(logits: Tensor, confidence: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -298,8 +298,8 @@ def test_scores_are_computed_in_the_precision_of_records() -> None:
         seen.extend((logits.dtype, confidence.dtype))
         return logits.amax(-1), ()
 
-    policy = ThresholdPolicy((0.5,))
-    object.__setattr__(policy, "_score", lambda logits, confidence, state, k: spy(logits, confidence, state))
+    monkeypatch.setitem(ee.SCORES._items, "spy", spy)
+    policy = ThresholdPolicy((0.5,), "spy")
     answer = ExitLogits(torch.zeros(1, 3).double(), torch.zeros(1).half())
     policy.decide(0, answer.logits, answer.confidence, ())
     policy.decide_one(0, answer.logits, answer.confidence, ())

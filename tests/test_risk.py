@@ -354,10 +354,10 @@ def test_labels_are_needed_only_where_they_are() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eps": 0.0}, "must be in .*got 0.0"),
-        ({"eps": 1.0}, "must be in .*got 1.0"),
-        ({"eps": math.nan}, "must be in .*got nan"),
-        ({"delta": 1.5}, "must be in .* 1.5"),
+        ({"eps": 0.0}, "must be a number in .*got 0.0"),
+        ({"eps": 1.0}, "must be a number in .*got 1.0"),
+        ({"eps": math.nan}, "must be a number in .*got nan"),
+        ({"delta": 1.5}, "must be a number in .* 1.5"),
         ({"method": "ltt-binomal"}, "These fit: 'ltt-binomial'"),
         ({"method": "ltt-binomial", "risk": "accuracy_gap"}, "for the losses.*These fit: 'ltt-paired', 'wsr'"),
         ({"risk": "disagrement"}, "Did you mean 'disagreement'"),

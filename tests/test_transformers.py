@@ -38,6 +38,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 
 import ee_surgery as ee
+from ee_surgery.files import sealed
 from ee_surgery.integrations import exit_metrics, register
 from ee_surgery.integrations.transformers import (
     EarlyExitConfig,
@@ -359,7 +360,8 @@ def test_a_base_with_a_folder_brings_its_processor(tmp_path: Path) -> None:
     assert model.transform()(pictures(1)[0]).shape == (3, 24, 24)
     folder = model.save_pretrained(tmp_path / "adapter")
     assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 24, "width": 24}
-    assert AutoModelForImageClassification.from_pretrained(folder).config.id2label == _NAMES
+    again = AutoModelForImageClassification.from_pretrained(folder, base_model=named)
+    assert again.config.id2label == _NAMES
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])
@@ -690,10 +692,9 @@ def test_code_in_a_repository_is_never_run(tmp_path: Path) -> None:
     data = json.loads((folder / "config.json").read_text())
     harmless = json.dumps(data)
     data["auto_map"] = {"AutoConfig": "evil.EarlyExitConfig", "AutoModelForImageClassification": "evil.Model"}
-    (folder / "config.json").write_text(json.dumps(data))
-    with pytest.warns(UserWarning, match="auto_map"):
-        model = AutoModelForImageClassification.from_pretrained(folder, base_model=base("vit"), trust_remote_code=True)
-    assert type(model) is EarlyExitForImageClassification
+    (folder / "config.json").write_text(json.dumps(sealed(data)))
+    with pytest.raises(ee.AdapterError, match="auto_map"):
+        AutoModelForImageClassification.from_pretrained(folder, base_model=base("vit"), trust_remote_code=True)
     processor = {"image_processor_type": "EvilProcessor", "auto_map": {"AutoImageProcessor": "evil.Model"}}
     (folder / "config.json").write_text(harmless)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

@@ -37,7 +37,7 @@ from ee_surgery.training.data import Data, is_samples, loader, place
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.joint import JointModel
 from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard, ignored
-from ee_surgery.training.loss import batch_loss, relative_costs
+from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.outcome import Epoch, TrainReport, describe
 from ee_surgery.training.precision import resolve_precision
@@ -324,6 +324,8 @@ class _Run:
     def _loss(self, batch: Batch) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
         lesson = self.reader.lesson(batch, needs_original(self.config, self.branched, self._progress()))
+        require_labels(lesson.labels, self.config, self.branched.branches.head is not None)
+        self._drop_measured()
         exits, original = self._answers(lesson)
         return batch_loss(
             [self._of_all(exit, lesson.total) for exit in exits],
@@ -338,7 +340,6 @@ class _Run:
 
     def _answers(self, lesson: Lesson) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
-        self._drop_measured()
         plain = self.processes.number == 1 and lesson.total > 1
         one_batch = nullcontext() if plain else OneBatch(self.processes, lesson.own, lesson.total)
         with self.accelerator.autocast(), one_batch:

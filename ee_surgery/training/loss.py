@@ -21,6 +21,18 @@ def relative_costs(branched: EarlyExitModel) -> Tensor:
     return torch.tensor(costs) / costs[-1]
 
 
+def require_labels(labels: Tensor | None, config: TrainConfig, new_head: bool) -> None:
+    """Before anything learns: are there labels where they are needed?
+
+    Raises:
+        DataError: there are none.
+    """
+    if new_head and (labels is None or config.teach == "original"):
+        raise DataError("The model has no head of its own to learn from: its new head needs labels.")
+    if labels is None and config.teach != "original" and config.objective != "kd":
+        raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
+
+
 def batch_loss(
     exits: list[ExitLogits],
     original: Tensor,
@@ -45,8 +57,7 @@ def batch_loss(
     Raises:
         DataError: no labels where they are needed, or other than class numbers or probabilities.
     """
-    if new_head and (labels is None or config.teach == "original"):
-        raise DataError("The model has no head of its own to learn from: its new head needs labels.")
+    require_labels(labels, config, new_head)
     if config.teach == "original":
         labels = original.argmax(-1)
     elif labels is not None:
@@ -57,10 +68,8 @@ def batch_loss(
         if not counts.all():
             labels, original = labels[counts], original[counts]
             exits = [ExitLogits(logits[counts], None if c is None else c[counts]) for logits, c, _ in exits]
-    elif config.objective == "kd" and not new_head:
-        labels = original.argmax(-1)  # not read
     else:
-        raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
+        labels = original.argmax(-1)  # not read
     exits = [exit._replace(logits=exit.logits.float()) for exit in exits]
     teacher = original.float() if joint else original.detach().float()
     answers = Answers(exits, teacher, labels, costs, progress)
