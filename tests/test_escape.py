@@ -399,7 +399,7 @@ def test_a_pulled_adapter_and_an_error_of_the_hub_are_printed_clean(hub: Hub, tm
     folder = made("plain", "frontier").save_pretrained(tmp_path / "exits")
     data = json.loads((folder / "config.json").read_text())
     data["base"]["model_id"], data["base"]["hub_id"] = "Net", None
-    data[ALL] = 1  # a key that an error names
+    data["\x1b]0;title\x07"] = 1  # a key that an error names
     (folder / "config.json").write_text(json.dumps(sealed(data)))
     assert "AdapterError" in _run("push", str(folder), "user/name")
     hub.put("user/name", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})

@@ -16,7 +16,7 @@ from ee_surgery.graph.axes import Axis
 from ee_surgery.graph.stages import compact
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import SCORES as SCORES_BY_NAME
-from tests.zoo import BY_NAME, ZOO, Entry, branched, original
+from tests.zoo import BY_NAME, LARGE, ZOO, Entry, branched, original
 
 SCORES = ["max_prob", "margin", "entropy", "patience"]
 
@@ -166,7 +166,10 @@ def _widest_gap(scores: torch.Tensor) -> float:
     return ranked[at : at + 2].mean().item()
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * (entry.name in LARGE)) for entry in ZOO],
+)
 def test_save_and_load_give_the_same_logits_and_exits(entry: Entry, tmp_path: Path) -> None:
     model, x = branched(entry.name), entry.sample(5)
     scores = ee.record(model, [x]).scores("max_prob")

@@ -89,6 +89,8 @@ ZOO = [
     Entry("cifar-resnet56", lambda: CifarResNet(56), 32),
 ]
 BY_NAME = {entry.name: entry for entry in ZOO}
+LARGE = {"swin_tiny_patch4_window7_224", "crossvit_tiny_240", "coatnet_nano_rw_224", "mixer_s32_224", "hrnet_w18_small"}
+"""Entries whose capture takes seconds."""
 
 
 @dataclass(frozen=True)

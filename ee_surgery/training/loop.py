@@ -286,27 +286,15 @@ class _Run:
             group["lr"] = learning_rate(self.config, self._progress(), self.total)
         self.optimizer.zero_grad()
         before = [buffer.clone() for buffer in self.learner.buffers()]
-        value, good = 0.0, True
-        for batch in batches:
-            loss = self._loss(batch) * (batch.counted / total)
-            value += loss.item()
-            good = math.isfinite(value)
+        good = False
+        try:
+            good, value = self._gradients(batches, total)
+        finally:
             if not good:
-                break
-            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which it divides
-        if good:
-            self.processes.add_up(self.learner.parameters())
-            norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip_grad or math.inf)
-            # fp16 overflows now and then; its scaler skips those steps itself
-            good = (
-                self.accelerator.mixed_precision == "fp16"
-                or norm is None
-                or bool(torch.isfinite(torch.as_tensor(norm)))
-            )
+                self.optimizer.zero_grad()
+                for buffer, old in zip(self.learner.buffers(), before, strict=True):  # a NaN in BatchNorm's would stay
+                    buffer.copy_(old)
         if not good:
-            self.optimizer.zero_grad()
-            for buffer, old in zip(self.learner.buffers(), before, strict=True):  # a NaN in BatchNorm's would stay
-                buffer.copy_(old)
             self.skipped += 1
             self.in_a_row += 1
             self.console.print(f"step {self.step}: loss {value} or its gradient is not finite; skipped")
@@ -316,16 +304,31 @@ class _Run:
                     f"{self.step}). Lower lr (now {self.config.lr}), check the inputs for NaN, or train in float32."
                 )
             return
+        self._drop_measured()
         self.optimizer.step()
         self.average.update()
         self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
         self.loss_sum += value
 
+    def _gradients(self, batches: list[Batch], total: int) -> tuple[bool, float]:
+        """Gradients of one step; whether they are finite, and the loss."""
+        value = 0.0
+        for batch in batches:
+            loss = self._loss(batch) * (batch.counted / total)
+            value += loss.item()
+            if not math.isfinite(value):
+                return False, value
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)  # by which it divides
+        self.processes.add_up(self.learner.parameters())
+        norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip_grad or math.inf)
+        # fp16 overflows now and then; its scaler skips those steps itself
+        scaled = self.accelerator.mixed_precision == "fp16"
+        return scaled or norm is None or bool(torch.isfinite(torch.as_tensor(norm))), value
+
     def _loss(self, batch: Batch) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
         lesson = self.reader.lesson(batch, needs_original(self.config, self.branched, self._progress()))
         require_labels(lesson.labels, self.config, self.branched.branches.head is not None)
-        self._drop_measured()
         exits, original = self._answers(lesson)
         return batch_loss(
             [self._of_all(exit, lesson.total) for exit in exits],
