@@ -80,9 +80,9 @@ def _resnet() -> nn.Module:
 def _vit() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
-        num_labels=10,
-    )  # fmt: skip
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    config.num_labels = 10
     return transformers.ViTForImageClassification(config).eval()
 
 
