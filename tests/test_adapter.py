@@ -29,7 +29,10 @@ torch.save(model.predict(x).logits, folder + "/../logits.pt")
 """
 
 
-@pytest.mark.parametrize("name", ["cifar-resnet20", "test_vit", "hf-Swin"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar-resnet20", "hf-Swin"))],
+)
 def test_save_and_load_in_a_fresh_process(name: str, tmp_path: Path) -> None:
     model, x = branched(name), BY_NAME[name].sample(6)
     ee.calibrate(model, [x])

@@ -43,7 +43,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # tests/test_hub.py pushes
 
 
-_SLOW = ("papers.md",)  # every preset
+_SLOW = ("papers.md", "guide.md")  # every preset, every verb
 
 
 @pytest.mark.parametrize(

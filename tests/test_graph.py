@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ee_surgery as ee
 from ee_surgery.graph.stages import compact, cut
-from tests.zoo import ZOO, Entry, graph, original
+from tests.zoo import EVERY, Entry, graph, original
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_macs_equal_half_of_torchs_flop_counter(entry: Entry) -> None:
     found = graph(entry.name)
     # plain matrix products: before torch 2.15 the counter leaves out the CPU's flash attention
@@ -42,7 +42,7 @@ def test_recurrent_layers_are_counted() -> None:
     ee.augment(_Recurrent(), ["rows"], sample=x)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_points_are_legal_ordered_and_cost_more_and_more(entry: Entry) -> None:
     found = graph(entry.name)
     assert len(found.blocks) >= 4
@@ -59,7 +59,7 @@ def test_points_are_legal_ordered_and_cost_more_and_more(entry: Entry) -> None:
     assert all(point.name.partition("@")[0] in modules for point in found.points)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(entry: Entry) -> None:
     found = graph(entry.name)
     x = entry.sample(3)
@@ -75,7 +75,7 @@ def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_legal_points_inside_blocks_can_be_cut_too(entry: Entry) -> None:
     found = graph(entry.name)
     x = entry.sample(3)

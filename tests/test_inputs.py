@@ -22,7 +22,13 @@ def _close(seen: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("special", SPECIAL, ids=str)
+def _some(specials: list[Special]) -> list[Any]:
+    """The large ones are for the slow tests."""
+    large = {"coat", "tnt", "hf-ShieldGemma2", "hf-PPLCNetForImageClassification"}
+    return [pytest.param(s, id=s.name, marks=[pytest.mark.slow] * (s.name in large)) for s in specials]
+
+
+@pytest.mark.parametrize("special", _some(SPECIAL))
 def test_special_models_are_augmented_run_trained_and_saved(special: Special, tmp_path: Path) -> None:
     branched = special.augment()
     backbone = branched._backbone
@@ -55,7 +61,7 @@ def test_special_models_are_augmented_run_trained_and_saved(special: Special, tm
     assert torch.equal(again.logits, output.logits)
 
 
-@pytest.mark.parametrize("special", [s for s in SPECIAL if s.name in ("tnt", "mobilevit", "coat")], ids=str)
+@pytest.mark.parametrize("special", _some([s for s in SPECIAL if s.name in ("tnt", "mobilevit", "coat")]))
 def test_folded_and_parallel_tensors_can_be_cut_anywhere(special: Special) -> None:
     graph = ee.inspect(special.augment().backbone, special.given() if special.given else None)
     given = graph.backbone.sample
@@ -172,7 +178,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar-resnet20", "test_vit", "test_convnext", "swin_tiny_patch4_window7_224", "hf-Beit"]
+    "name",
+    [
+        "cifar-resnet20",
+        "test_vit",
+        "test_convnext",
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+        "hf-Beit",
+    ],
 )
 def test_memory_formats_dtypes_and_autocast_give_the_originals_own_logits(name: str) -> None:
     model = copy.deepcopy(original(name))

@@ -16,12 +16,12 @@ from ee_surgery.graph.axes import Axis
 from ee_surgery.graph.stages import compact
 from ee_surgery.policies.records import exit_costs
 from ee_surgery.policies.scores import SCORES as SCORES_BY_NAME
-from tests.zoo import BY_NAME, LARGE, ZOO, Entry, branched, original
+from tests.zoo import BY_NAME, EVERY, Entry, branched, original
 
 SCORES = ["max_prob", "margin", "entropy", "patience"]
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_never_exit_equals_the_original_bit_for_bit(entry: Entry) -> None:
     model, x = branched(entry.name), entry.sample(2)
     model.operate(None)
@@ -32,7 +32,7 @@ def test_never_exit_equals_the_original_bit_for_bit(entry: Entry) -> None:
     assert torch.equal(logits(seen), logits(expected))
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_receipt_is_unchanged_after_every_verb(entry: Entry) -> None:
     model, x = branched(entry.name), entry.sample(4)
     data = [(x, torch.arange(4) % 10)] * 2
@@ -62,7 +62,7 @@ def test_routed_equals_replayed(name: str, score: str, batch: int) -> None:
     _check(name, score, batch, seed=batch, quantile=0.5)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_routed_equals_replayed_on_the_zoo(entry: Entry) -> None:
     for quantile in (0.0, 0.4, 1.0):
         _check(entry.name, "max_prob", 5, seed=3, quantile=quantile)
@@ -143,7 +143,7 @@ def test_all_leave_first_and_none_leaves(name: str) -> None:
     model.operate(None)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_permuting_and_splitting_a_batch_permutes_and_splits_the_results(entry: Entry) -> None:
     model, x = branched(entry.name), entry.sample(6)
     scores = ee.record(model, [x]).scores("max_prob")
@@ -166,10 +166,7 @@ def _widest_gap(scores: torch.Tensor) -> float:
     return ranked[at : at + 2].mean().item()
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * (entry.name in LARGE)) for entry in ZOO],
-)
+@pytest.mark.parametrize("entry", EVERY)
 def test_save_and_load_give_the_same_logits_and_exits(entry: Entry, tmp_path: Path) -> None:
     model, x = branched(entry.name), entry.sample(5)
     scores = ee.record(model, [x]).scores("max_prob")

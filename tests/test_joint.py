@@ -137,6 +137,7 @@ def test_every_preset_runs_frozen_from_one_line(name: str) -> None:
     assert output.logits.shape == (5, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, p in ee.PRESETS.items() if p.joint])
 def test_presets_that_train_the_original_do_so_when_asked(name: str) -> None:
     config = _short(name)
@@ -243,6 +244,7 @@ def test_nothing_stays_on_the_new_base(tmp_path: Path) -> None:
         torch.testing.assert_close(other.all_exits(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 def test_trainings_and_calls_leave_no_tensors_behind(joint: bool) -> None:
     branched = ee.augment(_model(), 2, sample=torch.zeros(1, 3, 32, 32))

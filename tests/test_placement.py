@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import ee_surgery as ee
-from tests.zoo import ZOO, Entry, branched, graph
+from tests.zoo import EVERY, Entry, branched, graph
 
 # Block j of stage s as "s.j", by the builders of EENets and PTEENet; cost counts convolutions and linear layers.
 ORACLE = {
@@ -45,7 +45,7 @@ def test_block_fractions_of_resnet56() -> None:
     assert found.macs == pytest.approx(125.49e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_default_exits_are_in_order_and_early(entry: Entry) -> None:
     points = branched(entry.name).plan.points
     assert [p.index for p in points] == sorted(p.index for p in points)

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 import ee_surgery as ee
 from ee_surgery.branches.shortcut import ShortcutBranch
 from ee_surgery.graph.shortcut import TAIL, named, pieces, within
-from tests.zoo import BY_NAME, TEXTS, ZOO, Entry
+from tests.zoo import BY_NAME, EVERY, TEXTS, Entry
 
 
 def shortcut(**options: int | float | str) -> ee.BranchSpec:
@@ -87,7 +87,7 @@ def test_what_cannot_be_is_said(graph: ee.ModelGraph) -> None:
 # --- what it computes
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=str)
+@pytest.mark.parametrize("entry", EVERY)
 def test_with_all_blocks_it_is_the_original(entry: Entry) -> None:
     torch.manual_seed(0)
     model, x = entry.make().eval(), entry.sample()
@@ -139,6 +139,7 @@ def test_other_sizes_are_cut_anew_on_the_same_weights() -> None:
 # --- its weights
 
 
+@pytest.mark.slow
 def test_code_for_sizes_long_gone_is_gone_too() -> None:
     branched = fresh()
     branch = branched.branches[0]

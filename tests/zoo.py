@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import timm
 import torch
 import transformers
@@ -90,7 +91,9 @@ ZOO = [
 ]
 BY_NAME = {entry.name: entry for entry in ZOO}
 LARGE = {"swin_tiny_patch4_window7_224", "crossvit_tiny_240", "coatnet_nano_rw_224", "mixer_s32_224", "hrnet_w18_small"}
-"""Entries whose capture takes seconds."""
+"""Entries whose capture takes seconds: for the slow tests."""
+EVERY = [pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * (entry.name in LARGE)) for entry in ZOO]
+"""What tests over the whole zoo are parametrised with."""
 
 
 @dataclass(frozen=True)
