@@ -21,7 +21,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -196,36 +197,42 @@ def _serve(connection: Connection, subjects: dict[str, Subject], root: Path) -> 
             mutated = mutate(subjects[name].folder, Path(folder) / "adapter", seed)
             connection.send(f"{name}, {mutated[0]}: {mutated[2]}")
             outcome = judge(subjects[name], expected[name], Path(folder) / "adapter", *mutated)
+        if outcome.kind in FAULTS:
+            print(outcome, flush=True)
         connection.send(outcome)
 
 
-def run(folders: int, seed: int) -> list[Outcome]:
-    """Judge many folders in another process, which is replaced when it hangs or dies."""
-    outcomes: list[Outcome] = []
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as root:
+def run(folders: int, seed: int, workers: int = 1) -> list[Outcome]:
+    """Judge many folders in processes of their own, which are replaced when they hang or die."""
+    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(workers) as pool:
         subjects = make_subjects(Path(root))
-        number = 0
-        while number < folders:
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, subjects, Path(root)), daemon=True)
-            process.start()
-            there.close()
-            here.recv()
-            while number < folders:
-                here.send(f"{seed}:{number}")
-                number += 1
-                told = ""
-                try:
-                    told = here.recv()
-                    if not here.poll(_PATIENCE):
-                        raise TimeoutError
-                    outcomes.append(here.recv())
-                except (EOFError, TimeoutError) as error:
-                    outcomes.append(Outcome("hang", told.split(":")[0], f"{told} {error!r}", _PATIENCE, 0.0))
-                    break
-            process.kill()
-    return outcomes
+        parts = [[f"{seed}:{number}" for number in range(first, folders, workers)] for first in range(workers)]
+        done = pool.map(lambda seeds: list(_judged(seeds, subjects, Path(root))), parts)
+        return [outcome for part in done for outcome in part]
+
+
+def _judged(seeds: list[str], subjects: dict[str, Subject], root: Path) -> Iterator[Outcome]:
+    context = multiprocessing.get_context("spawn")
+    left = iter(seeds)
+    seed = next(left, None)
+    while seed is not None:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, subjects, root), daemon=True)
+        process.start()
+        there.close()
+        here.recv()
+        while seed is not None:
+            here.send(seed)
+            seed, told = next(left, None), ""
+            try:
+                told = here.recv()
+                if not here.poll(_PATIENCE):
+                    raise TimeoutError
+                yield here.recv()
+            except (EOFError, TimeoutError) as error:
+                yield Outcome("hang", told.partition(", ")[2].partition(":")[0], f"{told} {error!r}", _PATIENCE, 0.0)
+                break
+        process.kill()
 
 
 def table(outcomes: list[Outcome], seed: int) -> Table:
@@ -253,8 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folders", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
     given: Any = parser.parse_args()
-    outcomes = run(given.folders, given.seed)
+    outcomes = run(given.folders, given.seed, given.workers)
     console = Console(width=170)
     for outcome in outcomes:
         if outcome.kind in FAULTS:

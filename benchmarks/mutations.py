@@ -91,7 +91,9 @@ def _write(path: Path, data: object) -> None:
 
 
 def _any_file(folder: Path, rng: random.Random) -> Path:
-    return rng.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size])
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    read = [path for path in files if path.suffix in (".json", ".safetensors")]
+    return rng.choice(files if rng.random() < 0.1 else read)  # cards and plots are not read
 
 
 def flip_bits(folder: Path, rng: random.Random) -> str:
