@@ -204,11 +204,19 @@ def _serve(connection: Connection, subjects: dict[str, Subject], root: Path) -> 
 
 def run(folders: int, seed: int, workers: int = 1) -> list[Outcome]:
     """Judge many folders in processes of their own, which are replaced when they hang or die."""
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(workers) as pool:
         subjects = make_subjects(Path(root))
-        parts = [[f"{seed}:{number}" for number in range(first, folders, workers)] for first in range(workers)]
-        done = pool.map(lambda seeds: list(_judged(seeds, subjects, Path(root))), parts)
-        return [outcome for part in done for outcome in part]
+
+        def work(first: int) -> None:
+            seeds = [f"{seed}:{number}" for number in range(first, folders, workers)]
+            for outcome in _judged(seeds, subjects, Path(root)):
+                outcomes.append(outcome)
+                if len(outcomes) % 500 == 0:
+                    print(f"{len(outcomes):,} of {folders:,}: {dict(Counter(o.kind for o in outcomes))}", flush=True)
+
+        list(pool.map(work, range(workers)))
+    return outcomes
 
 
 def _judged(seeds: list[str], subjects: dict[str, Subject], root: Path) -> Iterator[Outcome]:
