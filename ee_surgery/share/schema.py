@@ -231,6 +231,12 @@ class ProbeForm(_Form):
     noise: Share
     rounding: Share
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len({len(row) for row in self.logits}) != 1:
+            raise ValueError("the samples have different numbers of logits, or there are none")
+        return self
+
 
 class BaseForm(_Form):
     """An `Identity`."""
