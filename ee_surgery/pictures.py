@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ee_surgery.checks import shown
 from ee_surgery.errors import DataError, SurgeryWarning
+from ee_surgery.files import read_object
 from ee_surgery.picture_settings import processor_arguments
 
 _FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
@@ -102,12 +103,21 @@ def named_processor(model: nn.Module, model_id: str, revision: str | None, *, ca
     Raises:
         OSError, ValueError: it cannot be had.
     """
-    from transformers.models.auto.image_processing_auto import get_image_processor_config
+    from transformers.utils.hub import cached_file
 
-    settings = get_image_processor_config(model_id, revision=revision, local_files_only=cached)
-    if not settings:
-        raise OSError(f"{model_id} has no preprocessor_config.json{' in the local cache' if cached else ''}.")
-    return build_processor(settings, model, related=True)
+    # Not by `get_image_processor_config`: that of transformers 5.9 finds nothing.
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        try:
+            path = cached_file(model_id, name, revision=revision, local_files_only=cached)
+        except OSError:
+            if part is None:
+                raise
+            continue
+        settings = read_object(str(path))
+        settings = settings if part is None else settings.get(part)
+        if isinstance(settings, Mapping) and settings:
+            return build_processor(settings, model, related=True)
+    raise OSError(f"{model_id} has a preprocessor_config.json without settings.")
 
 
 def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: bool = False) -> Any:

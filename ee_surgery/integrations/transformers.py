@@ -204,7 +204,9 @@ class _EarlyExitForClassification(PreTrainedModel):
             config.architectures = model.config.architectures
             model.config = config
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
-        model._cast(torch_dtype if dtype is None else dtype, given=base_model is not None)
+        wanted = torch_dtype if dtype is None else dtype
+        wanted = getattr(config, "dtype", None) if wanted is None else wanted  # where transformers 5.9 puts it
+        model._cast(wanted, given=base_model is not None)
         model.config.dtype = model.dtype
         if device_map is not None:
             model.to(device=_device(device_map))  # pyright: ignore[reportCallIssue]
