@@ -17,7 +17,7 @@ import ee_surgery as ee
 from benchmarks.hostile import FAULTS, Subject, judge, make_subjects, use
 from benchmarks.mutations import CONFIG, FRONTIER, WEIGHTS, edit, edit_metadata, edit_tensors, mutate
 from ee_surgery.files import JSON_LIMIT, read_manifest
-from ee_surgery.share.adapter import load_adapter
+from ee_surgery.share.adapter import load_adapter, own_files
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +219,11 @@ def test_an_adapter_of_the_format_before_loads_with_a_warning_and_is_upgraded(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _load(folder, subjects)
+
+
+@pytest.mark.parametrize("name", ["README.md", WEIGHTS, FRONTIER])
+def test_no_digest_is_taken_of_a_file_without_end(name: str, folder: Path) -> None:
+    with open(folder / name, "wb") as file:
+        file.truncate(200 << 30)  # sparse: it takes no room
+    with pytest.raises(ee.AdapterError, match="more than any adapter's"):
+        own_files(folder)

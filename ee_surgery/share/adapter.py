@@ -400,6 +400,7 @@ def own_files(folder: Path) -> dict[str, Path]:
     for name in sorted(names):
         vouched = name in _READ or (name in files and name in PROCESSOR_FILES)
         try:
+            _check_size(folder, name)
             path = find_file(folder, name, files) if vouched else locate(folder / CONFIG, name, files)
             if path is None or (name not in files and path.exists()):
                 path = by_hand(folder, name)
@@ -419,9 +420,7 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
     Raises:
         AdapterError: it is another one, or missing.
     """
-    with suppress(OSError):  # before it is read from end to end for its digest
-        if (size := (folder / name).stat().st_size) > _LARGEST.get(name, JSON_LIMIT):
-            raise AdapterError(f"{folder / name} holds {size:,} bytes, more than any adapter's.")
+    _check_size(folder, name)
     try:
         path = locate(folder / CONFIG, name, files)
     except OSError as error:
@@ -434,6 +433,17 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
             "save, or has missing or damaged parts. Save the adapter again."
         )
     return path or folder / name
+
+
+def _check_size(folder: Path, name: str) -> None:
+    """Before a file is read from end to end for its digest.
+
+    Raises:
+        AdapterError: it is too large.
+    """
+    with suppress(OSError):
+        if (size := (folder / name).stat().st_size) > _LARGEST.get(name, 64 << 20):
+            raise AdapterError(f"{folder / name} holds {size:,} bytes, more than any adapter's.")
 
 
 def _read_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]:
