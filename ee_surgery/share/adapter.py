@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -258,7 +259,7 @@ def of_others(names: Iterable[str], config: bytes | None) -> str | None:
     if config is None:
         return None if WEIGHTS in names else _first(names, _WEIGHTS_OF_OTHERS)
     try:
-        data = json.loads(config)
+        data = from_json(config)  # bounded in depth: it may be a stranger's
     except ValueError:
         data = None
     if isinstance(data, dict):
@@ -400,7 +401,7 @@ def own_files(folder: Path) -> dict[str, Path]:
     for name in sorted(names):
         vouched = name in _READ or (name in files and name in PROCESSOR_FILES)
         try:
-            _check_size(folder, name)
+            _refuse_endless(folder, name)
             path = find_file(folder, name, files) if vouched else locate(folder / CONFIG, name, files)
             if path is None or (name not in files and path.exists()):
                 path = by_hand(folder, name)
@@ -420,7 +421,7 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
     Raises:
         AdapterError: it is another one, or missing.
     """
-    _check_size(folder, name)
+    _refuse_endless(folder, name)
     try:
         path = locate(folder / CONFIG, name, files)
     except OSError as error:
@@ -435,7 +436,7 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
     return path or folder / name
 
 
-def _check_size(folder: Path, name: str) -> None:
+def _refuse_endless(folder: Path, name: str) -> None:
     """Before a file is read from end to end for its digest.
 
     Raises:

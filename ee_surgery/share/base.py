@@ -26,7 +26,7 @@ def make_base(config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
 
     Args:
         folder: the adapter's, for a base that is stored there.
-        hub: `token`, `cache_dir`, `local_files_only`.
+        hub: `token`, `cache_dir`, `local_files_only`, for transformers.
     Raises:
         AdapterError: it has no name that it can be made by, or its library cannot make it.
     """
@@ -35,7 +35,7 @@ def make_base(config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
     try:
         if base.library == "transformers":
             return _transformers(base, **hub)
-        return _timm(base, config, folder, **hub)
+        return _timm(base, config, folder)
     except AdapterError:
         raise
     except Exception as error:
@@ -62,7 +62,7 @@ def _check_name(base: Identity) -> None:
         ) from error
 
 
-def _timm(base: Identity, config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
+def _timm(base: Identity, config: AdapterConfig, folder: Path) -> nn.Module:
     import timm
 
     if config.own_base:
