@@ -227,3 +227,10 @@ def test_no_digest_is_taken_of_a_file_without_end(name: str, folder: Path) -> No
         file.truncate(200 << 30)  # sparse: it takes no room
     with pytest.raises(ee.AdapterError, match="more than any adapter's"):
         own_files(folder)
+
+
+def test_a_deep_config_of_another_model_is_refused_by_name(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    branched = _load(subjects["thresholds"].folder, subjects)
+    (tmp_path / CONFIG).write_text("[" * 10**6)
+    with pytest.raises(ee.AdapterError, match=r"holds config\.json"):
+        branched.save_pretrained(tmp_path)
