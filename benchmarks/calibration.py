@@ -22,7 +22,7 @@ from scipy.stats import norm
 
 import ee_surgery as ee
 from benchmarks.methods_compare import split
-from ee_surgery.policies.risk import risk_table
+from ee_surgery.calibration.risk import risk_table
 
 BUDGETS = 20
 EPS = (0.005, 0.01, 0.02)

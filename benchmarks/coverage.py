@@ -24,6 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import coverage_page, models
+from benchmarks.tables import results
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
@@ -41,8 +44,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=600, help="limit of one model")
     parser.add_argument("--memory", type=int, default=16, help="limit of one model in GiB of address space")
     options = parser.parse_args()
-    from benchmarks import coverage_page, models
-
     if options.smallest:
         print(json.dumps(models.smallest(), indent=4))
     elif options.smoke:
@@ -51,7 +52,7 @@ def main() -> None:
             run(options, Path(folder))
             coverage_page.write(Path(folder), Path(folder, "coverage.md"))
             print(Path(folder, "coverage.md").read_text())
-            if any(row["error"] for row in load(Path(folder, "coverage.jsonl"))):
+            if any(row["error"] for row in results(Path(folder, "coverage.jsonl"))):
                 sys.exit(1)
     else:
         if not options.report:
@@ -59,14 +60,12 @@ def main() -> None:
         coverage_page.write(RESULTS, ROOT / "docs" / "coverage.md")
 
 
-def run(options: argparse.Namespace, results: Path) -> None:
+def run(options: argparse.Namespace, folder: Path) -> None:
     """Check every model that has no result yet; each result is appended as it comes."""
-    from benchmarks.models import architectures, families, transformers_classes
-
-    results.mkdir(exist_ok=True)
-    file = results / ("architectures.jsonl" if options.architectures else "coverage.jsonl")
-    todo = architectures() if options.architectures else [*families(), *transformers_classes()]
-    known = set() if options.models else {row["model"] for row in load(file)}
+    folder.mkdir(exist_ok=True)
+    file = folder / ("architectures.jsonl" if options.architectures else "coverage.jsonl")
+    todo = models.architectures() if options.architectures else [*models.families(), *models.transformers_classes()]
+    known = set() if options.models else {row["model"] for row in results(file)}
     todo = [name for name in todo if name not in known and (not options.models or name in options.models)]
     print(f"{len(todo)} models to run, {len(known)} known", flush=True)
     # Capturing takes less time than importing: those models share a process until one of them breaks it.
@@ -83,12 +82,6 @@ def run(options: argparse.Namespace, results: Path) -> None:
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(one, groups))
-
-
-def load(file: Path) -> list[dict[str, Any]]:
-    """The last result of every model."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return list({row["model"]: row for row in rows}.values())
 
 
 def start(job: str, names: list[str], folder: str, memory: int) -> subprocess.Popen[str]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import ee_surgery as ee
 from benchmarks.models import build, sample
-from ee_surgery.graph.stages import compact, cut
-from ee_surgery.inputs import select, tensors
+from ee_surgery.backbone.inputs import select, tensors
+from ee_surgery.graph.segments import compact, cut
 
 EXPECTED = "expected.safetensors"
 TOLERANCE = 1e-3  # relative to the largest logit; float32 sums in another order

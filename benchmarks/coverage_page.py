@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.coverage import load
 from benchmarks.models import SMALLEST
+from benchmarks.tables import results as load
 from ee_surgery.files import atomic_write
 
 Row = dict[str, Any]

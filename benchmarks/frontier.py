@@ -30,7 +30,7 @@ import ee_surgery as ee
 from benchmarks.methods import TASKS
 from benchmarks.methods_compare import GRID, LOW, append, read, realised
 from benchmarks.tables import table
-from ee_surgery.training.placing import TRIED
+from ee_surgery.search.exit_search import TRIED
 from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
 from recipes.cifar10_shortcuts import EXITS, Batches
 

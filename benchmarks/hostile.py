@@ -38,9 +38,9 @@ from torch import Tensor, nn
 
 import ee_surgery as ee
 from benchmarks.mutations import ACCIDENTS, ATTACKS, mutate
-from ee_surgery.report import adapter_table
 from ee_surgery.share.adapter import load_adapter, own_files, without_tensors
 from ee_surgery.share.card import update_card
+from ee_surgery.share.tables import adapter_table
 from recipes.networks import CifarResNet
 
 HANG, GROWTH, MESSAGE = 5.0, 200.0, 3000  # seconds of work, MB, characters

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ee_surgery as ee
-from ee_surgery.runtime.measure import environment
+from ee_surgery.evaluation.latency import environment
 from tests.zoo import ZOO, original
 
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ee_surgery as ee
-from ee_surgery.inputs import Inputs
+from ee_surgery.backbone.inputs import Inputs
 from recipes.networks import CifarResNet
 
 SCORES = ("max_prob", "margin", "entropy", "patience")

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import ee_surgery as ee
-from ee_surgery.policies.records import exit_costs
+from ee_surgery.policies.exit_costs import exit_costs
 
 HALVES = 20
 COSTS = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ee_surgery.backbone import Sample
+from ee_surgery.backbone.base import Sample
 
 # The smallest member of every family of `timm.list_modules()` (by parameters, models for timm's own tests left out) is
 # found by building all of them without memory, in minutes: `python -m benchmarks.coverage --smallest`.

@@ -25,8 +25,8 @@ import ee_surgery as ee
 from benchmarks.methods import BATCH, COMMON, PASSES, TASKS
 from benchmarks.methods_compare import append, read, realised
 from benchmarks.tables import table
-from ee_surgery.policies.subset import Costs
-from ee_surgery.training.placing import shortlist
+from ee_surgery.search.exit_search import shortlist
+from ee_surgery.search.exit_subset import Costs
 from recipes.cifar10_resnet56 import both_ways
 
 RUNS = Path("runs/placement")
@@ -167,7 +167,7 @@ steps first, then those it found worth training. Means over {splits} halves: one
 other is reported."""
 _BEST = """On all recorded answers, the expected cost at that drop beside the best of **all** lists of up to three exits
 (a list's cost is that of the best thresholds, outcomes replaced by the chance that confidences give;
-`policies/subset.py`):"""
+`search/exit_subset.py`):"""
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ee_surgery as ee
-from ee_surgery.runtime.measure import environment, interleave, parts
+from ee_surgery.evaluation.latency import environment, interleave, parts
 from recipes.networks import CifarResNet
 
 CASES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {

@@ -34,8 +34,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ee_surgery as ee
-from ee_surgery.inputs import Inputs, take
-from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.backbone.inputs import Inputs, take
+from ee_surgery.policies.operating_point import OperatingPoint
 from recipes.networks import CifarResNet
 
 POOL = 12  # samples of each size

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ee_surgery as ee
-from ee_surgery.runtime.measure import environment
+from ee_surgery.evaluation.latency import environment
 from recipes.cifar10_resnet56 import network, pictures
 from recipes.cifar10_shortcuts import EXITS, Batches
 

@@ -9,19 +9,20 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.answers import OutputKey
-from ee_surgery.backbone import Sample
+from ee_surgery.backbone.answers import OutputKey
+from ee_surgery.backbone.base import Sample
+from ee_surgery.backbone.refusals import check_weights
 from ee_surgery.branches import BranchSpec, known, resolve
-from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import BRANCHES, Branch, build
+from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.checks import count, instance
 from ee_surgery.errors import BranchError, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.features import Layout
-from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect
+from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
-from ee_surgery.refusals import check_weights
 from ee_surgery.share.weights import Weights
 
 

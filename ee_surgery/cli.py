@@ -20,17 +20,17 @@ from rich.console import Console
 from torch import nn
 
 import ee_surgery as ee
-from ee_surgery.backbone import Backbone, make_model
+from ee_surgery.backbone.base import Backbone, make_model
 from ee_surgery.checks import accuracy_drop, count, positive
+from ee_surgery.data.labels import class_numbers
+from ee_surgery.evaluation.latency import measure
 from ee_surgery.files import atomic_write
-from ee_surgery.report import adapter_table, frontier_table, graph_table
-from ee_surgery.runtime.measure import measure
 from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
 from ee_surgery.share.processor import picture_transform
+from ee_surgery.share.tables import adapter_table
 from ee_surgery.text import paragraph, plain, visible
-from ee_surgery.training.labels import class_numbers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def inspect(
             _show(folder)
             return
         graph = ee.inspect(_model(model, checkpoint, random_weights))
-        console.print(graph_table(graph, everything), plain(graph.best_case()))
+        console.print(graph.table(everything), plain(graph.best_case()))
 
 
 @app.command(epilog="Example: ee-surgery augment test_resnet --random-weights --exits 2 --out runs/adapter")
@@ -130,7 +130,7 @@ def augment(
         branched.save_pretrained(out)
         shutil.rmtree(training, ignore_errors=True)
         if branched.frontier is not None:
-            console.print(frontier_table(branched.frontier))
+            console.print(branched.frontier)
         _say(f"exits at {', '.join(map(visible, branched.exits))}\noriginal {branched.receipt()}\nwrote {out}")
 
 
@@ -157,7 +157,7 @@ def calibrate(
                 branched.operate(**asked)
         finally:  # what was found is kept, whether or not a point of it meets the request
             branched.save_pretrained(adapter)
-            console.print(frontier_table(frontier))
+            console.print(frontier)
 
 
 @app.command(epilog="Example: ee-surgery evaluate runs/adapter --data test --budget 0.6")

@@ -13,8 +13,7 @@ from torch.utils.data import TensorDataset
 
 import ee_surgery as ee
 from ee_surgery.errors import SurgeryError
-from ee_surgery.report import frontier_table, graph_table
-from ee_surgery.runtime.measure import measure
+from ee_surgery.evaluation.latency import measure
 
 EPOCHS = 12
 
@@ -34,14 +33,14 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
 
     console.rule("inspect")
     graph = ee.inspect(model, images[:3])
-    console.print(graph_table(graph), graph.best_case())
+    console.print(graph)
 
     console.rule("augment, train the branches, calibrate on held-out digits")
     branched = ee.attach(graph, ee.place(graph, exits=3))
     report = ee.train(branched, learn, ee.TrainConfig(epochs=40, batch_size=64, lr=1e-2, validation=0, progress=False))
     console.print(f"branches at {', '.join(branched.exits)}: loss {report.epochs[-1].loss:.3f}")
     frontier = ee.calibrate(branched, held_out)
-    console.print(frontier_table(frontier))
+    console.print(frontier)
 
     console.rule("run: samples leave early")
     point = branched.operate(max_accuracy_drop=0.02)

@@ -16,23 +16,24 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Output
+from ee_surgery.backbone.base import Output
+from ee_surgery.backbone.inputs import Arguments, Inputs, batch_size, tensors
 from ee_surgery.branches import BranchSpec
-from ee_surgery.branches.bank import BranchBank
 from ee_surgery.branches.base import ExitLogits
+from ee_surgery.branches.branch_list import BranchBank
+from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import instance, names, path, word
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
-from ee_surgery.graph.points import ModelGraph, inspect, read
-from ee_surgery.inputs import Arguments, Inputs, batch_size, tensors
+from ee_surgery.graph.exit_points import ModelGraph
+from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.placement import ExitPlan, place
-from ee_surgery.policies.frontier import Frontier
-from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
 from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.engine import Engine, eval_mode
 from ee_surgery.runtime.program import Program
-from ee_surgery.runtime.routed import ExitOutput
+from ee_surgery.runtime.router import ExitOutput
 from ee_surgery.share.adapter import AdapterConfig, change_adapter, save_adapter
 from ee_surgery.share.card import CardInfo, save_card
 from ee_surgery.share.hub import push_folder

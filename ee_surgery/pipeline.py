@@ -11,19 +11,26 @@ from itertools import pairwise
 from accelerate import Accelerator
 from torch import nn
 
-from ee_surgery.answers import OutputKey
 from ee_surgery.attach import attach, attach_stored
-from ee_surgery.backbone import Backbone, Sample
+from ee_surgery.backbone.answers import OutputKey
+from ee_surgery.backbone.base import Backbone, Sample
+from ee_surgery.backbone.wrappers import unwrapped
 from ee_surgery.branches import BranchSpec, known
+from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
 from ee_surgery.checks import count, flag, instance, path
+from ee_surgery.data.batches import Data, halves
+from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import AdapterError, ConfigError, FingerprintError, SurgeryWarning
-from ee_surgery.graph.points import ExitPoint, ModelGraph, inspect, read
+from ee_surgery.evaluation.calibrate import calibrate as calibrate_exits
+from ee_surgery.evaluation.record import record
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
+from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
-from ee_surgery.policies.operating import OperatingPoint
-from ee_surgery.policies.records import ExitRecords
+from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.presets import PRESETS
+from ee_surgery.search.exit_search import TRIED, prune_exits, search_exits
 from ee_surgery.share.adapter import AdapterConfig, load_adapter, load_base
 from ee_surgery.share.base import make_base
 from ee_surgery.share.hub import fetch
@@ -32,14 +39,8 @@ from ee_surgery.share.processor import load_preprocessing, load_processor
 from ee_surgery.share.provenance import as_stated
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data, halves
-from ee_surgery.training.labels import ClassMap
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
-from ee_surgery.training.placing import TRIED, prune_exits, search_exits
-from ee_surgery.training.record import calibrate as calibrate_exits
-from ee_surgery.training.record import record
-from ee_surgery.wrappers import unwrapped
 
 
 def augment(

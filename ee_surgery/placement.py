@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ee_surgery.checks import count, flag, instance, names, plain
 from ee_surgery.errors import ExitPointError
-from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
 
 Rule = Callable[[int], list[float]]

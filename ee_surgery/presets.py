@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.base import Option, grid
-from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.registry import Registry
 from ee_surgery.training.config import TrainConfig

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
-from ee_surgery.runtime.measure import environment, interleave, measure
+from ee_surgery.evaluation.latency import environment, interleave, measure
 from recipes import data
 from recipes.networks import CifarResNet
 

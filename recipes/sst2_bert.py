@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import ee_surgery as ee
-from ee_surgery.runtime.measure import environment
+from ee_surgery.evaluation.latency import environment
 from recipes import data
 
 REQUESTS: dict[str, dict[str, Any]] = {

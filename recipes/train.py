@@ -29,9 +29,9 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the file is run by its path, as above
 
 import ee_surgery as ee
-from ee_surgery.backbone import Backbone, make_model
+from ee_surgery.backbone.base import Backbone, make_model
 from ee_surgery.training.loop import make_accelerator
-from ee_surgery.training.track import JsonLines
+from ee_surgery.training.trackers import JsonLines
 from recipes import data
 from recipes.networks import CifarResNet
 from recipes.pictures import part

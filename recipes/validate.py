@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import ee_surgery as ee
-from ee_surgery.backbone import make_model
+from ee_surgery.backbone.base import make_model
+from ee_surgery.evaluation.latency import environment
 from ee_surgery.files import atomic_write
-from ee_surgery.runtime.measure import environment
 from ee_surgery.share.adapter import AdapterConfig, load_adapter
 from ee_surgery.share.hub import fetch
 

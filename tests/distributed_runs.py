@@ -1,4 +1,4 @@
-"""Run by `accelerate launch`, and called by tests/test_distributed.py: the same work on one process or several."""
+"""Run by `accelerate launch`, and called by tests/data/test_distributed.py: the same work on one process or several."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ee_surgery as ee
 from ee_surgery.training import loop
-from ee_surgery.training.track import JsonLines
+from ee_surgery.training.trackers import JsonLines
 from recipes import train
-from tests.test_exit_search import CONFIG as SEARCHED
-from tests.test_exit_search import learnt
+from tests.search.test_exit_search import CONFIG as SEARCHED
+from tests.search.test_exit_search import learnt
 
 CONV, VECTOR = ee.BranchSpec("conv"), ee.BranchSpec("mlp", options={"norm": True})  # both with BatchNorm
 SURE, CHAINED = ee.BranchSpec("mlp", confidence=True), ee.BranchSpec("ztw")

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ee_surgery as ee
-from ee_surgery.backbone import digest
+from ee_surgery.backbone.base import digest
 from ee_surgery.graph import opaque
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.runtime import engine

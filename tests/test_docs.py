@@ -12,8 +12,8 @@ import transformers
 from PIL import Image
 
 import ee_surgery as ee
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -40,7 +40,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"pixel_values": torch.rand(1, 3, 32, 32)}
 
     monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name, **options: processor)
-    monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # tests/test_hub.py pushes
+    monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # test_hub pushes
 
 
 _SLOW = ("papers.md", "guide.md")  # every preset, every verb

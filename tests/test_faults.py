@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import ee_surgery as ee
 from benchmarks.memory import kinds
 from ee_surgery.errors import OUT_OF_MEMORY
+from ee_surgery.evaluation.latency import measure
 from ee_surgery.files import atomic_write
 from ee_surgery.runtime import engine
-from ee_surgery.runtime.measure import measure
 from ee_surgery.share.card import update_card
-from ee_surgery.training import checkpoint, reader, track
+from ee_surgery.training import checkpoint, features, trackers
 from tests.faults import OPERATIONS, At, Trap, content, failing, files_up_to, state_of, switches, weights_of
 
 ERRORS = (KeyboardInterrupt, SystemExit, MemoryError)
@@ -72,8 +72,8 @@ def _checkpoint(folder: Path, version: int) -> None:
 
 
 def _features(folder: Path, version: int) -> None:
-    lesson = reader.Lesson(None, [(torch.full((64, 32), float(version)),)], torch.ones(64, 4), None, 64, 64)
-    reader._save(lesson, folder / "0-0.safetensors")
+    lesson = features.Lesson(None, [(torch.full((64, 32), float(version)),)], torch.ones(64, 4), None, 64, 64)
+    features._save(lesson, folder / "0-0.safetensors")
 
 
 def _records(folder: Path, version: int) -> None:
@@ -105,7 +105,7 @@ def _card(folder: Path, version: int) -> None:
 
 
 def _tracker(folder: Path, version: int) -> None:
-    track.JsonLines(folder / "log.jsonl").log({"loss": version, "note": "x" * 5000}, step=version)
+    trackers.JsonLines(folder / "log.jsonl").log({"loss": version, "note": "x" * 5000}, step=version)
 
 
 WRITERS: dict[str, Callable[[Path, int], None]] = {
@@ -192,7 +192,7 @@ def test_an_interrupted_write_leaves_what_was_there(name: str, operation: str, t
 
 
 def test_a_line_that_does_not_fit_into_a_log_is_not_begun(tmp_path: Path) -> None:
-    log = track.JsonLines(tmp_path / "log.jsonl")
+    log = trackers.JsonLines(tmp_path / "log.jsonl")
     log.log({"loss": 1.0}, step=1)
     before = log.path.read_bytes()
     with files_up_to(len(before) + 7), pytest.raises(ee.WriteError, match=r"log\.jsonl cannot be written.*are whole"):
@@ -277,7 +277,7 @@ def test_a_training_whose_disk_fills_up_goes_on_from_the_last_checkpoint(
 def test_features_that_cannot_be_kept_or_read_back_are_named_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_FASTER", float("inf"))
+    monkeypatch.setattr(features, "_FASTER", float("inf"))
     config = replace(QUICK, epochs=3, views=1, checkpoint_dir=str(tmp_path), checkpoint_steps=100)
     with (
         files_up_to(500),
@@ -285,14 +285,14 @@ def test_features_that_cannot_be_kept_or_read_back_are_named_and_removed(
     ):
         ee.train(small(), batches(), config)
     assert content(tmp_path) == {}
-    load = reader._load
+    load = features._load
 
-    def damaged(path: Path, device: torch.device) -> reader.Lesson:
+    def damaged(path: Path, device: torch.device) -> features.Lesson:
         if path.name == "0-1.safetensors":
             path.write_bytes(path.read_bytes()[:-9])
         return load(path, device)
 
-    monkeypatch.setattr(reader, "_load", damaged)
+    monkeypatch.setattr(features, "_load", damaged)
     with pytest.raises(ee.TrainingError, match=r"Features cannot be kept in .*features-0.*cache_gb=0"):
         ee.train(small(), batches(), config)
     assert list(content(tmp_path)) == [checkpoint.FILE]

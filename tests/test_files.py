@@ -20,6 +20,7 @@ from benchmarks.mutations import edit_metadata
 from ee_surgery.files import atomic_write, change_folder, listed, read_manifest
 from ee_surgery.share.adapter import load_adapter, own_files
 from ee_surgery.share.card import update_card
+from tests import ROOT
 from tests.zoo import BY_NAME, branched, original
 
 MANIFEST = "config.json"
@@ -42,8 +43,8 @@ def _weights_stay() -> Iterator[None]:
 
 def _program(*arguments: str) -> list:  # pyright: ignore[reportMissingTypeArgument]
     command = [sys.executable, "-m", "tests.killed_saves", *arguments]
-    root, one = Path(__file__).parents[1], {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, **one}, timeout=400)
+    one = {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **one}, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

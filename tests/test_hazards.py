@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
 import ee_surgery as ee
+from ee_surgery.calibration.records import replay_point
+from ee_surgery.calibration.search import search
 from ee_surgery.cli import app
-from ee_surgery.policies.operating import realise
+from ee_surgery.evaluation.latency import measure
 from ee_surgery.policies.policy import certainty
-from ee_surgery.policies.search import search
-from ee_surgery.runtime.measure import measure
 
 NAN, INF = math.nan, math.inf
 Config, Spec = ee.TrainConfig, ee.BranchSpec
@@ -439,7 +439,7 @@ def calibrator_hazards() -> Iterator[Hazard]:
         "Frontier.search": ee.Frontier.search,
         "Frontier.trace": ee.Frontier.trace,
         "search": search,
-        "realise": lambda r: realise(r, ee.ThresholdPolicy((0.5, 0.5)), "mine"),
+        "replay_point": lambda r: replay_point(r, ee.ThresholdPolicy((0.5, 0.5)), "mine"),
     }  # fmt: skip
     for name, call in calls.items():
         yield from each(f"{name}(records)", (None, "records.safetensors"), call, CONFIG, "records must be")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ee_surgery as ee
-from ee_surgery.graph.axes import Axis
-from ee_surgery.graph.stages import compact
-from ee_surgery.policies.records import exit_costs
+from ee_surgery.graph.batch_axes import Axis
+from ee_surgery.graph.segments import compact
+from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.scores import SCORES as SCORES_BY_NAME
 from tests.zoo import BY_NAME, EVERY, Entry, branched, original
 

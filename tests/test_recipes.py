@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from recipes import data
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROGRAMS = [
     path for folder in ("recipes", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))
     if "--smoke" in path.read_text()

@@ -4,35 +4,71 @@ from __future__ import annotations
 
 import ast
 import inspect
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import ee_surgery as ee
+from tests import ROOT
 
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "text", "errors", "registry", "checks", "files", "inputs", "picture_settings", "pictures", "samples", "answers",
-    "wrappers", "refusals", "receipt", "twin", "signature", "backbone", "graph", "placement", "branches", "policies",
-    "runtime", "share", "model", "attach", "training", "presets", "pipeline", "integrations", "report", "demo", "cli",
+    "text", "errors", "registry", "checks", "tables", "files", "receipt",
+    "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share",
+    "model", "attach", "data", "training", "evaluation", "search",
+    "presets", "pipeline", "integrations", "demo", "cli",
 ]  # fmt: skip
 
 
-def _room(module: str) -> str:
-    return module.removeprefix("ee_surgery.").split(".")[0]
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_up_the_list(path: Path) -> None:
-    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-    if module == "__init__":
-        return
-    mine = ROOMS.index(_room(module))
-    tree = ast.parse(path.read_text())
-    for node in tree.body:  # imports at the top; a lazy one inside a function says why it is there
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ee_surgery."):
-            assert ROOMS.index(_room(node.module or "")) <= mine, f"{path}: {node.module}"
+def _imports(root: Path, package: str) -> dict[str, set[str]]:
+    """Of each module, the modules of the same package that it imports anywhere, lazily and for types alone included."""
+    modules = {path: ".".join((package, *path.relative_to(root).with_suffix("").parts)) for path in root.rglob("*.py")}
+    modules = {path: name.removesuffix(".__init__") for path, name in modules.items()}
+    known, found = set(modules.values()), {}
+    for path, name in modules.items():
+        edges: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                edges.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                edges.update(one if one in known else node.module for one in inner)
+        found[name] = {edge for edge in edges if edge in known and edge != package} - {name}
+    return found
+
+
+def _circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty where there is none."""
+    order = TopologicalSorter(imports)
+    try:
+        order.prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_imports_point_up_the_list() -> None:
+    rank = {room: number for number, room in enumerate(ROOMS)}
+    for name, edges in _imports(PACKAGE, "ee_surgery").items():
+        for edge in edges if name != "ee_surgery" else ():
+            assert rank[edge.split(".")[1]] <= rank[name.split(".")[1]], f"{name} imports {edge}"
+
+
+@pytest.mark.parametrize("package", ["ee_surgery", "benchmarks", "recipes"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    imports = _imports(ROOT / package, package)
+    imports.pop(package)
+    # a room's __init__ gathers its own files, which name each other and not the room
+    assert not _circle({name: edges - {name.rpartition(".")[0]} for name, edges in imports.items()})
+
+
+def test_every_room_is_in_the_list() -> None:
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"} == set(ROOMS)
 
 
 @pytest.mark.parametrize("name", ee.__all__)
@@ -46,7 +82,7 @@ def test_public_names_have_docstrings(name: str) -> None:
                 assert (value.__doc__ or "").strip(), f"{name}.{attribute}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_what_is_warned_of_is_shown_as_errors_are(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ee_surgery as ee
 from benchmarks.models import build
 from benchmarks.models import sample as shield_gemma_sample
-from ee_surgery.backbone import Sample
+from ee_surgery.backbone.base import Sample
 from recipes.networks import CifarResNet
 
 

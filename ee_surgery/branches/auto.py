@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ee_surgery.branches.base import Branch, BranchSpec, build, channels, grid
-from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 
 BUDGET = 0.025
 """Largest share of the original's MACs that an `auto` branch may cost."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ee_surgery.checks import flag, instance, number, refuse, word
 from ee_surgery.errors import BranchError, ConfigError, SurgeryError
 from ee_surgery.graph.cost import module_macs
-from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
 
 Option = int | float | str | bool

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, channels, grid, hand_on, mixed_pool, summary, to_nchw
 from ee_surgery.checks import flag
-from ee_surgery.graph.points import ExitPoint
+from ee_surgery.graph.exit_points import ExitPoint
 
 
 class Ensemble(nn.Module):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ee_surgery.branches.base import BRANCHES, DEEPEST, Branch, channels, require_grid, to_nchw
 from ee_surgery.checks import count
-from ee_surgery.graph.points import ExitPoint
+from ee_surgery.graph.exit_points import ExitPoint
 
 
 def unit(c_in: int, c_out: int, stride: int) -> nn.Sequential:

@@ -21,7 +21,7 @@ from ee_surgery.branches.base import (
 )
 from ee_surgery.checks import count, flag
 from ee_surgery.errors import BranchError
-from ee_surgery.graph.points import ExitPoint
+from ee_surgery.graph.exit_points import ExitPoint
 
 
 @BRANCHES.register("pool")

@@ -12,7 +12,7 @@ from ee_surgery.branches.base import BRANCHES, DEEPEST, Option, channels, requir
 from ee_surgery.branches.conv import MapBranch, unit
 from ee_surgery.checks import count, flag, positive
 from ee_surgery.errors import BranchError
-from ee_surgery.graph.points import ExitPoint
+from ee_surgery.graph.exit_points import ExitPoint
 
 DEPTHS = (1, 2, 3, 4)
 WIDTHS = (0.5, 0.75, 1, 1.5, 2, 3, 4)

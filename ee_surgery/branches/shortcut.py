@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, Prepared
 from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
-from ee_surgery.graph.points import ExitPoint, ModelGraph
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
+from ee_surgery.graph.segments import Stage
 from ee_surgery.graph.shortcut import Key, Shortcut, key, named, pieces, within, write_shortcut
-from ee_surgery.graph.stages import Stage
 
 BUDGET = 0.25
 """Share of the original's MACs that a shortcut may cost where nothing else is said."""

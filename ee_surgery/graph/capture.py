@@ -15,14 +15,14 @@ from sympy import Expr
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from ee_surgery.backbone import Backbone, State
+from ee_surgery.backbone.base import Backbone, State
+from ee_surgery.backbone.inputs import Arguments, tensors
+from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import CaptureError
-from ee_surgery.graph.explain import explained
+from ee_surgery.graph.capture_errors import explained
 from ee_surgery.graph.leftovers import caches_emptied, untie
 from ee_surgery.graph.opaque import OpaqueCalls
 from ee_surgery.graph.squeezes import name_squeezed_dims
-from ee_surgery.inputs import Arguments, tensors
-from ee_surgery.twin import twin
 
 _PREFIX = "surgery_original."  # of the wrapper below, in front of the names that export reports (of most)
 

@@ -15,9 +15,9 @@ from sympy import Expr
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ee_surgery.backbone.twin import twin
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.opaque import is_opaque
-from ee_surgery.twin import twin
 
 _Shape = tuple[int, ...]
 _Formula = Callable[[fx.Node, list[_Shape], _Shape], int]

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, fx
 
-from ee_surgery.backbone import Backbone
-from ee_surgery.graph.axes import Axis
+from ee_surgery.backbone.base import Backbone
+from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.liveness import Liveness
 

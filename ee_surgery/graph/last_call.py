@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ee_surgery.answers import LATER, PROBABILITIES
+from ee_surgery.backbone.answers import LATER, PROBABILITIES
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture import Capture
 

@@ -10,7 +10,7 @@ import torch
 from sympy import Expr
 from torch import Tensor, fx
 
-from ee_surgery.graph.axes import Axis, find_axes
+from ee_surgery.graph.batch_axes import Axis, find_axes
 from ee_surgery.graph.capture import Capture
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ee_surgery.backbone import Backbone
+from ee_surgery.backbone.base import Backbone
+from ee_surgery.backbone.inputs import Arguments, batch_size, select
+from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import CaptureError
-from ee_surgery.inputs import Arguments, batch_size, select
 from ee_surgery.registry import suggest
-from ee_surgery.twin import twin
 
 _running: list[OpaqueCalls] = []  # what the operator's shapes come from while a model is captured
 # Module, tensors in, values out, their structure, MACs.

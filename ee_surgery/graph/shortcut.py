@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from ee_surgery.errors import BranchError
-from ee_surgery.graph.axes import Axis
+from ee_surgery.graph.batch_axes import Axis
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.opaque import is_opaque
-from ee_surgery.graph.points import ExitPoint, ModelGraph
-from ee_surgery.graph.stages import Code, calls, statistics, write
+from ee_surgery.graph.segments import Code, calls, statistics, write
 from ee_surgery.registry import suggest
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_surgery.calibration.frontier import Frontier
+from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop, optional
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.policies.frontier import Frontier
-from ee_surgery.policies.records import ExitRecords
 
 _SEARCHED = 10_000  # samples that thresholds are searched on: seconds, whatever the size of the evaluation set
 

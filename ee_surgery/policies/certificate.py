@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from ee_surgery.errors import DataError
-from ee_surgery.policies.records import ExitRecords
 from ee_surgery.text import visible
 
 
@@ -101,12 +97,3 @@ class Check:
             f"Promised: {self.promise}. {verdict}: observed {self.observed:.3%} on {self.n} samples ({which}), "
             f"at most {self.bound:.3%} by them alone."
         )
-
-
-def fingerprint(records: ExitRecords) -> str:
-    """SHA-256 of the logits and labels."""
-    digest = hashlib.sha256(repr(tuple(records.logits.shape)).encode())
-    for tensor in (records.logits.float(), records.labels):
-        if tensor is not None:
-            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
-    return digest.hexdigest()

@@ -11,17 +11,18 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from ee_surgery.backbone import State
-from ee_surgery.branches.bank import BranchBank
+from ee_surgery.backbone.base import State
+from ee_surgery.backbone.inputs import Arguments, as_sample, key, tensors
 from ee_surgery.branches.base import Prepared
+from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
-from ee_surgery.graph.points import ModelGraph, read
-from ee_surgery.inputs import Arguments, as_sample, key, tensors
+from ee_surgery.graph.exit_points import ModelGraph
+from ee_surgery.graph.inspection import read
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.runtime.program import Program, build_program
-from ee_surgery.runtime.routed import Altered, ExitOutput, Router
+from ee_surgery.runtime.router import Altered, ExitOutput, Router
 from ee_surgery.runtime.verify import verify
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ee_surgery.backbone.signature import Part
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.features import Everything, Reading
-from ee_surgery.graph.points import ExitPoint, ModelGraph
-from ee_surgery.graph.stages import Stage, crossing, cut
-from ee_surgery.signature import Part
+from ee_surgery.graph.segments import Stage, crossing, cut
 
 
 @dataclass(frozen=True, eq=False)

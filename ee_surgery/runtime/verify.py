@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ee_surgery.backbone import Backbone
+from ee_surgery.backbone.base import Backbone
+from ee_surgery.backbone.inputs import Arguments, batch_size, select, tensors
+from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
-from ee_surgery.graph.stages import compact
-from ee_surgery.inputs import Arguments, batch_size, select, tensors
+from ee_surgery.graph.segments import compact
 from ee_surgery.runtime.program import Program
-from ee_surgery.twin import twin
 
 
 def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:

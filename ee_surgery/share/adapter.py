@@ -32,8 +32,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from ee_surgery.backbone import Identity
+from ee_surgery.backbone.base import Identity
+from ee_surgery.backbone.inputs import Arguments, tensors
 from ee_surgery.branches.base import BranchSpec
+from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import shown
 from ee_surgery.errors import AdapterError, SurgeryWarning
 from ee_surgery.files import (
@@ -51,10 +53,8 @@ from ee_surgery.files import (
     sealed,
     sha256,
 )
-from ee_surgery.graph.points import ExitPoint
-from ee_surgery.inputs import Arguments, tensors
-from ee_surgery.policies.frontier import Frontier
-from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.graph.exit_points import ExitPoint
+from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.share.probe import InputSpec, Probe
 from ee_surgery.share.schema import FORMAT_VERSION, OLD_FORMAT, ConfigForm, FrontierForm, check_size, parse, read_json
 from ee_surgery.share.weights import POLICY, TENSOR, Weights

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ee_surgery.backbone import Identity, make_model
+from ee_surgery.backbone.base import Identity, make_model
 from ee_surgery.errors import AdapterError
 from ee_surgery.share.adapter import AdapterConfig, stored_base
 

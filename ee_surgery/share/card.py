@@ -21,10 +21,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
+from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.errors import ConfigError, SurgeryWarning
 from ee_surgery.files import FolderChange, read_bytes
-from ee_surgery.policies.frontier import Frontier
-from ee_surgery.policies.operating import describe
+from ee_surgery.policies.operating_point import describe
 from ee_surgery.registry import suggest
 from ee_surgery.share import card_text as text
 from ee_surgery.share.adapter import CARD, PLOT, PROCESSOR, RESULTS, AdapterConfig, change_adapter, load_adapter

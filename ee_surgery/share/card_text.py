@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ee_surgery.backbone import Identity
+from ee_surgery.backbone.base import Identity
+from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.errors import AdapterError
-from ee_surgery.policies.frontier import Frontier
-from ee_surgery.policies.operating import OperatingPoint
+from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.probe import InputSpec
 from ee_surgery.share.provenance import CALIBRATION, EVALUATION, LOADED_FROM, STATED_BY, TRAINING, stated_by

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_surgery.backbone import Backbone
+from ee_surgery.backbone.base import Backbone
+from ee_surgery.backbone.inputs import select, tensors
 from ee_surgery.errors import OUT_OF_MEMORY
-from ee_surgery.inputs import select, tensors
 
 _SAMPLES, _NUMBERS = 2, 32  # a sample; what changes a network changes most of its logits
 _FAINT = 0.01  # scale of the second sample: its small variances show what an epsilon is

@@ -13,11 +13,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ee_surgery.backbone import Backbone
+from ee_surgery.backbone.base import Backbone
+from ee_surgery.backbone.picture_settings import check_preprocessing
+from ee_surgery.backbone.pictures import build_processor, named_processor, plain_settings, timm_model
 from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.files import FolderChange, read_object
-from ee_surgery.picture_settings import check_preprocessing
-from ee_surgery.pictures import build_processor, named_processor, plain_settings, timm_model
 from ee_surgery.share.adapter import CONFIG, PROCESSOR, PROCESSOR_FILES, find_file
 from ee_surgery.text import visible
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from ee_surgery.backbone import Library
+from ee_surgery.backbone.base import Library
 from ee_surgery.errors import AdapterError
 from ee_surgery.files import JSON_LIMIT, read_object
 from ee_surgery.graph.features import Layout

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ee_surgery.branches.bank import BranchBank
+from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.branches.chained import Ensemble
 
 _BATCH = 512

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ee_surgery.backbone.inputs import Arguments, tensors
 from ee_surgery.branches import ExitLogits
+from ee_surgery.data.batches import place
 from ee_surgery.errors import ConfigError, ExitPointError
-from ee_surgery.inputs import Arguments, tensors
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.training.data import place
 
 Outputs = dict[str, list[Tensor]]
 """Tensors that each call of a module answered with, by the name of the exit there."""

@@ -25,24 +25,24 @@ from torch.utils.data import random_split
 from ee_surgery.branches import ExitLogits
 from ee_surgery.branches.base import Prepared
 from ee_surgery.checks import flag, instance
+from ee_surgery.data.batches import Data, is_samples, loader, place
+from ee_surgery.data.distributed import OneBatch, Processes, Shares
+from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard, ignored
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingError
-from ee_surgery.graph.points import inspect
+from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.provenance import forget_measured
-from ee_surgery.training import checkpoint, track
-from ee_surgery.training.averaging import Average
+from ee_surgery.training import checkpoint, trackers
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.data import Data, is_samples, loader, place
+from ee_surgery.training.ema import Average
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
+from ee_surgery.training.features import Batch, Lesson, Reader, compare, needs_original
 from ee_surgery.training.joint import JointModel
-from ee_surgery.training.labels import IGNORED, ClassMap, Labels, hard, ignored
 from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
-from ee_surgery.training.outcome import Epoch, TrainReport, describe
 from ee_surgery.training.precision import resolve_precision
-from ee_surgery.training.processes import OneBatch, Processes, Shares
-from ee_surgery.training.reader import Batch, Lesson, Reader, compare, needs_original
+from ee_surgery.training.report import Epoch, TrainReport, describe
 
 
 @torch.inference_mode(False)
@@ -212,7 +212,7 @@ class _Run:
                 self._restore(folder, state)
             self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
             self._check_validation(Labels(self.branched, self.class_map))
-            track.start(self.accelerator, self.settings)
+            trackers.start(self.accelerator, self.settings)
             if self.config.mixed_precision == "auto":
                 device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
                 self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")

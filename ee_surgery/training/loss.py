@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ee_surgery.branches import ExitLogits
+from ee_surgery.data.labels import check_labels, ignored
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.policies.records import exit_costs
+from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.labels import check_labels, ignored
 from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
 
 

@@ -1,0 +1,1 @@
+"""One face for timm, transformers and plain torch models, and everything that is known about them from outside."""

@@ -1,0 +1,201 @@
+"""How the pictures of a model are prepared, by the model's own word: the one source of transforms and of samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ee_surgery.backbone.picture_settings import processor_arguments
+from ee_surgery.checks import shown
+from ee_surgery.errors import DataError, SurgeryWarning
+from ee_surgery.files import read_object
+
+_FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
+_PROBE = (512, 512)  # a square picture: processors that keep its proportions answer with a square
+
+Shape: TypeAlias = tuple[int, ...]
+Takes: TypeAlias = Callable[[Shape], bool]
+"""Whether a model runs on pictures of a shape (C, H, W)."""
+
+
+def timm_model(model: nn.Module, library: str) -> nn.Module | None:
+    """The timm model that this one is, or that it wraps (transformers' TimmWrapper); None for others."""
+    found = model if library == "timm" else getattr(model, "timm_model", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def timm_settings(model: nn.Module, library: str, takes: Takes) -> dict[str, Any] | None:
+    """What `timm.data.create_transform` takes to prepare pictures for a timm model, wrapped or not, as plain data.
+
+    A timm model's word is its `pretrained_cfg`, and the size and channels that it was built for. A TimmWrapper's is the
+    `pretrained_cfg` of its configuration, read as transformers' TimmWrapperImageProcessor reads it.
+
+    Returns:
+        None where nothing says, as for pictures of other channels than the known mean and deviation are of.
+    """
+    inner = timm_model(model, library)
+    stated = None if inner is None else _stated(model, inner)
+    size = timm_shape(model, library, takes)
+    if stated is None or size is None:
+        return None
+    if not {len(stated["mean"]), len(stated["std"])} <= {1, size[0]}:
+        return None
+    return plain_settings({**stated, "input_size": size})
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of timm as JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def timm_shape(model: nn.Module, library: str, takes: Takes) -> Shape | None:
+    """(C, H, W) of the pictures that a timm model takes, wrapped or not; None where it does not say."""
+    inner = timm_model(model, library)
+    if inner is None:
+        return None
+    stated = _stated(model, inner)
+    return _size(inner, tuple(stated["input_size"]) if stated else None, library, takes)
+
+
+def _stated(model: nn.Module, inner: nn.Module) -> dict[str, Any] | None:
+    from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]
+
+    if inner is not model and (wrapped := getattr(model.config, "pretrained_cfg", None)):
+        try:
+            return resolve_data_config(wrapped, model=None)  # as arguments: they win over timm's defaults one by one
+        except AssertionError:  # means of other channels than its pictures: the processor too refuses them
+            return None
+    own = getattr(inner, "pretrained_cfg", None)
+    return resolve_data_config(pretrained_cfg=own) if own else None
+
+
+def _size(inner: nn.Module, stated: Shape | None, library: str, takes: Takes) -> Shape | None:
+    """The stated size, but the size and channels that the model was built for where they are others."""
+    known = stated[0] if stated else 3
+    first = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), 0)
+    channels = first if 0 < first < _FEW and first % known else known
+    sizes = (getattr(module, "img_size", None) for module in inner.modules())
+    built: Any = next((found for found in sizes if _is_grid(found)), None)
+    if stated is None:
+        return None if built is None else (channels, *built)
+    shape = (channels, *stated[1:])
+    if built is None or built == stated[1:]:
+        return shape
+    # timm builds for the size that `pretrained_cfg` states: another one was asked for, img_size=, or set later.
+    meant = library == "timm" and getattr(inner, "pretrained_cfg", {}).get("fixed_input_size", False)
+    return (channels, *built) if meant or not takes(shape) else shape
+
+
+def _is_grid(size: object) -> bool:
+    return isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
+
+
+def named_processor(model: nn.Module, model_id: str, revision: str | None, *, cached: bool) -> Any:
+    """The image processor under the name of a transformers model; `cached`: without asking the Hub.
+
+    The repository of a base may be a stranger's too: its settings are read as those of an adapter are.
+
+    Args:
+        model: the model of that name, which decides on the class.
+    Raises:
+        OSError, ValueError: it cannot be had.
+    """
+    from transformers.utils.hub import cached_file
+
+    # Not by `get_image_processor_config`: that of transformers 5.9 finds nothing.
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        try:
+            path = cached_file(model_id, name, revision=revision, local_files_only=cached)
+        except OSError:
+            if part is None:
+                raise
+            continue
+        settings = read_object(str(path))
+        settings = settings if part is None else settings.get(part)
+        if isinstance(settings, Mapping) and settings:
+            return build_processor(settings, model, related=True)
+    raise OSError(f"{model_id} has a preprocessor_config.json without settings.")
+
+
+def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: bool = False) -> Any:
+    """An image processor of transformers from the settings in its file, which anyone may have written.
+
+    Built from plain settings, never from a folder: some classes of transformers read a file, or ask the Hub for one,
+    that a setting names.
+
+    Args:
+        model: the one that pictures are prepared for; its type of configuration decides on the class.
+        related: take the class of another type of image classifier too, as checkpoints that were converted name it.
+            So it is anyhow for models that have no class of their own.
+    Raises:
+        DataError: the file names another class, or settings that are no plain ones.
+    """
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    own = _own_classes(model)
+    chosen: Any = own[0] if own and named is None else _find_class(own, named)
+    if chosen is None and (related or not own):
+        chosen = _find_class(_classes_of_classifiers(), named)
+    if chosen is None:
+        wanted = " or ".join(dict.fromkeys(_kind(found.__name__) for found in own)) or "one of an image classifier"
+        raise DataError(f"it is of the class {shown(named)}; pictures for this base are prepared by {wanted}.")
+    arguments, unknown = processor_arguments(settings, chosen.valid_kwargs.__annotations__)
+    if unknown:
+        told = f"{chosen.__name__} has no such settings; they are left out: {', '.join(unknown[:5])}."
+        warnings.warn(told, SurgeryWarning, stacklevel=3)
+    return chosen(**arguments)
+
+
+def _find_class(classes: list[type], name: object) -> type | None:
+    """The class of this name, or the one of another backend that replaced it."""
+    if not isinstance(name, str):
+        return None
+    exact = (found for found in classes if found.__name__ == name)
+    return next(exact, next((found for found in classes if _kind(found.__name__) == _kind(name)), None))
+
+
+def _kind(name: str) -> str:
+    """Name of a class of processors, whatever backend it is for, and as it was called earlier."""
+    return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+
+
+def _own_classes(model: nn.Module) -> list[type]:
+    """Image processors that transformers, or its user, registered for this type of model; the preferred one first."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    found: Any = IMAGE_PROCESSOR_MAPPING.get(type(getattr(model, "config", None)), None)  # pyright: ignore[reportArgumentType]
+    return _usable(found)
+
+
+def _classes_of_classifiers() -> list[type]:
+    """Image processors of all types of image classifiers that transformers knows: none of them reads files."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    kinds = [CONFIG_MAPPING[name] for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
+    return [found for kind in kinds for found in _usable(IMAGE_PROCESSOR_MAPPING.get(kind, None))]
+
+
+def _usable(registered: Any) -> list[type]:
+    """Classes by backend, that for torchvision first. timm's wrapper takes no settings but timm's own."""
+    if isinstance(registered, Mapping):
+        registered = [registered.get("torchvision"), *registered.values()]
+    elif not isinstance(registered, (list, tuple)):
+        registered = [registered]
+    known = [found for found in registered if isinstance(found, type) and not getattr(found, "is_dummy", False)]
+    return [found for found in dict.fromkeys(known) if found.__name__ != "TimmWrapperImageProcessor"]
+
+
+def processor_shape(model: nn.Module, model_id: str, revision: str | None) -> Shape | None:
+    """(C, H, W) that the image processor under this name makes for a model; None without one in the local cache."""
+    from PIL import Image
+
+    try:
+        processor = named_processor(model, model_id, revision, cached=True)
+        found = processor(Image.new("RGB", _PROBE), return_tensors="pt")["pixel_values"][0]
+    except Exception:  # whatever is wrong with it: the configuration says a size too
+        return None
+    return tuple(found.shape) if isinstance(found, Tensor) and found.ndim == 3 else None

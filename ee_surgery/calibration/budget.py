@@ -1,0 +1,79 @@
+"""Thresholds from a budget: the geometric distribution over exits of MSDNet, met by realised exits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ee_surgery.calibration.records import ExitRecords, replay_point
+from ee_surgery.checks import instance, positive
+from ee_surgery.errors import OperatingPointError
+from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+from ee_surgery.policies.scores import FittedScore
+
+
+def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
+    """Thresholds so that about `quotas[k]` samples leave at exit k, each exit seeing only who is still there.
+
+    Args:
+        scores: (K - 1, N). `quotas`: how many leave at each of the K - 1 branches.
+    Returns:
+        One threshold an exit; ties at a threshold leave together, so an exit may take more than its quota.
+    """
+    here = torch.ones(scores.shape[1], dtype=torch.bool)
+    thresholds: list[float] = []
+    for row, quota in zip(scores, quotas, strict=True):
+        ranked = row[here & torch.isfinite(row)].sort(descending=True).values
+        if quota <= 0 or len(ranked) == 0:
+            thresholds.append(NEVER)
+            continue
+        tau = between(ranked, min(quota, len(ranked)))
+        thresholds.append(tau)
+        here &= row < tau
+    return tuple(thresholds)
+
+
+def between(ranked: Tensor, rank: int) -> float:
+    """A float32 threshold that the first `rank` of falling scores reach, halfway to the next: robust to rounding."""
+    last = ranked[rank - 1].item()
+    after = ranked[rank].item() if rank < len(ranked) and torch.isfinite(ranked[rank]) else last
+    middle = torch.tensor((last + after) / 2, dtype=torch.float32).item()
+    return middle if after < middle <= last else last
+
+
+def geometric_budget(records: ExitRecords, budget: float, score: str | FittedScore = "max_prob") -> OperatingPoint:
+    """Exit k gets a share proportional to g ** k; the largest g whose realised mean cost meets the budget.
+
+    Args:
+        budget: mean MACs as a fraction of the original's.
+    Raises:
+        OperatingPointError: not even everyone leaving at the first exit meets it.
+    Source: budgeted batch classification of MSDNet (Huang et al., ICLR 2018, arXiv:1703.09844); the published code
+    steps g and takes the first that exceeds the budget, this bisects and stays within.
+    """
+    instance("records", records, ExitRecords)
+    budget = positive("budget", budget)
+    scores, n = records.scores(score), len(records)
+    rule = f"geometric_budget({budget:g})"
+
+    def at(log_g: float) -> OperatingPoint:
+        shares = torch.softmax(log_g * torch.arange(len(records.trunk_macs), dtype=torch.float64), 0)
+        quotas = (shares[:-1] * n).round().int().tolist()
+        return replay_point(records, ThresholdPolicy(quota_thresholds(scores, quotas), score), rule)
+
+    cheap, dear = -20.0, 20.0
+    best = at(cheap)
+    if best.macs_fraction > budget:
+        raise OperatingPointError(
+            f"No exits meet a budget of {budget:g}: the cheapest possible mean is {best.macs_fraction:.3f} "
+            "of the original's MACs. Put an exit earlier or ask for more."
+        )
+    while dear - cheap > 1e-3:
+        middle = (cheap + dear) / 2
+        point = at(middle)
+        if point.macs_fraction <= budget:
+            cheap, best = middle, point
+        else:
+            dear = middle
+    return best

@@ -1,0 +1,67 @@
+"""Thresholds from an accepted accuracy drop: the rule of the softmax cascade."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ee_surgery.calibration.records import ExitRecords, replay_point
+from ee_surgery.checks import accuracy_drop, instance, number
+from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+
+
+def tail_accuracy(score: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Accuracy over the samples that score at least d, for every d that occurs.
+
+    Args:
+        score: (N,), `correct`: bool (N,), of one exit.
+    Returns:
+        The distinct finite scores d in falling order (M,), the accuracy of each tail (M,) as float64, and how
+        many samples are in it (M,). Samples of equal score stay together.
+    """
+    order = score.argsort(descending=True, stable=True)
+    ranked = score[order]
+    right = correct[order].double().cumsum(0)
+    count = torch.arange(1, len(score) + 1, dtype=torch.float64)
+    last = torch.ones(len(score), dtype=torch.bool)
+    last[:-1] = ranked[1:] != ranked[:-1]
+    last &= torch.isfinite(ranked)
+    return ranked[last], right[last] / count[last], count[last]
+
+
+def accuracy_drop_rule(
+    records: ExitRecords, drop: float, score: str = "max_prob", min_tail: float = 0.01
+) -> OperatingPoint:
+    """Each exit alone: the lowest threshold whose tail is within `drop` of that exit's best tail.
+
+    `drop` is relative to each exit's own best tail, not to the original: what the cascade really loses is in
+    `accuracy_drop` of the result. Use `Frontier` to ask for a realised drop.
+
+    Args:
+        drop: accepted degradation in [0, 1]; 0.01 is one percentage point.
+        min_tail: smallest share of the samples that may count as a tail, lest a few lucky ones set the standard.
+    Source: Berestizshevsky & Even, arXiv:1805.10982, section 3, which has no minimum tail.
+    """
+    instance("records", records, ExitRecords)
+    drop, min_tail = accuracy_drop("drop", drop), number("min_tail", min_tail, low=0, high=1)
+    rows = zip(records.scores(score), records.correct[:-1], strict=True)
+    thresholds = tuple(lowest_good(row, correct, drop, min_tail * len(records)) for row, correct in rows)
+    return replay_point(records, ThresholdPolicy(thresholds, score), f"accuracy_drop_rule({drop:g})")
+
+
+def lowest_good(score: Tensor, correct: Tensor, drop: float, min_tail: float, standard: float | None = None) -> float:
+    """The lowest threshold whose tail is within `drop` of the standard; `inf` where there is none.
+
+    Args:
+        score, correct: (N,), of one exit.
+        min_tail: fewest samples that count as a tail.
+        standard: an accuracy; that of the best tail when left out.
+    """
+    candidates, accuracy, count = tail_accuracy(score, correct)
+    enough = count >= max(1, min_tail)
+    candidates, accuracy = candidates[enough], accuracy[enough]
+    if len(candidates) == 0:
+        return NEVER
+    good = accuracy >= (accuracy.max().item() if standard is None else standard) - drop - 1e-12
+    return candidates[good].min().item() if good.any() else NEVER

@@ -1,0 +1,253 @@
+"""The frontier: every trade-off between accuracy and cost that the branches can reach."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ee_surgery.calibration.methods import POLICIES
+from ee_surgery.calibration.plots import plot_frontier
+from ee_surgery.calibration.records import ExitRecords, replay_point
+from ee_surgery.calibration.risk import RiskTable
+from ee_surgery.calibration.search import search
+from ee_surgery.checks import accuracy_drop, instance, names, numbers, positive, shown, word
+from ee_surgery.errors import DataError, OperatingPointError
+from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+from ee_surgery.tables import table
+from ee_surgery.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT_VERSION = 1
+_LEVELS = "It is (eps, delta): with confidence 1 - delta, at most a share eps of new samples; (0.01, 0.05) for example."
+
+
+@dataclass(frozen=True)
+class Frontier(Sequence[OperatingPoint]):
+    """Operating points of which none is both dearer and expected to be worse than another, from cheap to dear.
+
+    Costs, shares and `accuracy` were realised on the calibration data; `expected_accuracy` is lower by the luck in
+    choosing thresholds, and it is what requests are judged by. On new data there remains the sampling error.
+    """
+
+    points: tuple[OperatingPoint, ...]
+    base_accuracy: float
+    """Of the original on the calibration data; 1.0 where its own answers stood for labels."""
+    exits: tuple[str, ...]
+    """Names of the exits, the original's head (`original`) last."""
+    exit_accuracies: tuple[float, ...]
+    """Of each exit alone, all samples leaving there."""
+    exit_macs: tuple[float, ...]
+    """Fraction of the original's MACs for leaving at each exit, that exit's own branch counted and no other."""
+    labelled: bool
+    """False where accuracy means agreement with the original."""
+    risks: tuple[RiskTable, ...] = ()
+    """What can be certified, a table a risk; filled by `calibrate`."""
+
+    @classmethod
+    def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
+        """Search thresholds for the best realised trade-offs.
+
+        Args:
+            records: answers to held-out data: neither what trained the branches nor what will be reported.
+            scores: which scores may be used; each operating point uses one of them.
+        """
+        instance("records", records, ExitRecords)
+        return cls.of(records, [point for score in names("scores", scores) for point in search(records, score)])
+
+    @classmethod
+    def trace(cls, records: ExitRecords, policy: str = "search") -> Frontier:
+        """All trade-offs of one way to choose when to leave, by its name in `POLICIES`.
+
+        Args:
+            records: held-out answers, as for `search`.
+        """
+        instance("records", records, ExitRecords)
+        return cls.of(records, POLICIES[policy](records))
+
+    @classmethod
+    def of(cls, records: ExitRecords, points: Iterable[OperatingPoint]) -> Frontier:
+        """The best of some operating points that were realised on these records; never exiting is one of them."""
+        never = ThresholdPolicy((NEVER,) * len(records.exits))
+        points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
+        own = [*records.branch_macs, 0]
+        return cls(
+            points=_pareto(points),
+            base_accuracy=records.base_accuracy,
+            exits=(*records.exits, "original"),
+            exit_accuracies=tuple(records.accuracies),
+            exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
+            labelled=records.labels is not None,
+        )
+
+    def at(
+        self,
+        *,
+        max_accuracy_drop: float | None = None,
+        budget: float | None = None,
+        risk: tuple[float, float] | None = None,
+        risk_of: str = "disagreement",
+    ) -> OperatingPoint:
+        """The cheapest point within an accuracy drop, the most accurate within a budget, or the cheapest certified one.
+
+        Args:
+            max_accuracy_drop: of the expected accuracy below the original's, in [0, 1]; 0.01 is one percentage
+                point. The realised drop on the calibration data is no larger.
+            budget: mean MACs as a fraction of the original's, branches included.
+            risk: (eps, delta): with confidence 1 - delta, at most a share eps of new samples gets another answer than
+                the original's. All exits stay closed, with a warning that says how many samples it takes, where these
+                cannot certify any. `risk_control` knows more risks and sharper tests.
+            risk_of: `accuracy_gap`: at most eps of the accuracy is lost.
+        Raises:
+            OperatingPointError: none or several were given, or no point meets the request.
+        """
+        if sum(asked is not None for asked in (max_accuracy_drop, budget, risk)) != 1:
+            raise OperatingPointError("Give exactly one of max_accuracy_drop=, budget= and risk=.")
+        if risk is not None:
+            levels = numbers("risk", risk, above=0, below=1, error=OperatingPointError, hint=_LEVELS)
+            if len(levels) != 2:
+                raise OperatingPointError(f"risk must be (eps, delta), got {shown(risk)}. {_LEVELS}")
+            return self._certified(risk_of, *levels)
+        if max_accuracy_drop is not None:
+            max_accuracy_drop = accuracy_drop("max_accuracy_drop", max_accuracy_drop, OperatingPointError)
+            # Never exiting is a point of every search, so there always is one.
+            floor = self.base_accuracy - max_accuracy_drop - 1e-12
+            return next(p for p in self.points if p.expected_accuracy >= floor)
+        budget = positive("budget", budget, OperatingPointError, "A fraction of the original's MACs: 0.5.")
+        affordable = [point for point in self.points if point.macs_fraction <= budget + 1e-12]
+        if not affordable:
+            raise OperatingPointError(
+                f"No operating point within a budget of {budget:g}: the cheapest costs "
+                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Put an exit earlier or ask for more."
+            )
+        return affordable[-1]
+
+    def _certified(self, name: str, eps: float, delta: float) -> OperatingPoint:
+        word("risk_of", name, OperatingPointError)
+        for certified in self.risks:
+            if certified.risk == name:
+                return certified.at(eps, delta)
+        raise OperatingPointError(
+            f"Nothing is known about the risk {name!r}, only about {[table.risk for table in self.risks]}. Run "
+            "ee.calibrate on labelled data, or ee.risk_control on records."
+        )
+
+    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.points[index]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[OperatingPoint]:
+        return iter(self.points)
+
+    def __str__(self) -> str:
+        what = "accuracy" if self.labelled else "agreement"
+        lines = [f"{what:>9}  expected    MACs   share leaving at each exit"]
+        for point in self.milestones():
+            shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
+            numbers = f"{point.accuracy:9.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
+            lines.append(f"{numbers}   {shares}  ({visible(point.score)})")
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The operating points at some round accuracy drops."""
+        what = "accuracy" if self.labelled else "agreement"
+        rows = [
+            [
+                f"{p.accuracy:.2%}",
+                f"{p.expected_accuracy:.2%}",
+                f"{100 * (self.base_accuracy - p.expected_accuracy):.2f}",
+                f"{p.macs_fraction:.1%}",
+                str(p.score),
+                " ".join(f"{share:4.0%}" for share in p.exit_shares),
+            ]
+            for p in self.milestones()
+        ]
+        exits = ", ".join(map(visible, self.exits))
+        names = (what, "expected", "drop, points", "MACs", "score", "share leaving at each exit")
+        return table(
+            f"Frontier on {self.points[0].samples} held-out samples; original: {what} {self.base_accuracy:.2%}",
+            f"expected: less the luck in choosing thresholds; exits: {exits}",
+            dict.fromkeys(names, "right"),
+            rows,
+        )
+
+    def __rich_console__(self, console: object, options: object):
+        yield self.table()
+
+    def milestones(self, drops: Sequence[float] = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)) -> list[OperatingPoint]:
+        """The distinct points at some round accuracy drops, from the smallest drop to the largest."""
+        return list(dict.fromkeys(self.at(max_accuracy_drop=drop) for drop in drops))
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Accuracy against mean MACs: the frontier, the original, and each exit alone.
+
+        Args:
+            path: write the picture there (by its suffix; a PNG where it has none), whole or not at all.
+        Raises:
+            SurgeryError: matplotlib is not installed.
+            ConfigError: pictures of that kind cannot be written.
+            WriteError: the file cannot be written.
+        """
+        exits = list(zip(self.exits, self.exit_macs, self.exit_accuracies, strict=True))[:-1]
+        what = "accuracy" if self.labelled else "agreement with the original"
+        return plot_frontier(self.points, exits, self.base_accuracy, what, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, and the tensors of fitted scores."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "points": [point.to_dict() for point in self.points],
+            "base_accuracy": self.base_accuracy,
+            "exits": list(self.exits),
+            "exit_accuracies": list(self.exit_accuracies),
+            "exit_macs": list(self.exit_macs),
+            "labelled": self.labelled,
+            "risks": [table.to_dict() for table in self.risks],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Frontier:
+        """What `to_dict` gave.
+
+        Raises:
+            DataError: another format, or fields missing.
+        """
+        if data.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"A frontier of format {data.get('format_version')!r}; this version reads {FORMAT_VERSION}."
+            )
+        try:
+            return cls(
+                points=tuple(OperatingPoint.from_dict(point) for point in data["points"]),
+                base_accuracy=data["base_accuracy"],
+                exits=tuple(data["exits"]),
+                exit_accuracies=tuple(data["exit_accuracies"]),
+                exit_macs=tuple(data["exit_macs"]),
+                labelled=data["labelled"],
+                risks=tuple(RiskTable.from_dict(table) for table in data.get("risks", [])),
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"A damaged frontier: {error!r}.") from error
+
+
+def _pareto(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
+    """Points sorted by cost, each expected to be more accurate than all cheaper ones.
+
+    Where nothing was estimated, the accuracy on the calibration data is what is expected.
+    """
+    kept: list[OperatingPoint] = []
+    known = [
+        p if p.expected_accuracy == p.expected_accuracy else replace(p, expected_accuracy=p.accuracy) for p in points
+    ]
+    for point in sorted(known, key=lambda p: (p.macs_fraction, -p.expected_accuracy)):
+        if not kept or point.expected_accuracy > kept[-1].expected_accuracy:
+            kept.append(point)
+    return tuple(kept)

@@ -1,0 +1,146 @@
+"""Ways to choose when to leave, each tracing all its trade-offs over the same records."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from ee_surgery.calibration.budget import geometric_budget
+from ee_surgery.calibration.cascade import accuracy_drop_rule
+from ee_surgery.calibration.classwise import class_thresholds
+from ee_surgery.calibration.eenet import SCORE_RATES, eenet_scheduler
+from ee_surgery.calibration.records import ExitRecords, replay_point
+from ee_surgery.calibration.search import search, stopping
+from ee_surgery.calibration.temperature import scale_temperatures
+from ee_surgery.errors import OperatingPointError
+from ee_surgery.policies.exit_costs import exit_costs
+from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.policy import Fallback, ThresholdPolicy
+from ee_surgery.policies.scores import FittedScore
+from ee_surgery.registry import Registry
+
+Tracer: TypeAlias = Callable[[ExitRecords], list[OperatingPoint]]
+
+POLICIES: Registry[Tracer] = Registry("policy")
+"""Name -> function from records to operating points, in no order. `Frontier.trace` keeps the best of them."""
+
+POLICIES.register("search")(search)
+POLICIES.register("stopping")(stopping)
+
+_DROPS = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0)
+
+
+def one_threshold(
+    records: ExitRecords, score: str | FittedScore, fallback: Fallback = "last", rule: str = "shared"
+) -> list[OperatingPoint]:
+    """The same threshold at every exit, at a hundred values of the score."""
+    finite = records.scores(score)[torch.isfinite(records.scores(score))]
+    values = torch.quantile(finite[:: max(1, len(finite) // 100_000)], torch.linspace(0, 1, 100)).unique().tolist()
+    k = len(records.exits)
+    policies = [ThresholdPolicy((tau,) * k, score, fallback) for tau in (*values, float("inf"))]
+    return [replay_point(records, policy, rule) for policy in policies]
+
+
+@POLICIES.register("shared")
+def shared(records: ExitRecords) -> list[OperatingPoint]:
+    """One threshold on the largest softmax probability (Shallow-Deep Networks, Zero Time Waste)."""
+    return one_threshold(records, "max_prob")
+
+
+@POLICIES.register("most_confident")
+def most_confident(records: ExitRecords) -> list[OperatingPoint]:
+    """The same, and who never leaves gets the most confident answer of all (Shallow-Deep Networks)."""
+    return one_threshold(records, "max_prob", "most_confident", "most_confident")
+
+
+@POLICIES.register("scaled")
+def scaled(records: ExitRecords) -> list[OperatingPoint]:
+    """One threshold on the largest softmax probability after temperature scaling (arXiv:1706.04599)."""
+    return one_threshold(records, scale_temperatures(records), rule="scaled")
+
+
+@POLICIES.register("learned")
+def learned(records: ExitRecords) -> list[OperatingPoint]:
+    """One threshold on the confidence units, 0.5 as published among them (EENets, PTEENet)."""
+    half = ThresholdPolicy((0.5,) * len(records.exits), "learned")
+    return [*one_threshold(records, "learned", rule="learned"), replay_point(records, half, "learned")]
+
+
+@POLICIES.register("patience")
+def patience(records: ExitRecords) -> list[OperatingPoint]:
+    """Leave when m + 1 exits in a row have said the same (PABEE, arXiv:2006.04152)."""
+    k = len(records.exits)
+    return [replay_point(records, ThresholdPolicy((float(m),) * k, "patience"), "patience") for m in range(k + 1)]
+
+
+@POLICIES.register("entropy")
+def entropy(records: ExitRecords) -> list[OperatingPoint]:
+    """Thresholds on the entropy: every combination of 17 values an exit up to three exits, as BranchyNet searched its
+    grid (arXiv:1709.01686); one value for all exits beyond, where the grid has no end.
+    """
+    scores, k = records.scores("entropy"), len(records.exits)
+    if k > 3:
+        return one_threshold(records, "entropy", rule="entropy")
+    axes = [torch.quantile(row[torch.isfinite(row)], torch.linspace(0, 1, 16)).tolist() for row in scores]
+    grid = itertools.product(*([*values, float("inf")] for values in axes))
+    return _upper([replay_point(records, ThresholdPolicy(taus, "entropy"), "entropy") for taus in grid])
+
+
+@POLICIES.register("cascade")
+def cascade(records: ExitRecords) -> list[OperatingPoint]:
+    """Per-exit thresholds from an accepted accuracy drop (cascaded inference, arXiv:1805.10982)."""
+    return [accuracy_drop_rule(records, drop) for drop in _DROPS]
+
+
+@POLICIES.register("classwise")
+def classwise(records: ExitRecords) -> list[OperatingPoint]:
+    """The same rule for each exit and predicted class."""
+    return [class_thresholds(records, drop) for drop in _DROPS]
+
+
+@POLICIES.register("geometric")
+def geometric(records: ExitRecords) -> list[OperatingPoint]:
+    """Exit shares in geometric progression, for budgets (MSDNet, arXiv:1703.09844)."""
+    return list(_within(records, 40, geometric_budget))
+
+
+@POLICIES.register("eenet")
+def eenet(records: ExitRecords) -> list[OperatingPoint]:
+    """The learned scheduler of EENet (arXiv:2301.07099), for budgets; at the rate that does best for a middle one."""
+    middle = (_cheapest(records) + 1) / 2
+    try:
+        tried = {rate: eenet_scheduler(records, middle, rates=[rate]) for rate in SCORE_RATES}
+    except OperatingPointError:  # leaving first costs as much as never leaving
+        return []
+    rate = max(tried, key=lambda rate: tried[rate].accuracy)
+    return [tried[rate], *_within(records, 5, functools.partial(eenet_scheduler, rates=[rate]))]
+
+
+def _cheapest(records: ExitRecords) -> float:
+    """The cost of all leaving first, as a fraction of the original's."""
+    return exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))[0] / records.base_macs
+
+
+def _within(
+    records: ExitRecords, count: int, choose: Callable[[ExitRecords, float], OperatingPoint]
+) -> Iterable[OperatingPoint]:
+    """Points for budgets from the cheapest reachable one up, below the original's cost."""
+    for budget in np.linspace(_cheapest(records) * 1.001, 1, count, endpoint=False):
+        try:
+            yield choose(records, float(budget))
+        except OperatingPointError:  # noqa: PERF203 (ties leave together: the cheapest may cost a little more)
+            continue
+
+
+def _upper(points: list[OperatingPoint]) -> list[OperatingPoint]:
+    """Points of which none is both dearer and less accurate than another on these records."""
+    kept: list[OperatingPoint] = []
+    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.accuracy)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return kept

@@ -1,0 +1,400 @@
+"""Risk control: thresholds that come with a promise about new data, not only with what was observed.
+
+A path of policies runs from safe (nothing leaves) to risky. Each is tested on the records, in that order, for whether
+its risk may exceed `eps`; the first that cannot be cleared ends the path. Testing in a fixed order needs no correction
+for the number of tests, so any policy before the end may be used, and the cheapest is.
+
+Sources: risk control for early exit (Jazbec et al., arXiv:2405.20915); Learn then Test (Angelopoulos et al.,
+arXiv:2110.01052); conformal risk control (arXiv:2208.02814). The papers share one threshold between exits and take the
+last policy cleared; here thresholds may differ, and of the cleared ones the cheapest is taken.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ee_surgery.calibration.bounds import ZERO_ONE, Scale, cleared, cleared_by_counts, samples_needed, upper_bound
+from ee_surgery.calibration.records import ExitRecords, fingerprint, replay_point
+from ee_surgery.calibration.search import search
+from ee_surgery.checks import count, flag, instance, number
+from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
+from ee_surgery.policies.certificate import Certificate, Check
+from ee_surgery.policies.exit_costs import exit_costs
+from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.policy import NEVER, ThresholdPolicy
+from ee_surgery.policies.scores import SCORES
+from ee_surgery.registry import Registry
+
+FORMAT_VERSION = 1
+SPLIT = 0.3
+"""Share of the samples that choose the path of thresholds with `per_exit`; the rest certify."""
+
+_Floats: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Risk:
+    """What is lost by leaving early. Its mean over samples is the risk; the original's own answer costs 0."""
+
+    loss: Callable[[ExitRecords], _Floats]
+    """Loss of each exit's answer to each sample, shape (K, N); the last row, the original's, is 0."""
+    scale: Scale
+    labelled: bool
+    """Whether it needs labels."""
+
+
+RISKS: Registry[Risk] = Registry("risk")
+
+
+def _disagreement(records: ExitRecords) -> _Floats:
+    answers = records.logits.argmax(-1)
+    return (answers != answers[-1]).double().numpy()
+
+
+def _accuracy_gap(records: ExitRecords) -> _Floats:
+    right = records.correct.double()
+    return (right[-1] - right).numpy()
+
+
+def _brier_gap(records: ExitRecords) -> _Floats:
+    rows = []
+    for logits in records.logits:
+        p = torch.softmax(logits.double(), -1)
+        p[torch.arange(len(records)), records.target] -= 1
+        rows.append(p.square().sum(-1).nan_to_num(nan=2.0))  # logits that are not finite are the worst answer
+    brier = torch.stack(rows)
+    return (brier - brier[-1]).numpy()
+
+
+RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False))
+RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True))
+RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))
+
+
+def risk_control(
+    records: ExitRecords,
+    eps: float,
+    delta: float = 0.05,
+    *,
+    risk: str = "disagreement",
+    method: str | None = None,
+    per_exit: bool = False,
+    score: str = "max_prob",
+    seed: int = 0,
+) -> OperatingPoint:
+    """The cheapest policy that is certified to lose at most `eps`.
+
+    Args:
+        records: answers to held-out data like what will come: neither what trained the branches nor fitted the score.
+        eps: the risk accepted on new data, in (0, 1), in units of the loss; 0.01 is one percentage point.
+        delta: chance in (0, 1) that the promise is wrong, over the draw of the records.
+        risk: `disagreement` with the original's answer (needs no labels), `accuracy_gap` (wrong where the original is
+            right, less right where it is wrong) or `brier_gap`; any name in `RISKS`.
+        method: None takes an exact test for whole losses (`ltt-binomial`, or `ltt-paired` for -1, 0 and 1), else
+            `wsr`, which bets. `ltt-trinomial` joins two binomial bounds, `ltt-hb` needs only the mean. `crc` promises
+            only the expected risk; each sample's largest loss so far on the path stands for its loss.
+        per_exit: a threshold for each exit, searched on a random 30 % of the records and certified on the rest.
+        score: a registered name with values in [0, 1], or `patience`.
+        seed: of that split, and of the order in which `wsr` bets.
+    Returns:
+        The point, as realised on the certifying samples, and its certificate.
+    Warns:
+        SurgeryWarning: nothing could be certified: all exits stay closed. Says how many samples are needed at least.
+    Raises:
+        ConfigError: a number outside its range, an unknown method or one that does not fit the losses.
+        DataError: the risk needs labels, and there are none.
+    """
+    instance("records", records, ExitRecords)
+    eps, delta = _levels(eps, delta)
+    per_exit, seed = flag("per_exit", per_exit), count("seed", seed, low=0)
+    kind, method, _ = _risk(risk, records), _method(method, risk), SCORES[score]  # the last: a name that is known
+    if per_exit:
+        part, records = _halves(records, seed)
+        path = _Path(records, _searched_path(part, kind, score, eps), score)
+    else:
+        path = _Path(records, _shared_path(records, score), score)
+    order = _order(path.n, seed)
+    of_exits, ok, peak = kind.loss(records), [], np.zeros((1, path.n))
+    for losses in path.losses(of_exits):
+        if method == "crc":
+            # a peak covers every safer policy too, so crc's promise holds for whichever of them is the cheapest
+            losses = np.maximum.accumulate(np.maximum(losses, peak), 0)
+            peak = losses[-1:]
+        ok.extend(cleared(method, losses[:, order], kind.scale, eps, delta))
+        if not all(ok):
+            break
+    best = _cheapest(path.fractions, ok)
+    point, losses = (
+        replay_point(records, path.policy(best), ""),
+        _taken(of_exits, path.exit_index[best : best + 1])[:, order],
+    )
+    data = fingerprint(records)
+    return _certified(point, losses, any(ok[:1]), risk, eps, delta, method, data, per_exit, seed)
+
+
+def check_certificate(certificate: Certificate, records: ExitRecords) -> Check:
+    """Try the promised policy on records: those that certified it, or new ones of the same exits.
+
+    Args:
+        records: for a `per_exit` certificate, all that `risk_control` was given or only those that certified.
+    Raises:
+        DataError: other exits, or labels are missing that the risk needs.
+    """
+    instance("certificate", certificate, Certificate, hint="It is on the point: `point.certificate`.")
+    instance("records", records, ExitRecords)
+    risk, eps, delta = _risk(certificate.risk, records), certificate.eps, certificate.delta
+    promised, there = len(certificate.thresholds), len(records.exits)
+    if promised != there:
+        raise DataError(f"The certificate is about {promised} exits, these records have {there}.")
+    same = False
+    if certificate.per_exit and len(records) > certificate.n:
+        rest = _halves(records, certificate.seed)[1]
+        same = fingerprint(rest) == certificate.data
+        records = rest if same else records
+    policy = ThresholdPolicy(certificate.thresholds, certificate.score)
+    exit_index = records.replay(policy).exit_index.numpy()[None]
+    losses = _taken(risk.loss(records), exit_index)[:, _order(len(records), certificate.seed)]
+    holds = bool(cleared(certificate.method, losses, risk.scale, eps, delta)[0])
+    method = risk.scale.methods()[0] if certificate.method == "crc" else certificate.method  # crc knows no level
+    ends = risk.scale.low + risk.scale.high  # mirrored losses, and their limit, test for the opposite
+    return Check(
+        observed=float(losses.mean()),
+        n=len(records),
+        bound=0.0 if policy.closed else upper_bound(method, losses, risk.scale, delta),
+        holds=certificate.certified if policy.closed else holds,  # closed exits lose nothing on any data
+        contradicted=bool(cleared(method, ends - losses, risk.scale, ends - eps, delta)[0]),
+        same_data=same or fingerprint(records) == certificate.data,
+        promise=certificate.promise,
+    )
+
+
+@dataclass(frozen=True)
+class RiskTable:
+    """The shared path as tested on records: enough to certify any request later, without the records.
+
+    Each request stands alone: see `Certificate` on a series of them. `worse` and `better` count, for each point, the
+    samples with a loss of 1 and of -1; `data` is the records' fingerprint.
+    """
+
+    risk: str
+    score: str
+    points: tuple[OperatingPoint, ...]
+    """From safe to risky; the first closes all exits."""
+    worse: tuple[int, ...]
+    better: tuple[int, ...]
+    data: str
+
+    def at(self, eps: float, delta: float = 0.05) -> OperatingPoint:
+        """The cheapest point certified to lose at most `eps`, within a millisecond.
+
+        By `ltt-binomial` for losses of 0 and 1, as `risk_control`; by `ltt-trinomial` for -1, 0 and 1, where
+        `risk_control` takes longer and may certify a cheaper point. Warns and raises as `risk_control`.
+        """
+        eps, delta = _levels(eps, delta)
+        method, n = _counted(self.risk), self.points[0].samples
+        ok = cleared_by_counts(method, np.array(self.worse[1:]), np.array(self.better[1:]), n, eps, delta)
+        best = _cheapest(np.array([point.macs_fraction for point in self.points]), ok)
+        point, worse, better = self.points[best], self.worse[best], self.better[best]
+        losses = np.repeat([[1.0, -1.0, 0.0]], [worse, better, n - worse - better], 1)
+        return _certified(point, losses, any(ok[:1]), self.risk, eps, delta, method, self.data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        data |= {"format_version": FORMAT_VERSION, "points": [point.to_dict() for point in self.points]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RiskTable:
+        """What `to_dict` gave.
+
+        Raises:
+            DataError: another format, or fields are missing or unknown.
+        """
+        if (version := data.get("format_version")) != FORMAT_VERSION:
+            raise DataError(f"A risk table of format {version!r}; this version reads {FORMAT_VERSION}.")
+        try:
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key != "format_version"}
+            return cls(**{**values, "points": tuple(OperatingPoint.from_dict(point) for point in data["points"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"A damaged risk table: {error!r}.") from error
+
+
+def risk_table(records: ExitRecords, risk: str = "disagreement", score: str = "max_prob") -> RiskTable:
+    """Count the losses of every policy on the shared path; settings are those of `risk_control`.
+
+    Raises:
+        ConfigError: the losses of this risk are not whole numbers, so counts do not tell their mean.
+    """
+    instance("records", records, ExitRecords)
+    kind, _ = _risk(risk, records), (SCORES[score], _counted(risk))
+    path = _Path(records, _shared_path(records, score), score)
+    worse, better = [0], [0]
+    for losses in path.losses(kind.loss(records)):
+        worse += (losses > 0).sum(1).tolist()
+        better += (losses < 0).sum(1).tolist()
+    points = tuple(replay_point(records, path.policy(row), f"risk_table({risk})") for row in range(len(path)))
+    return RiskTable(risk, score, points, tuple(worse), tuple(better), fingerprint(records))
+
+
+# --- Paths of policies from safe to risky; the first closes every exit.
+
+
+class _Path:
+    """What P policies on a path do with records, without replaying each."""
+
+    def __init__(self, records: ExitRecords, thresholds: _Floats, score: str) -> None:
+        # Scores are float32: thresholds are what they are when compared.
+        self.thresholds = thresholds.astype(np.float32).astype(np.float64)
+        self.score, self.n = score, len(records)
+        scores = records.scores(score).double().numpy()
+        last = len(scores)
+        self.exit_index = np.full((len(thresholds), self.n), last, dtype=np.int16)
+        for k in reversed(range(last)):
+            self.exit_index[scores[k] >= self.thresholds[:, k, None]] = k
+        shares = np.stack([(self.exit_index == k).mean(1) for k in range(last + 1)], 1)
+        visits = [self.policy(row).visits(records.chained) for row in range(len(thresholds))]
+        costs = {v: exit_costs(records.trunk_macs, records.branch_macs, v) for v in set(visits)}
+        self.fractions: _Floats = (shares * np.array([costs[v] for v in visits])).sum(1) / records.base_macs
+
+    def __len__(self) -> int:
+        return len(self.thresholds)
+
+    def policy(self, row: int) -> ThresholdPolicy:
+        return ThresholdPolicy(tuple(self.thresholds[row].tolist()), self.score)
+
+    def losses(self, of_exits: _Floats) -> Iterator[_Floats]:
+        """Losses of policies in blocks of rows (rows, N), from the first that is not closed; bounded memory."""
+        step = max(8, 1_000_000 // self.n)
+        for start in range(1, len(self), step):
+            yield _taken(of_exits, self.exit_index[start : start + step])
+
+
+def _taken(of_exits: _Floats, exit_index: NDArray[Any]) -> _Floats:
+    """Losses, (P, N), at the exits that policies take, (P, N), of those at all exits, (K, N)."""
+    return of_exits[exit_index, np.arange(of_exits.shape[1])]
+
+
+def _shared_path(records: ExitRecords, score: str) -> _Floats:
+    """The same threshold at all exits, chosen by no data: shape (P, K - 1).
+
+    Scores crowd below 1, so thresholds are dense there: 1 - 10^-x, x from 7 to 0 in 200 steps.
+    """
+    taus = 1 - 10.0 ** -np.linspace(7, 0, 201)
+    if score == "patience":  # counts exits
+        taus = np.arange(len(records.exits) - 1, -1, -1, dtype=np.float64)
+    return np.repeat(np.concatenate([[NEVER], taus])[:, None], len(records.exits), 1)
+
+
+def _searched_path(part: ExitRecords, risk: Risk, score: str, eps: float) -> _Floats:
+    """Thresholds searched on samples that will not certify: shape (P, K - 1).
+
+    A search on few samples leaps from no exits to the cheapest that did no harm on them. So the path comes down to
+    the point expected to be just within `eps` in small steps, all thresholds moving from 1 to theirs together; then
+    on over the cheaper points.
+    """
+    points = search(part if risk.labelled else replace(part, labels=None), score, fallbacks=["last"])
+    closed, found = np.full((1, len(part.exits)), NEVER), np.array([point.thresholds for point in points])
+    opened = np.flatnonzero(np.isfinite(found).any(1))
+    if not len(opened):
+        return closed
+    path = _Path(part, np.concatenate([closed, found]), score)
+    realised = np.concatenate([losses.mean(1) for losses in path.losses(risk.loss(part))])
+    luck = np.array([point.accuracy - point.expected_accuracy for point in points])
+    aim = next((row for row in opened if realised[row] + luck[row] <= eps), opened[-1])
+    room = 10.0 ** -np.linspace(4, 0, 81)[:-1, None]
+    slope = np.where(found[aim] < 1, 1 - (1 - found[aim]) * room, found[aim])
+    return np.concatenate([closed, slope, found[: aim + 1][::-1]])
+
+
+def _halves(records: ExitRecords, seed: int) -> tuple[ExitRecords, ExitRecords]:
+    """The samples that choose the path, and those that certify."""
+    rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
+    chosen = round(SPLIT * len(records))
+    if chosen < 2:
+        raise DataError(f"Thresholds for each exit need samples to search on: got {len(records)} records in all.")
+    return records.take(rows[:chosen]), records.take(rows[chosen:])
+
+
+def _order(n: int, seed: int) -> NDArray[np.int64]:
+    """The order in which `wsr` bets: one that the data had no say in."""
+    return np.random.default_rng(seed).permutation(n)
+
+
+# --- What was asked, and what is stated
+
+
+def _cheapest(fractions: _Floats, ok: Sequence[bool] | NDArray[np.bool_]) -> int:
+    """The cheapest policy before the first that is not cleared; that which closes all exits needs no test."""
+    end = 1 + int(np.logical_and.accumulate(ok).sum())
+    return int(fractions[:end].argmin())
+
+
+def _certified(
+    point: OperatingPoint,
+    losses: _Floats,
+    certified: bool,
+    risk: str,
+    eps: float,
+    delta: float,
+    method: str,
+    data: str,
+    per_exit: bool = False,
+    seed: int = 0,
+) -> OperatingPoint:
+    """State what was found for the chosen point and its losses (1, N), and warn where nothing was."""
+    scale, n, bound = RISKS[risk].scale, losses.shape[1], None
+    if certified:
+        # the bound is found to a step, or by another test; the test at eps itself was passed
+        bound = 0.0 if point.policy.closed else min(eps, upper_bound(method, losses, scale, delta))
+    else:
+        needed = samples_needed(eps, delta, method, scale)
+        why = (
+            f"{n} samples are too few: at least {needed} are needed, more where some are lost"
+            if n < needed
+            else f"on these {n} samples even the safest policy may lose more (one without loss needs {needed})"
+        )
+        warnings.warn(
+            f"No early exit is certified for {risk} <= {eps:g} with delta={delta:g} ({method}): {why}. "
+            "All exits stay closed. Record more samples, or accept a larger eps or delta.",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+    # in the order of the fields
+    found = (point.thresholds, str(point.score), n, float(losses.mean()), certified, bound)
+    certificate = Certificate(risk, eps, delta, method, *found, data, per_exit, seed)
+    return replace(point, rule=f"risk_control({risk} <= {eps:g}, delta={delta:g})", certificate=certificate)
+
+
+def _levels(eps: float, delta: float) -> tuple[float, float]:
+    limits = {"above": 0, "below": 1, "hint": "0.01 is one percent."}
+    return number("eps", eps, **limits), number("delta", delta, **limits)
+
+
+def _risk(name: str, records: ExitRecords) -> Risk:
+    risk = RISKS[name]
+    if risk.labelled and records.labels is None:
+        free = ", ".join(repr(other) for other, r in RISKS.items() if not r.labelled)
+        raise DataError(f"The risk {name!r} needs labels, and these records have none. Without labels: {free}.")
+    return risk
+
+
+def _method(name: str | None, risk: str) -> str:
+    fitting = RISKS[risk].scale.methods()
+    if name is not None and name not in fitting:
+        raise ConfigError(f"No method {name!r} for the losses of {risk!r}. These fit: {', '.join(map(repr, fitting))}.")
+    return name or fitting[0]
+
+
+def _counted(risk: str) -> str:
+    method = RISKS[risk].scale.counted()
+    if method is None:
+        raise ConfigError(f"A table counts losses, and those of {risk!r} are no whole numbers. Use risk_control.")
+    return method

@@ -1,0 +1,207 @@
+"""Search thresholds for the most accuracy at every price of a MAC, no finer than the records bear."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ee_surgery.calibration.correctness import ChanceOfBeingRight
+from ee_surgery.calibration.records import ExitRecords, replay_point
+from ee_surgery.calibration.threshold_search import Floats, Ranks, ThresholdSearch
+from ee_surgery.checks import accuracy_drop, choice, count, instance, names
+from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.policy import Fallback
+
+How = Literal["shared", "induction", "ascent"]
+HOWS: tuple[How, ...] = ("shared", "induction", "ascent")
+FALLBACKS: tuple[Fallback, ...] = ("last", "most_confident")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to get thresholds from records."""
+
+    score: str
+    """A registered name, or `chance`: the chance of being right, to be fitted."""
+    how: How
+    """How its thresholds are chosen."""
+    fallback: Fallback
+
+    def ranks(self, search: ThresholdSearch, prices: Floats) -> list[Ranks]:
+        """The best ranks at each price."""
+        return getattr(search, self.how)(prices)
+
+
+def fit(records: ExitRecords, score: str) -> ThresholdSearch:
+    """A search over the records, estimated chances of being right standing for outcomes."""
+    chance = ChanceOfBeingRight.fit(records)
+    return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a candidate gives on samples that did not choose its thresholds, price by price, (folds, prices)."""
+
+    cost: Floats
+    seen: Floats
+    """Accuracy on the samples that chose."""
+    new: Floats
+    """Accuracy on the others."""
+
+    def areas(self, low: float) -> Floats:
+        """Mean new accuracy over costs from `low` to 1, a number a fold."""
+        grid = np.linspace(low, 1, 100)
+        return np.array([_read_off(grid, cost, new).mean() for cost, new in zip(self.cost, self.new, strict=True)])
+
+    def luck(self, cost: float) -> float:
+        """How much of the accuracy at this cost will not be there on new data."""
+        lucky = np.maximum(self.seen.mean(0) - self.new.mean(0), 0)
+        return float(_read_off(np.array(cost), self.cost.mean(0), lucky))
+
+
+def _read_off(grid: Floats, cost: Floats, value: Floats) -> Floats:
+    order = np.argsort(cost, kind="stable")
+    return np.interp(grid, cost[order], value[order])
+
+
+def cross_validate(
+    records: ExitRecords, candidates: Sequence[Candidate], prices: Floats, folds: int = 5
+) -> list[Curve]:
+    """Thresholds from all folds but one, tried on that one: a curve for each candidate."""
+    rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
+    found = np.zeros((len(candidates), 3, folds, len(prices)))
+    for fold, held in enumerate(rows.tensor_split(folds)):
+        fitted = functools.cache(functools.partial(fit, records.take(rows[~torch.isin(rows, held)])))
+        fresh = functools.cache(functools.partial(ThresholdSearch, records.take(held)))
+        for candidate, curve in zip(candidates, found, strict=True):
+            chosen = fitted(candidate.score).falling_back(candidate.fallback)
+            other = fresh(chosen.score).falling_back(candidate.fallback)
+            for i, ranks in enumerate(candidate.ranks(chosen, prices)):
+                cost, accuracy = other.evaluate(other.ranks(chosen.thresholds(ranks)))
+                curve[:, fold, i] = cost, chosen.evaluate(ranks, chosen.correct)[1], accuracy
+    return [Curve(*curve) for curve in found]
+
+
+def search(
+    records: ExitRecords,
+    score: str = "max_prob",
+    *,
+    fallbacks: Sequence[Fallback] = FALLBACKS,
+    prices: int = 64,
+) -> list[OperatingPoint]:
+    """Operating points of one score over the whole range from never exiting to always leaving first.
+
+    Thresholds for each of many prices of a MAC are chosen in three ways, one threshold for all exits, optimal
+    stopping, and coordinate ascent on all thresholds; what never leaves gets the original's answer, or the most
+    confident one on its way. Five-fold cross-validation picks what does best on samples which did not choose, the
+    simplest within a standard error of it: few records bear few parameters. The best of many thresholds is partly luck
+    all the same: how much, the same folds tell, and it is taken off in each point's `expected_accuracy`.
+
+    Args:
+        fallbacks: whose answer may be given where nothing left.
+        prices: how many; time grows linearly.
+    """
+    instance("records", records, ExitRecords)
+    given: list[Fallback] = [choice("fallbacks", each, FALLBACKS) for each in names("fallbacks", fallbacks)]
+    return best_of(records, [score], f"search({score})", given, count("prices", prices, low=2))
+
+
+def stopping(records: ExitRecords) -> list[OperatingPoint]:
+    """Like `search`, with one more score to choose: the chance of being right, given the exits before as well.
+
+    It looks back, so exits that are closed still run; and it costs a dozen small operations an exit.
+    """
+    return best_of(records, ["max_prob", "chance"], "stopping")
+
+
+_FOLDS = 5
+
+
+def best_of(
+    records: ExitRecords,
+    scores: Sequence[str],
+    rule: str,
+    fallbacks: Sequence[Fallback] = FALLBACKS,
+    prices: int = 64,
+) -> list[OperatingPoint]:
+    """Operating points of the candidate that cross-validation picks; of the simplest, from too few samples for it.
+
+    The ascent takes longest, and is tried with the score and the fallback that the other two ways do best with.
+    """
+    candidates = [Candidate(*each) for each in itertools.product(scores, HOWS[:2], fallbacks)]
+    curve, best = None, candidates[0]
+    if len(records) >= 2 * _FOLDS:
+        few = _prices(16)
+        curves = cross_validate(records, candidates, few, _FOLDS)
+        candidates.append(replace(_simplest(curves, candidates)[1], how="ascent"))
+        curves += cross_validate(records, candidates[-1:], few, _FOLDS)
+        curve, best = _simplest(curves, candidates)
+    state = fit(records, best.score).falling_back(best.fallback)
+    closed = (0,) * state.exits
+    found = {ranks: state.evaluate(ranks) for ranks in [closed, *best.ranks(state, _prices(prices))]}
+    _fill(found, state)
+    points = []
+    for ranks in _front(found):
+        point = replay_point(records, state.policy(ranks), rule)
+        lucky = curve.luck(point.macs_fraction) if curve is not None and any(ranks) else 0.0
+        points.append(replace(point, expected_accuracy=point.accuracy - lucky))
+    return points
+
+
+def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple[Curve, Candidate]:
+    """The best of the candidates that fit the fewest thresholds, of all within a standard error of the very best.
+
+    Source: the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
+    """
+    low = min(1.0, max(float(curve.cost.min()) for curve in curves))
+    areas = np.array([curve.areas(low) for curve in curves])
+    behind = areas[areas.mean(1).argmax()] - areas
+    close = np.flatnonzero(behind.mean(1) <= behind.std(1, ddof=1) / np.sqrt(areas.shape[1])).tolist()
+    chosen = min(close, key=lambda i: (HOWS.index(candidates[i].how), -areas[i].mean()))
+    return curves[chosen], candidates[chosen]
+
+
+def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") -> OperatingPoint:
+    """The cheapest thresholds found whose realised drop on these very records is at most `drop`.
+
+    New data will be less kind, the more so the fewer records: `Frontier.at` asks the expected accuracy instead.
+
+    Args:
+        drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+    """
+    instance("records", records, ExitRecords)
+    drop = accuracy_drop("drop", drop)
+    state = ThresholdSearch(records, score)
+    found = state.sweep(_prices(64))
+    _fill(found, state)
+    ranks = next(r for r in _front(found) if records.base_accuracy - found[r][1] <= drop + 1e-12)
+    return replay_point(records, state.policy(ranks), f"realised_drop({drop:g})")
+
+
+def _fill(found: dict[Ranks, tuple[float, float]], state: ThresholdSearch) -> None:
+    """Add what lies between neighbours on the front, where no single price is best."""
+    for cheap, dear in itertools.pairwise(_front(found)):
+        steps = min(20, int((found[dear][0] - found[cheap][0]) / 0.002))
+        for t in np.linspace(0, 1, steps + 2)[1:-1]:
+            between = zip(cheap, dear, strict=True)
+            ranks = tuple(state.snap(k, round(a + t * (b - a))) for k, (a, b) in enumerate(between))
+            found[ranks] = state.evaluate(ranks)
+
+
+def _prices(count: int) -> Floats:
+    return np.geomspace(1e-3, 30, count)
+
+
+def _front(found: Mapping[Ranks, tuple[float, float]]) -> list[Ranks]:
+    """From cheap to dear, each more accurate than all cheaper ones; and never leaving, which needs no luck."""
+    kept: list[Ranks] = []
+    for ranks in sorted(found, key=lambda ranks: (found[ranks][0], -found[ranks][1])):
+        if not kept or found[ranks][1] > found[kept[-1]][1] or not any(ranks):
+            kept.append(ranks)
+    return kept

@@ -1,0 +1,65 @@
+"""Temperature scaling: one number an exit that makes its softmax probabilities honest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from ee_surgery.calibration.records import ExitRecords
+from ee_surgery.checks import instance, word
+from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
+
+
+@fitted("temperature")
+@dataclass(frozen=True, eq=False, repr=False)
+class ScaledScore(FittedScore):
+    """A named score of logits divided by their exit's temperature, so that one threshold means the same everywhere."""
+
+    temperatures: tuple[float, ...]
+    """One an exit; the original's own may follow."""
+    score: str = "max_prob"
+
+    def __call__(
+        self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
+    ) -> tuple[Tensor, State]:
+        """Scores (B,)."""
+        return SCORES[self.score](logits / self.temperatures[exit_index], confidence, ())
+
+
+def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledScore:
+    """Fit one temperature an exit by the likelihood of the labels, within [0.05, 20].
+
+    Source: Guo et al., ICML 2017, arXiv:1706.04599.
+    """
+    instance("records", records, ExitRecords)
+    word("score", score)
+    SCORES[score]  # a name that is known
+    found = []
+    for logits in records.logits:
+        whole = torch.isfinite(logits).all(-1)
+        z, y = logits[whole].double(), records.target[whole]
+
+        def loss(log_t: float, z: Tensor = z, y: Tensor = y) -> float:
+            return F.cross_entropy(z / math.exp(log_t), y).item()
+
+        found.append(math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x))
+    return ScaledScore(tuple(found), score)
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their samples.
+
+    Args:
+        confidence: (N,) in [0, 1]; `correct`: bool (N,).
+    Source: Guo et al., ICML 2017, arXiv:1706.04599.
+    """
+    place = (confidence.double() * bins).long().clamp(0, bins - 1).numpy()
+    count = np.bincount(place, minlength=bins)
+    gap = np.bincount(place, confidence.double().numpy() - correct.double().numpy(), minlength=bins)
+    return float(np.abs(gap).sum() / max(1, count.sum()))

@@ -1,0 +1,247 @@
+"""Thresholds with the most accuracy at a price of a MAC, found in three ways."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ee_surgery.calibration.correctness import logistic
+from ee_surgery.calibration.records import ExitRecords
+from ee_surgery.policies.policy import NEVER, Fallback, ThresholdPolicy
+from ee_surgery.policies.scores import FittedScore, ScoreOf
+
+Floats: TypeAlias = NDArray[np.float64]
+Ranks: TypeAlias = tuple[int, ...]
+
+
+class ThresholdSearch:
+    """Coordinate ascent on `accuracy - price * cost` over one score's thresholds.
+
+    A threshold is held as a rank: how many samples, from the highest score down, reach it; 0 closes the exit.
+    Given all other thresholds, the best rank at one exit is found exactly, by one cumulative sum over the samples
+    in the order of their scores.
+
+    Args:
+        outcomes: what an answer of each exit is worth for each sample, (K, N), in place of whether it is right: its
+            estimated probability of being right has the same mean and less noise.
+    """
+
+    def __init__(
+        self, records: ExitRecords, score: str | FittedScore = "max_prob", outcomes: Floats | None = None
+    ) -> None:
+        self.score: str | FittedScore = score
+        self.fallback: Fallback = "last"
+        # Where a later exit reads the answers of earlier ones, those run and cost even when closed.
+        self.always = records.chained or ScoreOf(score).stateful
+        self.outcomes = records.correct.double().numpy() if outcomes is None else outcomes
+        self.trunk = np.array(records.trunk_macs) / records.base_macs
+        self.branch = np.array([*records.branch_macs, 0]) / records.base_macs
+        self.scores = records.scores(score).double().numpy()
+        self.exits, self.n = self.scores.shape
+        self.order = np.argsort(-self.scores, axis=1, kind="stable")
+        self.ranked = np.take_along_axis(self.scores, self.order, 1)
+        # Ties stay together: a rank may stand only where the next score is lower. -inf never leaves.
+        self.ends = np.ones_like(self.ranked, dtype=bool)
+        self.ends[:, :-1] = self.ranked[:, 1:] < self.ranked[:, :-1]
+        self.ends &= np.isfinite(self.ranked)
+        self.correct = records.correct.double().numpy()
+        self.position = np.empty_like(self.order)
+        np.put_along_axis(self.position, self.order, np.broadcast_to(np.arange(self.n), self.order.shape), 1)
+        # who has nothing finite to say is less certain than the original, whatever that says
+        self.certainty = records.certainty.double().numpy().copy()
+        self.certainty[-1] = np.maximum(self.certainty[-1], -1)
+        self._surest: dict[tuple[bool, ...], NDArray[np.intp]] = {}
+
+    def falling_back(self, fallback: Fallback) -> ThresholdSearch:
+        """The same search with another answer for samples that never leave."""
+        other = copy.copy(self)
+        other.fallback = fallback
+        return other
+
+    def only(self, exits: Sequence[int]) -> ThresholdSearch:
+        """The search of a model that has some of these exits only; their numbers, in program order."""
+        other, rows, kept = copy.copy(self), [*exits, self.exits], list(exits)
+        for name in ("trunk", "branch", "outcomes", "correct", "certainty"):
+            setattr(other, name, getattr(self, name)[rows])
+        for name in ("scores", "order", "ranked", "ends", "position"):
+            setattr(other, name, getattr(self, name)[kept])
+        other.exits, other._surest = len(kept), {}
+        return other
+
+    def policy(self, ranks: Ranks) -> ThresholdPolicy:
+        """What these ranks stand for."""
+        return ThresholdPolicy(self.thresholds(ranks), self.score, self.fallback)
+
+    def thresholds(self, ranks: Ranks) -> tuple[float, ...]:
+        """Halfway between the last score that leaves and the first that stays."""
+        values = []
+        for k, rank in enumerate(ranks):
+            if rank == 0:
+                values.append(NEVER)
+                continue
+            last = self.ranked[k, rank - 1]
+            after = self.ranked[k, rank] if rank < self.n and np.isfinite(self.ranked[k, rank]) else last
+            middle = float(np.float32((last + after) / 2))  # scores are float32: so must a threshold between them be
+            values.append(middle if after < middle <= last else float(last))
+        return tuple(values)
+
+    def evaluate(self, ranks: Ranks, outcomes: Floats | None = None) -> tuple[float, float]:
+        """Mean cost, as a fraction of the original's, and mean outcome."""
+        outcomes = self.outcomes if outcomes is None else outcomes
+        here = np.ones(self.n, dtype=bool)
+        right = cost = 0.0
+        for k, runs in enumerate(self._visits(ranks)):
+            if not runs:
+                continue
+            cost += self.branch[k] * here.sum()
+            leaves = here & (self.position[k] < ranks[k])
+            right += outcomes[k][leaves].sum()
+            cost += self.trunk[k] * leaves.sum()
+            here &= ~leaves
+        return (cost + self.trunk[-1] * here.sum()) / self.n, (right + self._rest(ranks, outcomes)[here].sum()) / self.n
+
+    def improve(self, ranks: Ranks, price: float) -> Ranks:
+        """Move one threshold after the other to its best place until none moves."""
+        moved = list(ranks)
+        for _ in range(20):
+            before = list(moved)
+            for k in reversed(range(self.exits)):
+                moved[k] = self._best(k, moved, price)
+            if moved == before:
+                break
+        return tuple(moved)
+
+    def quotas(self, shares: Floats) -> Ranks:
+        """Ranks at which about these shares of the samples leave at each branch."""
+        here, ranks = np.ones(self.n, dtype=bool), []
+        for k in range(self.exits):
+            reached = np.flatnonzero(here[self.order[k]])  # who is still there, by falling score
+            quota = min(round(shares[k] * self.n), len(reached))
+            ranks.append(self.snap(k, int(reached[quota - 1]) + 1) if quota else 0)
+            here &= self.position[k] >= ranks[k]
+        return tuple(ranks)
+
+    def ranks(self, thresholds: tuple[float, ...]) -> Ranks:
+        """Ranks of thresholds that were chosen on other samples."""
+        return tuple(int((row >= tau).sum()) for row, tau in zip(self.scores, thresholds, strict=True))
+
+    def sweep(self, prices: Floats) -> dict[Ranks, tuple[float, float]]:
+        """The best ranks at many prices and the starts they were found from, with mean cost and outcome."""
+        closed = (0,) * self.exits
+        depth = np.arange(self.exits + 1)
+        ratios = [np.exp(log_g * depth) for log_g in np.linspace(-4, 4, 33)]
+        starts = [closed, *(self.quotas(r / r.sum()) for r in ratios), *self.induction(prices)]
+        found = {ranks: self.evaluate(ranks) for ranks in starts}
+        for price in (*prices, *prices[::-1]):
+            for start in (_best_at(found, price), closed):
+                ranks = self.improve(start, float(price))
+                found[ranks] = self.evaluate(ranks)
+        return found
+
+    def _visits(self, ranks: Sequence[int]) -> tuple[bool, ...]:
+        """Which branches run."""
+        return tuple(any(ranks[k:]) if self.always else bool(rank) for k, rank in enumerate(ranks))
+
+    def _rest(self, ranks: Sequence[int], outcomes: Floats) -> Floats:
+        """What the answer of each sample is worth, (N,), if it never leaves."""
+        if self.fallback == "last":
+            return outcomes[-1]
+        seen = (*self._visits(ranks), True)
+        if seen not in self._surest:
+            self._surest[seen] = np.flatnonzero(seen)[self.certainty[list(seen)].argmax(0)]
+        return outcomes[self._surest[seen], np.arange(self.n)]
+
+    def snap(self, k: int, rank: int) -> int:
+        """The nearest rank at or below that does not part a tie."""
+        below = np.flatnonzero(self.ends[k, : max(rank, 0)])
+        return int(below[-1]) + 1 if len(below) else 0
+
+    def _best(self, k: int, ranks: list[int], price: float) -> int:
+        here = np.ones(self.n, dtype=bool)
+        for j in range(k):
+            here &= self.position[j] >= ranks[j]
+        opened, shut = ([*ranks[:k], rank, *ranks[k + 1 :]] for rank in (1, 0))
+        stay = self._onward(k + 1, opened, price)
+        leave = self.outcomes[k] - price * self.trunk[k]
+        gain = np.where(here, leave - stay, 0.0)[self.order[k]].cumsum()
+        gain = np.where(self.ends[k], gain, -np.inf)
+        best = int(gain.argmax())
+        # whoever comes here pays for the branches that run only if this exit is open, whether it leaves or not
+        extra = [a and not b for a, b in zip(self._visits(opened), self._visits(shut), strict=True)]
+        toll = price * self.branch[:-1][extra].sum() * here.sum()
+        if self.fallback != "last":  # a closed exit has no say in who is the most confident
+            toll += (self._onward(k + 1, shut, price) - stay)[here].sum()
+        return best + 1 if gain[best] > toll else 0
+
+    def _onward(self, start: int, ranks: list[int], price: float) -> Floats:
+        """What each sample is worth if it goes on to exit `start`, costs before that left out."""
+        value = self._rest(ranks, self.outcomes) - price * self.trunk[-1]
+        visits = self._visits(ranks)
+        for j in reversed(range(start, self.exits)):
+            if visits[j]:
+                leave = self.outcomes[j] - price * self.trunk[j]
+                value = np.where(self.position[j] < ranks[j], leave, value) - price * self.branch[j]
+        return value
+
+    # --- three ways to choose ranks for a price, from the fewest things fitted to the most
+
+    def shared(self, prices: Floats) -> list[Ranks]:
+        """One threshold for all exits: the best of a hundred at every price."""
+        finite = self.scores[np.isfinite(self.scores)]
+        grid = np.unique(np.quantile(finite, np.linspace(0, 1, 100))) if len(finite) else np.zeros(1)
+        ranks = [(0,) * self.exits, *(self.ranks((tau,) * self.exits) for tau in grid)]
+        cost, value = np.array([self.evaluate(r) for r in ranks]).T
+        return [ranks[int((value - price * cost).argmax())] for price in prices]
+
+    def induction(self, prices: Floats) -> list[Ranks]:
+        """Optimal stopping: leave where the chance of being right is worth more than going on.
+
+        Backward over the exits: the value of going on is regressed on the chance of being right here (a parabola), and
+        the threshold stands where the two cross. Source: the regression method of Longstaff & Schwartz (Review of
+        Financial Studies, 2001) for optimal stopping.
+        """
+        chances = [_chance(row, right) for row, right in zip(self.scores, self.correct, strict=False)]
+        bases = [np.stack([np.ones(self.n), p, p**2], 1) for p in chances]
+        penalty = np.diag([1e-6, 10.0, 10.0])
+        solvers = [np.linalg.solve(basis.T @ basis + penalty, basis.T) for basis in bases]
+        found = []
+        for price in prices:
+            ranks = [0] * self.exits
+            value = self._rest((1,) * self.exits, self.outcomes) - price * self.trunk[-1]
+            for k in reversed(range(self.exits)):
+                onward = bases[k] @ (solvers[k] @ value)
+                stays = (chances[k] - price * self.trunk[k] < onward)[self.order[k]]
+                rank = self.snap(k, int(stays.argmax()) if stays.any() else self.n)
+                left = np.where(self.position[k] < rank, self.outcomes[k] - price * self.trunk[k], value)
+                toll = price * self.branch[k]
+                asked_anyway = self.always and any(ranks[k + 1 :])
+                if rank and left.mean() - (0 if asked_anyway else toll) > value.mean():
+                    ranks[k], value = rank, left - toll
+                elif asked_anyway:
+                    value = value - toll
+            found.append(tuple(ranks))
+        return found
+
+    def ascent(self, prices: Floats) -> list[Ranks]:
+        """A threshold an exit, moved until none moves: from several starts, the optimal stopping's among them."""
+        found = self.sweep(prices)
+        return [_best_at(found, price) for price in prices]
+
+
+def _chance(scores: Floats, right: Floats) -> Floats:
+    """How likely a score means a right answer, (N,): logistic in its log-odds, never falling."""
+    finite = np.where(np.isfinite(scores), scores, np.nanmin(np.where(np.isfinite(scores), scores, np.nan), initial=0))
+    if finite.min() >= 0 and finite.max() <= 1:
+        finite = np.log(finite.clip(1e-7, 1 - 1e-7) / (1 - finite.clip(1e-7, 1 - 1e-7)))
+    slope, constant = logistic(finite[:, None], right)
+    if slope < 0:
+        return np.full_like(finite, right.mean())
+    return 1 / (1 + np.exp(-(slope * finite + constant).clip(-30, 30)))
+
+
+def _best_at(found: Mapping[Ranks, tuple[float, float]], price: float) -> Ranks:
+    return max(found, key=lambda ranks: found[ranks][1] - price * found[ranks][0])

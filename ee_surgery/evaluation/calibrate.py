@@ -1,0 +1,74 @@
+"""Calibrate: every trade-off between accuracy and cost that the branches of a model reach on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from accelerate import Accelerator
+
+from ee_surgery.calibration.frontier import Frontier
+from ee_surgery.calibration.methods import POLICIES
+from ee_surgery.calibration.risk import risk_table
+from ee_surgery.checks import instance, names
+from ee_surgery.data.batches import Data
+from ee_surgery.data.labels import ClassMap
+from ee_surgery.errors import ConfigError
+from ee_surgery.evaluation.record import record
+from ee_surgery.model import EarlyExitModel
+from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.share.provenance import CALIBRATION
+
+
+def calibrate(
+    branched: EarlyExitModel,
+    data: Data,
+    *,
+    policy: str = "search",
+    scores: Iterable[str] | None = None,
+    batch_size: int = 128,
+    accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
+) -> Frontier:
+    """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
+
+    Nothing leaves early until `branched.operate(...)` picks one of them.
+
+    Args:
+        data: held out: neither what trained the branches nor what will be reported; its labels as for `record`.
+        policy: how thresholds are chosen, by its name in `POLICIES`: `search`, or a paper's own way.
+        scores: which scores `search` may use; by default `max_prob`, and `learned` where the branches have confidence
+            units. More scores find a little more on this data and keep a little less of it on new data.
+        accelerator: as for `record`; every process then searches, and finds the same.
+        class_map: as for `record`.
+    Raises:
+        ConfigError: `scores` beside a policy that has its own, an empty list, or a score that needs confidence units.
+        UnknownNameError: no such policy or score.
+        DataError: as for `record`.
+    """
+    if scores is not None and policy != "search":
+        raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
+    instance("branched", branched, EarlyExitModel)
+    POLICIES[policy]  # a name that is known, before anything runs
+    wanted = None if scores is None else _scores(branched, scores)
+    records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
+    if policy != "search":
+        frontier = Frontier.trace(records, policy)
+    else:
+        by_default = ["max_prob", *(["learned"] if records.confidence is not None else [])]
+        frontier = Frontier.search(records, wanted or by_default)
+    risks = ("disagreement", *(["accuracy_gap"] if records.labels is not None else []))
+    branched.provenance.pop(CALIBRATION, None)
+    branched.frontier = replace(frontier, risks=tuple(risk_table(records, risk) for risk in risks))
+    return branched.frontier
+
+
+def _scores(branched: EarlyExitModel, scores: Iterable[str]) -> list[str]:
+    """Names of scores that these branches have."""
+    given = names("scores", scores)
+    if not given:
+        raise ConfigError("scores= is an empty list: name at least one score, or leave it out.")
+    for name in given:
+        policy = ThresholdPolicy((0.0,) * len(branched.branches), name)
+        policy.check(branched.num_classes, branched.branches.units, branched.branches.chained)
+    return given

@@ -1,0 +1,162 @@
+"""Exit points: the positions of a program where a sample may leave, with their cost and the reason where it may not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.table import Table
+from torch import fx
+
+from ee_surgery.backbone.base import Backbone
+from ee_surgery.errors import ExitPointError
+from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.features import Features, Layout
+from ee_surgery.graph.liveness import Liveness
+from ee_surgery.registry import suggest
+from ee_surgery.tables import table
+from ee_surgery.text import plain, visible
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A position behind a module call, and what a branch would find there."""
+
+    name: str
+    """Path of the module that ends here; the shortest where several nested ones do."""
+    aliases: tuple[str, ...]
+    """The longer paths that end at the same position."""
+    index: int
+    """Position in the program: behind call number `index`."""
+    node: str
+    """The graph node a branch reads."""
+    shape: tuple[int, ...]
+    """Of the features of one sample, without the batch."""
+    layout: Layout
+    prefix_tokens: int
+    """Tokens in front of the patches (class token, registers); 0 for other layouts."""
+    live: int
+    """How many tensors cross the position; all of them lose a sample that leaves."""
+    macs: int
+    """Of the original up to here, one sample."""
+    macs_fraction: float
+    legal: bool
+    reason: str
+    """Why no sample can leave here; empty where one can."""
+    block: bool
+    """Ends a block of the network, where the fewest tensors cross: what placement rules choose from."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelGraph:
+    """A model read as a graph: its exit points and its cost. `print` it, or `rich.print` it for a table."""
+
+    backbone: Backbone
+    capture: Capture
+    liveness: Liveness
+    points: list[ExitPoint]
+    """Legal exit points in program order."""
+    illegal: list[ExitPoint]
+    macs: int
+    """Of one sample through the whole model."""
+    uncounted: Counter[str]
+    """Calls that may carry multiply-adds but have no formula, with how often they occur."""
+    head: ExitPoint | None
+    """Where a model without a head of its own ends: what the head that is put there reads."""
+    live: list[list[fx.Node]]
+    """Behind each call of the program, what was made up to there from the inputs and is read later."""
+    call_macs: list[int]
+    """MACs of each call, one sample."""
+    _features: dict[int, Features]
+    shortcuts: dict[str, float] = field(default_factory=dict)
+    """Of each block, the share of the MACs that the shortest way from its end to the logits costs."""
+
+    @property
+    def blocks(self) -> list[ExitPoint]:
+        """The legal points that end a block."""
+        return [point for point in self.points if point.block]
+
+    def __getitem__(self, name: str) -> ExitPoint:
+        """The legal exit point of that name or alias.
+
+        Raises:
+            ExitPointError: there is none; says why, or which names are close.
+        """
+        for point in self.points:
+            if name == point.name or name in point.aliases:
+                return point
+        for point in self.illegal:
+            if name == point.name or name in point.aliases:
+                raise ExitPointError(f"No sample can leave {self.backbone.model_id} at {name!r}: {point.reason}.")
+        known = [n for point in self.points for n in (point.name, *point.aliases)]
+        region = AUTOCAST if has_autocast(self.capture) else ""
+        raise ExitPointError(f"No exit point {name!r} in {self.backbone.model_id}. {suggest(name, known)}{region}")
+
+    def __iter__(self) -> Iterator[ExitPoint]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def features(self, point: ExitPoint) -> Features:
+        """What a branch at a legal point reads."""
+        return self._features[point.index]
+
+    def best_case(self) -> str:
+        """The best that exits could do on this model: a bound from the graph alone, before any training."""
+        early = [point for point in self.blocks if 0 < point.macs_fraction < 1]
+        if not early:
+            return "No block ends before the whole cost is spent: early exit cannot save anything here."
+        third = min(early, key=lambda point: abs(point.macs_fraction - 1 / 3))
+        saved = 0.5 * (1 - third.macs_fraction)
+        return (
+            f"Blocks end between {early[0].macs_fraction:.1%} and {early[-1].macs_fraction:.1%} of the MACs. "
+            f"If half of the samples left at {visible(third.name)} ({third.macs_fraction:.1%}), "
+            f"{saved:.0%} of the MACs would be saved, less the branches' own."
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{visible(self.backbone.model_id)}: {self.macs / 1e6:.2f} MMACs, {len(self.points)} legal exit points"
+        ]
+        lines += [
+            f"  {visible(p.name):40} {p.layout:6} {'x'.join(map(str, p.shape)):16} live {p.live}  "
+            f"{p.macs_fraction:6.1%}"
+            for p in self.blocks
+        ]
+        return "\n".join([*lines, self.best_case()])
+
+    def table(self, everything: bool = False) -> Table:
+        """Exit points that end a block, or every position with the reasons of the illegal ones."""
+        rows = sorted([*self.points, *self.illegal], key=lambda p: p.index) if everything else self.blocks
+        hidden = f"{len(self.points) - len(self.blocks)} more inside blocks, {len(self.illegal)} illegal positions"
+        uncounted = ", ".join(f"{visible(name)} x{n}" for name, n in self.uncounted.most_common())
+        caption = [*([] if everything else [hidden]), *([f"not counted: {uncounted}"] if uncounted else [])]
+        cells = [
+            [p.name, "x".join(map(str, p.shape)), p.layout if p.legal else "", str(p.live), f"{p.macs_fraction:.1%}",
+             f"{self.shortcuts[p.name]:.1%}" if p.name in self.shortcuts else "", p.reason]
+            for p in rows
+        ]  # fmt: skip
+        return table(
+            f"{visible(self.backbone.model_id)}: {self.macs / 1e6:,.1f} MMACs, {len(self.points)} legal exit points",
+            "; ".join(caption),
+            {"exit point": "left", "features": "right", "layout": "left", "live": "right", "MACs": "right",
+             "shortcut from": "right", "": "left"},
+            cells,
+        )  # fmt: skip
+
+    def __rich_console__(self, console: object, options: object):
+        yield self.table()
+        yield plain(self.best_case())
+
+
+AUTOCAST = (
+    " Part of its forward runs in a torch.autocast region, which is read as one call: nothing leaves inside. Take the "
+    "region out of the forward and put torch.autocast around the calls of the model, for the same answers."
+)
+
+
+def has_autocast(program: Capture) -> bool:
+    """Whether part of the forward runs in a torch.autocast region."""
+    return any(getattr(node.target, "__name__", "") == "wrap_with_autocast" for node in program.nodes)

@@ -1,0 +1,198 @@
+"""Inspect a model: capture it, and find the positions where a sample may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx, nn
+
+from ee_surgery.backbone.answers import OutputKey
+from ee_surgery.backbone.base import Backbone, Sample
+from ee_surgery.backbone.inputs import Arguments
+from ee_surgery.errors import CaptureError
+from ee_surgery.graph.capture import Capture, capture
+from ee_surgery.graph.cost import count
+from ee_surgery.graph.exit_points import AUTOCAST, ExitPoint, ModelGraph, has_autocast
+from ee_surgery.graph.features import NOTHING, Features, choose
+from ee_surgery.graph.last_call import refuse_probabilities
+from ee_surgery.graph.liveness import Liveness, analyse, live_after
+from ee_surgery.graph.shortcut import shortest
+
+
+def inspect(
+    model: nn.Module | Backbone,
+    sample: Sample | None = None,
+    *,
+    opaque: Sequence[str] = (),
+    num_classes: int | None = None,
+    output: OutputKey | None = None,
+) -> ModelGraph:
+    """Read a model as a graph and find where samples may leave it. The model is not changed.
+
+    Args:
+        model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
+        sample: an example batch (B, ...), a dict of several input tensors, or a tuple of them by position; needed
+            where the model does not say what it takes.
+        opaque: names of modules to keep whole, see `Backbone`: the way out where torch.export cannot read one.
+        num_classes: for a model that answers with features: how many classes a new head shall tell apart.
+        output: which part of the answer the logits are, by index or name, where more than one could be; see `Backbone`.
+    Raises:
+        CaptureError: the model cannot be exported with a symbolic batch.
+        DataError: no sample given and none can be derived.
+    """
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output)
+    graph = read(backbone, backbone.sample)
+    return replace(graph, shortcuts=shortest(graph))
+
+
+def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
+    """The graph of a backbone for inputs of the shape, dtype and device of these, at least two samples."""
+    program = capture(backbone, arguments)
+    if not backbone.headless:
+        refuse_probabilities(program, backbone.model_id)
+    liveness = analyse(program)
+    macs, uncounted = count(program, liveness.needed)
+    live = live_after(program, liveness)
+    points, features = _points(program, liveness, live, macs, backbone)
+    legal = [point for point in points if point.legal]
+    if not legal and has_autocast(program):
+        raise CaptureError(f"{backbone.model_id} has no exit points.{AUTOCAST}")
+    illegal = [point for point in points if not point.legal]
+    head = _head(program, liveness, backbone, sum(macs)) if backbone.headless else None
+    if head is not None:
+        features[head[0].index] = head[1]
+    return ModelGraph(
+        backbone=backbone,
+        capture=program,
+        liveness=liveness,
+        points=legal,
+        illegal=illegal,
+        macs=sum(macs),
+        uncounted=uncounted,
+        head=head[0] if head else None,
+        live=live,
+        call_macs=macs,
+        _features=features,
+    )
+
+
+def _head(program: Capture, liveness: Liveness, backbone: Backbone, macs: int) -> tuple[ExitPoint, Features]:
+    features = choose(program, liveness, [program.output], [], backbone)
+    if features is None:
+        raise CaptureError(f"{backbone.model_id} answers with neither a map, tokens nor a vector for a head to read.")
+    end = len(program.nodes) - 1
+    return _point(["head"], end, features, live=1, macs=macs, total=macs), features
+
+
+def _points(
+    program: Capture, liveness: Liveness, live: list[list[fx.Node]], macs: list[int], backbone: Backbone
+) -> tuple[list[ExitPoint], dict[int, Features]]:
+    ends = _module_ends(program, liveness)
+    narrow = _narrow([len(nodes) for nodes in live])
+    total = sum(macs)
+    spent = [0]
+    for value in macs:
+        spent.append(spent[-1] + value)
+    names = {name for found in ends.values() for name in found}
+    points: list[ExitPoint] = []
+    read: dict[int, Features] = {}
+    for index, found in sorted(ends.items()):
+        crossing = live[index]
+        problems = [axis for axis in (liveness.axis[node] for node in crossing) if isinstance(axis, str)]
+        if not crossing:
+            problems = ["nothing that depends on the input is used after it"]
+        features = None if problems else choose(program, liveness, crossing, found, backbone)
+        if features is None:
+            problems = problems or ["none of the tensors that cross is a map, tokens or a vector of numbers"]
+            features = NOTHING
+        read[index] = features
+        reason = problems[0] if problems else ""
+        block = narrow[index] and any(not _interior(path, backbone.model, names) for path in found)
+        points.append(_point(found, index, features, len(crossing), spent[index + 1], total, reason, block))
+    return points, read
+
+
+def _point(
+    paths: Sequence[str],
+    index: int,
+    features: Features,
+    live: int,
+    macs: int,
+    total: int,
+    reason: str = "",
+    block: bool = False,
+) -> ExitPoint:
+    name, *aliases = sorted(paths, key=lambda path: (path.count("."), len(path)))
+    return ExitPoint(
+        name=name,
+        aliases=tuple(aliases),
+        index=index,
+        node=features.node,
+        shape=features.shape,
+        layout=features.layout,
+        prefix_tokens=features.prefix_tokens,
+        live=live,
+        macs=macs,
+        macs_fraction=macs / total if total else 0.0,
+        legal=not reason,
+        reason=reason,
+        block=block,
+    )
+
+
+def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
+    last: dict[str, int] = {}
+    for i, node in enumerate(program.nodes):
+        if node in liveness.carried and node in liveness.needed:
+            last.update(dict.fromkeys(program.owners[node], i))
+    ends: dict[int, list[str]] = {}
+    final = program.position.get(program.output, len(program.nodes))
+    for path, i in last.items():
+        # The parts of a split belong together: the position is behind the last of them.
+        while i + 1 < len(program.nodes) and getattr(program.nodes[i + 1].target, "__name__", "") == "getitem":
+            i += 1
+        if i < final:
+            ends.setdefault(i, []).append(path)
+    return ends
+
+
+def _narrow(live: list[int]) -> list[bool]:
+    """Positions where few tensors cross: the valleys of their number, and where it is no higher than at the last one.
+
+    The second matters where a network of several streams folds them together at its end (HRNet).
+    """
+    valley = [True] * len(live)
+    for order in (range(len(live)), range(len(live) - 1, -1, -1)):
+        before, low = 0, True  # nothing is live outside the program
+        for i in order:
+            if before and live[i] != before:
+                low = live[i] < before
+            before = live[i]
+            valley[i] &= low
+    result, last = [], 0
+    for number, is_valley in zip(live, valley, strict=True):
+        last = number if is_valley else last
+        result.append(is_valley or number <= last)
+    return result
+
+
+def _interior(path: str, model: nn.Module, ends: set[str]) -> bool:
+    """True when `path` lies inside an element of a container that has an end of its own."""
+    parts = path.partition("@")[0].split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        parent = model.get_submodule(".".join(parts[: depth - 1]))
+        if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and ".".join(parts[:depth]) in ends:
+            element = parent.get_submodule(parts[depth - 1])
+            if not isinstance(element, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and not _holds_blocks(element):
+                return True
+    return False
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """A stage rather than a block: one of its children is a sequence of modules that have children themselves."""
+    return any(
+        isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        and any(next(element.children(), None) is not None for element in child.children())
+        for child in module.children()
+    )

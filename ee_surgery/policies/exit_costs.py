@@ -1,0 +1,17 @@
+"""Cost of a sample by the exit it leaves at: the trunk up to there and every branch visited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+def exit_costs(trunk: Sequence[int], branches: Sequence[int], visits: Sequence[bool]) -> list[int]:
+    """MACs of a sample that leaves at each of K exits: the trunk up to it and every branch it was shown to.
+
+    Args:
+        trunk: K numbers, `branches` and `visits`: K - 1.
+    """
+    paid = list(accumulate((cost * seen for cost, seen in zip(branches, visits, strict=True)), initial=0))
+    # a sample that leaves at exit k has been to branch k; the original's own head has none
+    return [t + p for t, p in zip(trunk, [*paid[1:], paid[-1]], strict=True)]

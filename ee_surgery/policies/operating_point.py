@@ -1,0 +1,110 @@
+"""Operating points: a policy together with what it gave on the data it was chosen on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ee_surgery.checks import number, numbers
+from ee_surgery.errors import OperatingPointError
+from ee_surgery.policies.certificate import Certificate
+from ee_surgery.policies.policy import Fallback, ThresholdPolicy
+from ee_surgery.policies.scores import FittedScore
+from ee_surgery.text import visible
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One trade-off between accuracy and cost, with its evidence."""
+
+    thresholds: tuple[float, ...]
+    """One a branch; `inf` closes an exit."""
+    score: str | FittedScore
+    """A registered name, or a score that was fitted on the calibration data."""
+    accuracy: float
+    """Realised on the calibration data, in [0, 1]; agreement with the original when there were no labels."""
+    accuracy_drop: float
+    """The original's accuracy less this one, on the same data; negative where early exit does better."""
+    macs_fraction: float
+    """Mean MACs of a sample, branches visited included, by the original's."""
+    exit_shares: tuple[float, ...]
+    """Share of the samples that left at each exit, the original's head last."""
+    samples: int
+    """How many calibration samples stand behind these numbers."""
+    rule: str
+    """The calibrator that chose the thresholds."""
+    expected_accuracy: float = math.nan
+    """On new data: `accuracy` less the luck that cross-validation found in choosing; NaN where not estimated."""
+    fallback: Fallback = "last"
+    """Whose answer a sample gets that never left early."""
+    certificate: Certificate | None = None
+    """What `risk_control` promises of this point."""
+
+    @property
+    def policy(self) -> ThresholdPolicy:
+        """The policy to run."""
+        return ThresholdPolicy(self.thresholds, self.score, self.fallback)
+
+    @classmethod
+    def by_hand(
+        cls, thresholds: Sequence[float] | float, score: str | FittedScore, branches: int = 1
+    ) -> OperatingPoint:
+        """Thresholds that no calibration stands behind: accuracy and cost are not known, NaN.
+
+        Args:
+            thresholds: one a branch, or one for all.
+            score: what they are compared with.
+            branches: how many there are.
+        Raises:
+            OperatingPointError: a threshold is no number.
+        """
+        limits = {"infinite": True, "error": OperatingPointError, "hint": "Use inf to close an exit."}
+        several = isinstance(thresholds, (Sequence, Tensor, np.ndarray)) and not isinstance(thresholds, str)
+        if not several or (isinstance(thresholds, (Tensor, np.ndarray)) and thresholds.ndim == 0):
+            taus = (number("thresholds", thresholds, **limits),) * branches
+        else:
+            taus = numbers("thresholds", thresholds, **limits)
+        return cls(tuple(map(float, taus)), score, math.nan, math.nan, math.nan, (), samples=0, rule="by hand")
+
+    def __str__(self) -> str:
+        if not self.samples:
+            return f"thresholds {self.thresholds} of {visible(self.score)}, by hand"
+        shares = " ".join(f"{share:.0%}" for share in self.exit_shares)
+        expected = f" ({self.expected_accuracy:.2%} expected)" if math.isfinite(self.expected_accuracy) else ""
+        found = f"accuracy {self.accuracy:.2%}{expected} at {self.macs_fraction:.1%} of the MACs"
+        return f"{found}, leaving {shares}: {visible(self.rule)}, score {visible(self.score)}, {self.samples} samples"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, and the tensors of a fitted score; JSON has no number for `inf` and NaN: a string and null."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["thresholds"] = [t if math.isfinite(t) else str(t) for t in self.thresholds]
+        if isinstance(self.score, FittedScore):
+            data["score"] = self.score.to_dict()
+        if self.certificate is not None:
+            data["certificate"] = self.certificate.to_dict()
+        return {key: None if isinstance(value, float) and value != value else value for key, value in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OperatingPoint:
+        """What `to_dict` gave."""
+        known: dict[str, Any] = {key: math.nan if value is None else value for key, value in data.items()}
+        known["exit_shares"] = tuple(data["exit_shares"])
+        known["thresholds"] = tuple(float(t) for t in data["thresholds"])
+        if not isinstance(data["score"], str):
+            known["score"] = FittedScore.from_dict(data["score"])
+        stored = data.get("certificate")
+        known["certificate"] = None if stored is None else Certificate.from_dict(stored)
+        return cls(**known)
+
+
+def describe(point: OperatingPoint | None) -> dict[str, Any] | None:
+    """What tells one point from another, as plain data; None where nothing leaves early."""
+    if point is None or point.policy.closed:
+        return None
+    thresholds = [t if math.isfinite(t) else str(t) for t in point.thresholds]
+    return {"rule": point.rule, "score": str(point.score), "thresholds": thresholds, "fallback": point.fallback}

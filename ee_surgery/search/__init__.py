@@ -1,0 +1,1 @@
+"""Search: which exits are worth having."""

@@ -1,0 +1,360 @@
+"""Exits by search: short trainings of branches at all candidate points say which are worth having."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from ee_surgery.attach import attach
+from ee_surgery.backbone.base import Sample
+from ee_surgery.backbone.inputs import Inputs, tensors
+from ee_surgery.branches import BranchSpec, known, resolve
+from ee_surgery.calibration.records import ExitRecords
+from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain
+from ee_surgery.data.batches import Data, batches, loader
+from ee_surgery.data.distributed import Processes
+from ee_surgery.data.labels import ClassMap
+from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError
+from ee_surgery.evaluation.latency import interleave, parts
+from ee_surgery.evaluation.record import record
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
+from ee_surgery.graph.inspection import inspect
+from ee_surgery.model import EarlyExitModel
+from ee_surgery.placement import ExitPlan, place
+from ee_surgery.search.exit_subset import cheapest_exits
+from ee_surgery.text import visible
+from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.loop import make_accelerator
+from ee_surgery.training.loop import train as train_branches
+
+POINTS = 12
+"""How many exit points are tried where nobody says."""
+TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.15, 0.25)))
+"""The branches that are tried at each of them where nobody says."""
+_STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody says
+_SHARE = 4  # of the training's steps, a probe takes one in so many
+_WIDER = (4, 16)  # times the accepted drop
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A branch that was tried at an exit point."""
+
+    exit: str
+    branch: BranchSpec
+    accuracy: float
+    """Of the probe alone, on the held-out data; agreement with the original where that has no labels."""
+    cost: float
+    """Of a sample that leaves there, the branch counted, by the original's."""
+    chosen: bool
+
+    def __str__(self) -> str:
+        options = " ".join(f"{name}={value}" for name, value in self.branch.options.items() if value != "")
+        what = f"{self.branch.name} {options}".strip()
+        name = visible(self.exit)
+        return f"{'*' if self.chosen else ' '} {name:24} {self.accuracy:7.2%} at {self.cost:6.1%}  {visible(what)}"
+
+
+@dataclass(frozen=True)
+class ExitSearch:
+    """What the search found: a plan and its branches for `attach`, and what they were chosen from."""
+
+    plan: ExitPlan
+    """The exits worth training."""
+    branches: tuple[BranchSpec, ...]
+    """One for each point of the plan."""
+    cost: float
+    """Expected mean MACs, or time, at the accepted drop by the original's, with branches that learned as little as the
+    probes."""
+    max_accuracy_drop: float
+    candidates: tuple[Candidate, ...]
+    """In program order."""
+    left_out: tuple[str, ...]
+    """Branches that cannot be built at a point, with the reason."""
+    records: ExitRecords = field(repr=False)
+    """Answers of all probes to the held-out data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was tried, as plain data."""
+        tried = [
+            {**asdict(candidate), "branch": candidate.branch.name, "options": dict(candidate.branch.options)}
+            for candidate in self.candidates
+        ]
+        return {"cost": self.cost, "max_accuracy_drop": self.max_accuracy_drop, "candidates": tried}
+
+    def __str__(self) -> str:
+        found = f"{len(self.plan.points)} exits of {len(self.candidates)} candidates are worth training"
+        cost = f"{self.cost:.1%} of the cost at an accuracy drop of {100 * self.max_accuracy_drop:g} points"
+        lines = [f"{found}; with the probes' own answers {cost}", *map(str, self.candidates)]
+        if self.left_out:
+            lines.append(f"  and {len(self.left_out)} that cannot be built there or save nothing, see `left_out`")
+        return "\n".join(lines)
+
+
+def search_exits(
+    model: nn.Module | ModelGraph,
+    train: Data,
+    held_out: Data,
+    *,
+    branch: str | BranchSpec | Sequence[str | BranchSpec] = TRIED,
+    points: int | Sequence[str] = POINTS,
+    max_accuracy_drop: float = 0.01,
+    most: int = 6,
+    cost: Literal["macs", "time"] = "macs",
+    config: TrainConfig | None = None,
+    probe_steps: int | None = None,
+    sample: Sample | None = None,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    class_map: ClassMap | None = None,
+) -> ExitSearch:
+    """Find the exits that are worth training, by what short trainings say: their number, positions and sizes.
+
+    Every branch is tried at every point: those of one kind learn side by side from the same features, for a few
+    steps, as many at once as together cost no more than the original.
+    Of the answers to held-out data those exits are chosen which cost least at the accepted drop, every branch on the
+    way counted (`cheapest_exits`); and those that would be if 4 or 16 times as much were accepted, since probes are
+    worse than what they will become. Train them all, then let `prune_exits` leave out what does not pay. What learns
+    slowly is judged by its start: give such branches more steps.
+
+    Args:
+        model: the model, or the graph that `inspect` gave.
+        train: what the branches will be trained on.
+        held_out: data that neither trained anything nor will be used to choose thresholds; a few thousand samples.
+        branch: a branch, or several to choose among at each point: kinds, or sizes of one. By default small ones that
+            fit the features (`auto`) and shortcuts of two sizes, where there are any.
+        points: how many of the blocks to try, closer together the earlier they are, or names of exit points.
+        max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+        most: how many exits at most at one drop.
+        cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
+            as the first of `held_out`.
+        config: of the training that will follow; probes learn by it, too, for `probe_steps` steps.
+        probe_steps: how long; by default a quarter of that training, but 100 to 300 steps where it has as many.
+        sample: see `inspect`.
+        seed: of the branches' first weights.
+        accelerator: as for `train`; of several processes, all find the same.
+        class_map: as for `train`.
+    Raises:
+        ExitPointError: no candidate saves anything at that drop.
+        BranchError: no branch can be built anywhere.
+        ConfigError: branches that read each other's answers.
+        DataError: `train` or `held_out` is an iterator, which can be read once only.
+    """
+    choice("cost", cost, ("macs", "time"))
+    max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
+    specs = known(branch)
+    seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
+    config = instance("config", config or TrainConfig(), TrainConfig)
+    for name, data in (("train", train), ("held_out", held_out)):
+        if isinstance(data, Iterator):
+            raise DataError(f"{name} is an iterator, used up after one pass: give a Dataset, a DataLoader or a list.")
+    graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
+    by_name = plain(points) is None
+    tried = list(place(graph, points).points) if by_name else _spread(graph, count("points", points))
+    probe_steps = probe_steps or short_training(config, train)
+    # as many epochs as these steps can need
+    steps = {"epochs": probe_steps, "max_steps": probe_steps}
+    short = replace(config, **steps, checkpoint_dir=None, validation=0.0, progress=False)
+    precision = config.mixed_precision if accelerator is None else accelerator.mixed_precision
+    accelerator = make_accelerator(replace(config, mixed_precision=precision))  # whose trackers hear of no probe
+    console = Console(quiet=not (config.progress and accelerator.is_main_process))
+    found: list[_Probe] = []
+    left_out: list[str] = []
+    for spec in specs:
+        for fitting in _groups(graph, _fitting(graph, tried, spec, found, left_out)):
+            console.print(f"trying {spec.name} at {len(fitting)} points, {probe_steps} steps", soft_wrap=True)
+            found += _try(graph, fitting, train, held_out, short, cost, seed, accelerator, class_map)
+    if not found:
+        raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
+    found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
+    records = _side_by_side([probe.records for probe in found])
+    processes = Processes(accelerator)  # times differ between them, records do not
+    chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most))
+    if not chosen:
+        raise ExitPointError(
+            f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
+            f"{100 * max_accuracy_drop:g} points: accept a larger one, let probes learn longer (now {probe_steps} "
+            f"steps), or take a smaller model. {graph.best_case()}"
+        )
+    return ExitSearch(
+        plan=ExitPlan(graph.backbone.model_id, "search", tuple(found[k].point for k in chosen)),
+        branches=tuple(found[k].branch for k in chosen),
+        cost=cost_there,
+        max_accuracy_drop=max_accuracy_drop,
+        candidates=tuple(probe.candidate(k in chosen) for k, probe in enumerate(found)),
+        left_out=tuple(left_out),
+        records=records,
+    )
+
+
+def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_drop: float = 0.01) -> EarlyExitModel:
+    """Leave out trained branches that cost more than they save at the accepted accuracy drop.
+
+    Args:
+        records: its answers to data that neither trained anything nor will be used to choose thresholds.
+        max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
+    Returns:
+        The model itself where every branch earns its cost, else a new one on the same original.
+    Raises:
+        ExitPointError: none of them saves anything.
+        DataError: the branches read each other's answers.
+    """
+    instance("branched", branched, EarlyExitModel)
+    if instance("records", records, ExitRecords).exits != tuple(branched.exits):
+        raise DataError(f"These records are of exits {list(records.exits)}, the model has {branched.exits}.")
+    subset = cheapest_exits(records, max_accuracy_drop, most=len(records.exits))
+    if not subset.exits:
+        raise ExitPointError(
+            f"No branch at {branched.exits} saves anything at an accuracy drop of {100 * max_accuracy_drop:g} points: "
+            "train longer, accept a larger drop, or take a smaller model."
+        )
+    kept = [branched.exits[k] for k in subset.exits]
+    return branched if kept == branched.exits else branched.with_exits(kept)
+
+
+class _Fitting(NamedTuple):
+    """A branch to try."""
+
+    point: ExitPoint
+    branch: BranchSpec
+    macs: int
+
+
+@dataclass(frozen=True)
+class _Probe:
+    point: ExitPoint
+    branch: BranchSpec
+    records: ExitRecords
+    """Of this exit alone."""
+
+    def candidate(self, chosen: bool) -> Candidate:
+        cost = (self.records.trunk_macs[0] + self.records.branch_macs[0]) / self.records.base_macs
+        return Candidate(self.point.name, self.branch, self.records.accuracies[0], cost, chosen)
+
+
+def _try(
+    graph: ModelGraph,
+    fitting: Sequence[_Fitting],
+    train: Data,
+    held_out: Data,
+    short: TrainConfig,
+    cost: str,
+    seed: int,
+    accelerator: Accelerator,
+    class_map: ClassMap | None,
+) -> list[_Probe]:
+    """These branches after a short training, side by side."""
+    plan = ExitPlan(graph.backbone.model_id, "search", tuple(each.point for each in fitting))
+    branched = attach(graph, plan, [each.branch for each in fitting], seed=seed)
+    train_branches(branched, train, short, accelerator=accelerator, class_map=class_map)
+    size = short.batch_size
+    records = record(branched, held_out, batch_size=size, accelerator=accelerator, class_map=class_map)
+    if cost == "time":
+        inputs, _ = next(iter(batches(held_out, short.batch_size, accelerator.device)))
+        records = _in_time(records, branched, inputs)
+    return [_Probe(each.point, each.branch, records.keep([k])) for k, each in enumerate(fitting)]
+
+
+def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
+    """The candidates worth training, and what the cheapest of them cost together at the accepted drop.
+
+    Probes are worse than what they will become, the early ones most of all: those that would be chosen if more were
+    accepted are trained, too.
+    """
+    first = cheapest_exits(records, drop, most=most)
+    chosen = list(first.exits)
+    for wider in _WIDER:
+        taken = {records.trunk_macs[k] for k in chosen}
+        more = cheapest_exits(records, min(1.0, wider * drop), most=most).exits
+        chosen += [k for k in more if records.trunk_macs[k] not in taken]
+    return sorted(chosen), first.cost
+
+
+def short_training(config: TrainConfig, train: Data) -> int:
+    """A quarter of the training's steps, but at least 100 and at most 300 of them where it has as many."""
+    given = loader(train, config.batch_size)
+    steps = config.epochs * len(given) // config.accumulate if isinstance(given, Sized) else None
+    whole = min((length for length in (steps, config.max_steps) if length is not None), default=_STEPS[1] * _SHARE)
+    return max(1, min(whole, max(_STEPS[0], min(_STEPS[1], whole // _SHARE))))
+
+
+def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
+    """So many of the blocks, closer together the earlier, where most samples leave; all where there are no more."""
+    rest = list(place(graph, "all").points)
+    targets = [((i + 1) / (count + 1)) ** 2 for i in range(count)] if count < len(rest) else []
+    found = [rest.pop(min(range(len(rest)), key=lambda k: abs(rest[k].macs_fraction - t))) for t in targets]
+    return sorted(found, key=lambda point: point.index) if targets else rest
+
+
+def _fitting(
+    graph: ModelGraph, points: Sequence[ExitPoint], spec: BranchSpec, known: Sequence[_Probe], left_out: list[str]
+) -> list[_Fitting]:
+    """Where a branch can be built, saves something and is not there yet, every choice of its own made."""
+    found = []
+    for point in points:
+        try:
+            fitted, branch = resolve(spec, point, graph.backbone.num_classes, graph.macs, graph=graph)
+        except BranchError as error:
+            left_out.append(f"{spec.name} at {point.name}: {error}")
+            continue
+        macs = branch.prepare(graph, point).macs
+        cost = (point.macs + macs) / graph.macs
+        if branch.chained:
+            raise ConfigError(f"Branch {spec.name!r} reads those before it: it cannot be tried without them.")
+        if cost >= 1:
+            left_out.append(f"{spec.name} at {point.name}: leaving there costs {cost:.1%} of the MACs")
+        elif all((point.name, fitted) != (probe.point.name, probe.branch) for probe in known):
+            found.append(_Fitting(point, fitted, macs))
+    return found
+
+
+def _groups(graph: ModelGraph, fitting: Sequence[_Fitting]) -> list[list[_Fitting]]:
+    """Who learns side by side: as many as cost no more than the original, whose own training takes as much memory."""
+    groups: list[list[_Fitting]] = []
+    left = 0
+    for each in fitting:
+        if not groups or each.macs > left:
+            groups.append([])
+            left = graph.macs
+        groups[-1].append(each)
+        left -= each.macs
+    return groups
+
+
+def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> ExitRecords:
+    """The same records, nanoseconds a batch in place of MACs."""
+    branched.operate(thresholds=2.0)  # above any probability: every branch is asked, and nobody leaves
+    main = inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values()))
+    times = interleave(parts(branched, inputs), main.device, rounds=_ROUNDS)
+    branched.operate(None)
+    nanoseconds = {name: round(1e9 * statistics.median(values)) for name, values in times.items()}
+    k = len(branched.branches)
+    return replace(
+        records,
+        trunk_macs=tuple(accumulate(nanoseconds[f"stage {i}"] for i in range(k + 1))),
+        branch_macs=tuple(nanoseconds[f"branch {i}"] for i in range(k)),
+    )
+
+
+def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
+    """As one model with all of these exits would have answered."""
+    first = records[0]
+    # where it is time, it was taken anew for every group
+    trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}
+    rising = accumulate([*(trunk[each.exits[0]] for each in records), first.base_macs], max)
+    return ExitRecords(
+        exits=tuple(name for each in records for name in each.exits),
+        logits=torch.stack([*(each.logits[0] for each in records), first.logits[-1]]),
+        trunk_macs=tuple(rising),
+        branch_macs=tuple(each.branch_macs[0] for each in records),
+        labels=first.labels,
+    )
