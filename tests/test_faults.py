@@ -72,7 +72,7 @@ def _checkpoint(folder: Path, version: int) -> None:
 
 
 def _features(folder: Path, version: int) -> None:
-    lesson = features.Lesson(None, [(torch.full((64, 32), float(version)),)], torch.ones(64, 4), None, 64, 64)
+    lesson = features.BranchBatch(None, [(torch.full((64, 32), float(version)),)], torch.ones(64, 4), None, 64, 64)
     features._save(lesson, folder / "0-0.safetensors")
 
 
@@ -287,7 +287,7 @@ def test_features_that_cannot_be_kept_or_read_back_are_named_and_removed(
     assert content(tmp_path) == {}
     load = features._load
 
-    def damaged(path: Path, device: torch.device) -> features.Lesson:
+    def damaged(path: Path, device: torch.device) -> features.BranchBatch:
         if path.name == "0-1.safetensors":
             path.write_bytes(path.read_bytes()[:-9])
         return load(path, device)

@@ -29,7 +29,7 @@ def resolve(
     """
     if spec.name != "auto":
         branch = build(spec, point, num_classes, depth, graph)
-        return replace(spec, options=branch.chosen() or spec.options), branch
+        return replace(spec, options=branch.resolved_options() or spec.options), branch
     if point.layout in ("tokens", "sequence", "nhwc"):
         chosen = replace(spec, name="token")
         return chosen, build(chosen, point, num_classes)

@@ -28,12 +28,12 @@ class ExitLogits(NamedTuple):
     """Shape (B, C)."""
     confidence: Tensor | None = None
     """Logit of the confidence unit, shape (B,); None for branches without one."""
-    handed: Tensor | None = None
+    log_probs: Tensor | None = None
     """log p of this branch and of those before it, for the next one to read, (B, so far, C); None where none does."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedBranch:
     """What a branch needs for inputs of one size, dtype and device; its model keeps it as long as it knows such."""
 
     macs: int
@@ -85,7 +85,7 @@ def _option(name: str, value: object) -> Option:
 class Branch(nn.Module, ABC):
     """Base of all branches. A subclass builds a body that turns features into a vector of `width` numbers a sample.
 
-    One that is `chained` is also called with `previous=`, the `handed` of the branch before it, and hands on its own.
+    One that is `chained` also takes `previous=`, the `log_probs` of the branch before it, and returns its own.
 
     Args:
         point: the exit it is for: shape and layout of the features.
@@ -136,27 +136,27 @@ class Branch(nn.Module, ABC):
         """MACs for the features of one sample, shape without the batch."""
         return module_macs(self, shape)
 
-    def prepare(self, graph: ModelGraph, point: ExitPoint) -> Prepared:
+    def prepare(self, graph: ModelGraph, point: ExitPoint) -> PreparedBranch:
         """Get ready for inputs of the size, dtype and device that `graph` was read for."""
-        return Prepared(self.macs(point.shape))
+        return PreparedBranch(self.macs(point.shape))
 
-    def chosen(self) -> Mapping[str, Option]:
+    def resolved_options(self) -> Mapping[str, Option]:
         """Options that build this very branch again, where it made up its mind by itself."""
         return {}
 
 
-def hand_on(logits: Tensor, previous: Tensor | None) -> Tensor:
+def append_log_probs(logits: Tensor, previous: Tensor | None) -> Tensor:
     """What the next branch of a chain reads: log p of these logits (B, C) behind those before, (B, so far, C)."""
     own = F.log_softmax(logits, -1)[:, None]
     return own if previous is None else torch.cat([previous, own], 1)
 
 
-def ask(branch: Branch, read: tuple[Tensor, ...], previous: Tensor | None) -> ExitLogits:
+def run_branch(branch: Branch, read: tuple[Tensor, ...], previous: Tensor | None) -> ExitLogits:
     """The answer of one branch of a chain; one that is not `chained` itself hands its answer on all the same."""
     if branch.chained:
         return branch(*read, previous=previous)
     answer = branch(*read)
-    return answer._replace(handed=hand_on(answer.logits, previous))
+    return answer._replace(log_probs=append_log_probs(answer.logits, previous))
 
 
 BRANCHES: Registry[type[Branch]] = Registry("branch")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from ee_surgery.branches.base import Branch, ExitLogits, ask
+from ee_surgery.branches.base import Branch, ExitLogits, run_branch
 
 
 class BranchBank(nn.Module):
@@ -43,6 +43,6 @@ class BranchBank(nn.Module):
         answers: list[ExitLogits] = []
         previous: Tensor | None = None
         for branch, given in zip(self, features, strict=False):
-            answers.append(ask(branch, given, previous) if self.chained else branch(*given))
-            previous = answers[-1].handed
+            answers.append(run_branch(branch, given, previous) if self.chained else branch(*given))
+            previous = answers[-1].log_probs
         return answers if self.head is None else [*answers, self.head(*features[-1])]

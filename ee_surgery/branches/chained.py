@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, channels, grid, hand_on, mixed_pool, summary, to_nchw
+from ee_surgery.branches.base import (
+    BRANCHES,
+    Branch,
+    ExitLogits,
+    append_log_probs,
+    channels,
+    grid,
+    mixed_pool,
+    summary,
+    to_nchw,
+)
 from ee_surgery.checks import flag
 from ee_surgery.graph.exit_points import ExitPoint
 
@@ -79,7 +89,7 @@ class ZtwBranch(Branch):
             # log p differs from the logits by a constant for each sample, which the norm takes out
             vector = torch.cat([vector, self.norm(previous[:, -1].detach())], 1)
         answer = self.answer(vector)
-        handed = hand_on(answer.logits, previous)
+        log_probs = append_log_probs(answer.logits, previous)
         if self.ensemble is None or self.training:
-            return answer._replace(handed=handed)
-        return ExitLogits(self.ensemble(handed), answer.confidence, handed)
+            return answer._replace(log_probs=log_probs)
+        return ExitLogits(self.ensemble(log_probs), answer.confidence, log_probs)

@@ -72,7 +72,7 @@ class ResidualBranch(MapBranch):
                 c = out
         self.body = nn.Sequential(*blocks)
 
-    def chosen(self) -> Mapping[str, Option]:
+    def resolved_options(self) -> Mapping[str, Option]:
         """Its size."""
         return self.size
 

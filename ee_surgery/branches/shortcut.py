@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, Prepared
+from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, PreparedBranch
 from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
@@ -75,16 +75,16 @@ class ShortcutBranch(Branch):
             _put(self.weights, name, tables[name])
         self._ways: WeakValueDictionary[Key, _Way] = WeakValueDictionary()
 
-    def prepare(self, graph: ModelGraph, point: ExitPoint) -> Prepared:
+    def prepare(self, graph: ModelGraph, point: ExitPoint) -> PreparedBranch:
         """Write the way out for inputs as this graph was read for."""
         found: Shortcut = write_shortcut(graph, point, named(pieces(graph, point), self.blocks))
         learned = set(found.learned)
         stages = [
             Stage(code, lambda name: self.weights if name in learned else graph.backbone.model) for code in found.codes
         ]
-        return Prepared(found.macs, self._ways.setdefault(found.key, _Way(stages)))
+        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(stages)))
 
-    def chosen(self) -> Mapping[str, Option]:
+    def resolved_options(self) -> Mapping[str, Option]:
         """The blocks it keeps."""
         return {"blocks": " ".join(self.blocks)}
 

@@ -18,7 +18,7 @@ _LIMIT = 15.0
 _RIDGE = 100.0  # in samples: how many it takes to move a weight on a standardised feature
 
 
-def known(logits: Tensor, state: State) -> tuple[Tensor, State]:
+def exit_features(logits: Tensor, state: State) -> tuple[Tensor, State]:
     """What is known at one exit, as features (B, D), and what the next one needs of it.
 
     Log-odds of the first class against the others, their square, the lead over the second class, the entropy; and from
@@ -63,7 +63,7 @@ class ChanceOfBeingRight(FittedScore):
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
         """Log-odds (B,) of being right."""
-        features, state = known(logits, state)
+        features, state = exit_features(logits, state)
         weights = self.weights[exit_index].to(features.dtype)
         return features @ weights[:-1] + weights[-1], state
 
@@ -72,7 +72,7 @@ class ChanceOfBeingRight(FittedScore):
         """Fit by ridge-penalised maximum likelihood: all K exits, the original's head last."""
         weights, state = [], ()
         for logits, correct in zip(records.logits, records.correct, strict=True):
-            features, state = known(logits, state)
+            features, state = exit_features(logits, state)
             features = torch.nan_to_num(features, nan=0.0)
             weights.append(torch.tensor(logistic(features.double().numpy(), correct.double().numpy())).float())
         return cls(tuple(weights))
@@ -94,7 +94,7 @@ def chances(records: ExitRecords) -> NDArray[np.float64]:
     sure = _odds(F.log_softmax(precise(records.logits), -1).amax(-1)).nan_to_num(nan=0.0)
     rows = []
     for k, (logits, correct) in enumerate(zip(records.logits, records.correct, strict=True)):
-        columns = [known(logits, ())[0].nan_to_num(nan=0.0)]
+        columns = [exit_features(logits, ())[0].nan_to_num(nan=0.0)]
         if k:
             columns += [sure[:k].mean(0)[:, None], sure[:k].amax(0)[:, None]]
         features = torch.cat(columns, 1).double().numpy()

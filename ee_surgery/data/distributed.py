@@ -28,7 +28,7 @@ T = TypeVar("T")
 _SPLIT_MODELS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """What one process runs of a batch."""
 
     inputs: Inputs
@@ -128,7 +128,7 @@ def _gathered(x: Tensor) -> Tensor:
     return gather(x)  # pyright: ignore[reportReturnType]
 
 
-class Shares:
+class ShardedBatches:
     """Batches, of which each process runs its piece. Can be iterated as often as the batches themselves.
 
     Args:
@@ -170,29 +170,29 @@ class Shares:
         except TypeError:
             return None
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[Shard]:
         if self.sampler is None:
             return self._handed_out()
         self.sampler.draw()  # now, not with the first batch: in between, each process gets its own random numbers
         return self._loaded(self.sampler.order)
 
-    def _loaded(self, order: list[list[Any]]) -> Iterator[Share]:
+    def _loaded(self, order: list[list[Any]]) -> Iterator[Shard]:
         for whole, batch in zip(order, self.batches, strict=True):
             inputs, labels = self._unpack(batch)
-            yield Share(inputs, labels, len(whole), self.processes.own(len(whole)))
+            yield Shard(inputs, labels, len(whole), self.processes.own(len(whole)))
 
-    def _handed_out(self) -> Iterator[Share]:
+    def _handed_out(self) -> Iterator[Shard]:
         if self.processes.number == 1:
             for batch in self.batches:
                 inputs, labels = self._unpack(batch)
-                yield Share(inputs, labels, count(inputs), count(inputs))
+                yield Shard(inputs, labels, count(inputs), count(inputs))
             return
         iterator = iter(self.batches) if self.processes.main else iter(())
         while (given := self.processes.of_main(lambda: self._next(iterator))) is not None:
             inputs, labels = given
             total = count(inputs)
             rows = torch.tensor(self.processes.piece(list(range(total))))
-            yield Share(take(inputs, rows), None if labels is None else labels[rows], total, self.processes.own(total))
+            yield Shard(take(inputs, rows), None if labels is None else labels[rows], total, self.processes.own(total))
 
     def _next(self, iterator: Iterator[Any]) -> tuple[Inputs, Tensor | None] | None:
         """The next batch, on the CPU, or None behind the last."""
@@ -238,7 +238,7 @@ def _with_sampler(loader: DataLoader[Any], sampler: _Pieces) -> DataLoader[Any]:
     return DataLoader(loader.dataset, batch_sampler=sampler, **{name: getattr(loader, name) for name in kept})
 
 
-class OneBatch(TorchFunctionMode):
+class GlobalBatchNorm(TorchFunctionMode):
     """Within this, BatchNorms in training take their statistics from the samples of all processes.
 
     Like `torch.nn.SyncBatchNorm`, but on any device, for any module that calls `batch_norm`, and without the samples

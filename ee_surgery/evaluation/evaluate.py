@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ee_surgery.checks import instance
 from ee_surgery.data.batches import Data, loader, place
-from ee_surgery.data.distributed import Shares
+from ee_surgery.data.distributed import ShardedBatches
 from ee_surgery.data.labels import ClassMap, Labels, hard
 from ee_surgery.evaluation.record import all_or_none, home, labelled_rows, processes
 from ee_surgery.model import EarlyExitModel
@@ -76,15 +76,15 @@ def evaluate(
     working = processes(branched, accelerator)
     where = home(branched)
     known = Labels(branched, class_map)
-    for share in Shares(loader(data, batch_size), working, known):
-        x = place(share.inputs, *where)
+    for shard in ShardedBatches(loader(data, batch_size), working, known):
+        x = place(shard.inputs, *where)
         output = branched.predict(x)
         with branched.exits_disabled():
             original = branched.predict(x).logits.argmax(-1)
-        target = original if share.labels is None else hard(share.labels).to(where[0])
+        target = original if shard.labels is None else hard(shard.labels).to(where[0])
         of_sample = (output.logits.argmax(-1), original, target, output.exit_index, output.macs_fraction)
-        found.append(working.rows(torch.stack([value.float() for value in of_sample], 1), share.total).cpu())
-        if share.labels is not None:
+        found.append(working.rows(torch.stack([value.float() for value in of_sample], 1), shard.total).cpu())
+        if shard.labels is not None:
             labelled += 1
             known.compare(*found[-1][:, 1:3].long().unbind(1))
     all_or_none(labelled, len(found))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_surgery.backbone.inputs import Inputs, tensors
-from ee_surgery.branches.base import Branch, ExitLogits, ask
+from ee_surgery.branches.base import Branch, ExitLogits, run_branch
 from ee_surgery.checks import count, refuse
 from ee_surgery.errors import DataError
 from ee_surgery.graph.segments import compact
@@ -173,7 +173,7 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
     with torch.no_grad():
         exit_index = branched.predict(x).exit_index
         rows = torch.arange(batch, device=live[0].device)
-        handed: Tensor | None = None
+        log_probs: Tensor | None = None
         for k, stage in enumerate(program.stages):
             if len(rows) == 0:
                 break
@@ -184,10 +184,10 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
                 stay = (exit_index[rows] > k).nonzero().squeeze(1)
                 if policy is not None and policy.visits(chained)[k]:
                     features = tuple(tensor.clone() for tensor in program.readers[k](live))
-                    call = partial(ask if chained else _alone, branched.branches[k], features, handed)
+                    call = partial(run_branch if chained else _alone, branched.branches[k], features, log_probs)
                     found[f"branch {k}"] = call
-                    handed = call().handed if chained else None
-                    handed = None if handed is None else handed.index_select(0, stay)
+                    log_probs = call().log_probs if chained else None
+                    log_probs = None if log_probs is None else log_probs.index_select(0, stay)
                 live, rows = compact(live, program.stages[k + 1].axes, stay), rows[stay]
     return found
 

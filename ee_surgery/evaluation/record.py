@@ -9,7 +9,7 @@ from torch import Tensor
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import instance
 from ee_surgery.data.batches import Data, loader, place
-from ee_surgery.data.distributed import Processes, Shares
+from ee_surgery.data.distributed import Processes, ShardedBatches
 from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
@@ -45,16 +45,16 @@ def record(
     working = processes(branched, accelerator)
     where = home(branched)
     known = Labels(branched, class_map)
-    for share in Shares(loader(data, batch_size), working, known):
-        answers, original = branched.answers(place(share.inputs, *where))
+    for shard in ShardedBatches(loader(data, batch_size), working, known):
+        answers, original = branched.answers(place(shard.inputs, *where))
         found = torch.stack([*(answer.logits for answer in answers), original], 1).float()  # (B, K, C)
-        logits.append(working.rows(found, share.total).transpose(0, 1).cpu())
+        logits.append(working.rows(found, shard.total).transpose(0, 1).cpu())
         units = [answer.confidence for answer in answers if answer.confidence is not None]
         if len(units) == len(answers):
             found = torch.stack(units, 1).float()
-            confidence.append(working.rows(found, share.total).transpose(0, 1).cpu())
-        if share.labels is not None:
-            labels.append(working.rows(hard(share.labels).to(where[0]), share.total).cpu())
+            confidence.append(working.rows(found, shard.total).transpose(0, 1).cpu())
+        if shard.labels is not None:
+            labels.append(working.rows(hard(shard.labels).to(where[0]), shard.total).cpu())
             known.compare(logits[-1][-1].argmax(-1), labels[-1])
     all_or_none(len(labels), len(logits))
     known.settle()

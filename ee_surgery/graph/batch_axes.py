@@ -49,16 +49,16 @@ class Axis:
         return parts.index_select(dim, keep).flatten(dim - 1, dim + 1)
 
 
-def find_axes(capture: Capture, carried: Set[fx.Node]) -> dict[fx.Node, Axis | str | None]:
+def find_axes(capture: Capture, data_dependent: Set[fx.Node]) -> dict[fx.Node, Axis | str | None]:
     """For each tensor that depends on the input: its batch axis; None where it belongs to no sample (made of inputs
     that all samples share alone); or, in words, why samples cannot be told apart in it.
     """
     shared = set(capture.shared)
     found: dict[fx.Node, Axis | str | None] = {}
     for node in (*capture.inputs.values(), *capture.nodes):
-        if node not in carried:
+        if node not in data_dependent:
             continue
-        sources = [arg for arg in node.all_input_nodes if arg in carried]
+        sources = [arg for arg in node.all_input_nodes if arg in data_dependent]
         if node.op == "call_function" and all(source in shared for source in sources):
             shared.add(node)
         found[node] = None if node in shared else _axis(node, capture.batch, found)

@@ -34,18 +34,18 @@ class Features:
     mask: fx.Node | None
     """The input that tells tokens from padding."""
 
-    def reader(self, crossing: Sequence[fx.Node]) -> Reading:
+    def reader(self, crossing: Sequence[fx.Node]) -> ReadFeatures:
         """How to read them from what crosses a cut."""
         names = [node.name for node in crossing]
         mask = None if self.mask is None else names.index(self.mask.name)
-        return Reading(names.index(self.node), self.axis, self.channels_first, mask)
+        return ReadFeatures(names.index(self.node), self.axis, self.channels_first, mask)
 
 
 NOTHING = Features("", (), "vector", 0, Axis(0), False, None)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadFeatures:
     """Takes a branch's arguments from the live tensors at its exit."""
 
     index: int
@@ -66,7 +66,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Everything:
+class ReadAllLive:
     """Takes all live tensors at an exit, `count` of them, as they are."""
 
     count: int

@@ -16,7 +16,7 @@ from ee_surgery.graph.cost import count
 from ee_surgery.graph.exit_points import AUTOCAST, ExitPoint, ModelGraph, has_autocast
 from ee_surgery.graph.features import NOTHING, Features, choose
 from ee_surgery.graph.last_call import refuse_probabilities
-from ee_surgery.graph.liveness import Liveness, analyse, live_after
+from ee_surgery.graph.liveness import Liveness, analyse, live_out
 from ee_surgery.graph.shortcut import shortest
 
 
@@ -53,7 +53,7 @@ def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
         refuse_probabilities(program, backbone.model_id)
     liveness = analyse(program)
     macs, uncounted = count(program, liveness.needed)
-    live = live_after(program, liveness)
+    live = live_out(program, liveness)
     points, features = _points(program, liveness, live, macs, backbone)
     legal = [point for point in points if point.legal]
     if not legal and has_autocast(program):
@@ -144,7 +144,7 @@ def _point(
 def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
     last: dict[str, int] = {}
     for i, node in enumerate(program.nodes):
-        if node in liveness.carried and node in liveness.needed:
+        if node in liveness.data_dependent and node in liveness.needed:
             last.update(dict.fromkeys(program.owners[node], i))
     ends: dict[int, list[str]] = {}
     final = program.position.get(program.output, len(program.nodes))

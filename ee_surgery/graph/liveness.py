@@ -22,7 +22,7 @@ class Liveness:
     shares the storage. Nodes are therefore grouped by the node that first made their storage (`root`).
     """
 
-    carried: set[fx.Node]
+    data_dependent: set[fx.Node]
     """Nodes whose value depends on the input's data: these cross a cut. What depends on the batch size
     alone, or on parameters, is computed again behind it."""
     root: dict[fx.Node, fx.Node]
@@ -31,7 +31,7 @@ class Liveness:
     last_use: dict[fx.Node, int]
     """Index of the last needed call that reads a node; the logits are read after the end."""
     axis: dict[fx.Node, Axis | str | None]
-    """Where each of the `carried` keeps its batch: see `find_axes`."""
+    """Where each of the `data_dependent` keeps its batch: see `find_axes`."""
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
@@ -59,14 +59,14 @@ def analyse(capture: Capture) -> Liveness:
         if not shared and _is_getitem(node):
             shared = [arg for arg in node.all_input_nodes[:1] if arg in root and _is_multiple(arg)]
         root[node] = root.get(shared[0], shared[0]) if shared else node
-    carried = _carried(capture, root)
-    needed = closure(capture, root, [capture.output])
+    data_dependent = _carried(capture, root)
+    needed = backward_slice(capture, root, [capture.output])
     last_use: dict[fx.Node, int] = {capture.output: len(capture.nodes)}
     for i, node in enumerate(capture.nodes):
         if node in needed:
             for arg in node.all_input_nodes:
                 last_use[arg] = max(last_use.get(arg, -1), i)
-    return Liveness(carried, root, needed, last_use, find_axes(capture, carried))
+    return Liveness(data_dependent, root, needed, last_use, find_axes(capture, data_dependent))
 
 
 def _is_getitem(node: fx.Node) -> bool:
@@ -96,28 +96,28 @@ def _is_multiple(node: fx.Node) -> bool:
 
 
 def _carried(capture: Capture, root: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-    carried = set(capture.inputs.values())
+    data_dependent = set(capture.inputs.values())
     tainted: set[fx.Node] = set()  # storages that some call wrote input data into
     while True:
-        before = len(carried)
+        before = len(data_dependent)
         for node in capture.nodes:
             if not _depends_on_data(node, capture.batch):
                 continue
-            if root[node] in tainted or any(arg in carried for arg in node.all_input_nodes):
-                carried.add(node)
+            if root[node] in tainted or any(arg in data_dependent for arg in node.all_input_nodes):
+                data_dependent.add(node)
                 tainted.update(root.get(arg, arg) for arg in writes(node))
-        if len(carried) == before:
-            return carried
+        if len(data_dependent) == before:
+            return data_dependent
 
 
-def closure(
+def backward_slice(
     capture: Capture,
     root: dict[fx.Node, fx.Node],
     outputs: Iterable[fx.Node],
     done: Set[fx.Node] = frozenset(),
     stop: int | None = None,
 ) -> set[fx.Node]:
-    """The calls before index `stop` that `outputs` need, those in `done` being carried out already.
+    """The calls before index `stop` that `outputs` need, those in `done` being data_dependent out already.
 
     A call that only writes in place counts when somebody needs the storage it writes to.
     """
@@ -134,12 +134,12 @@ def closure(
     return kept
 
 
-def live_after(capture: Capture, liveness: Liveness) -> list[list[fx.Node]]:
+def live_out(capture: Capture, liveness: Liveness) -> list[list[fx.Node]]:
     """For each position i (behind call i): the input-dependent values made up to i and read after it."""
     live: list[fx.Node] = [node for node in capture.inputs.values() if node in liveness.last_use]
     result = []
     for i, node in enumerate(capture.nodes):
-        made = [node] if node in liveness.carried and node in liveness.needed else []
+        made = [node] if node in liveness.data_dependent and node in liveness.needed else []
         live = [held for held in (*live, *made) if liveness.last_use.get(held, -1) > i]
         result.append(live)
     return result

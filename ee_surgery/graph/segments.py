@@ -17,7 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.capture import Capture
-from ee_surgery.graph.liveness import Liveness, closure, is_size, live_after, writes
+from ee_surgery.graph.liveness import Liveness, backward_slice, is_size, live_out, writes
 from ee_surgery.graph.opaque import is_opaque
 
 _aten = torch.ops.aten
@@ -137,13 +137,13 @@ def cut(
         positions: indices of calls in program order, strictly increasing; each a legal position.
         along: inputs that are handed from stage to stage although no stage may need them: a branch does.
     """
-    live = live_after(capture, liveness)
+    live = live_out(capture, liveness)
     given = [*capture.inputs.values()]
     borders = [given, *(crossing(live[i], along) for i in positions), [capture.output]]
     starts, stops = [0, *(i + 1 for i in positions)], [*(i + 1 for i in positions), len(capture.nodes)]
     pieces = zip(borders[:-1], borders[1:], starts, stops, strict=True)
     return [
-        Stage(write(calls(capture, liveness, *piece), *piece[:2], capture, liveness), lambda path: model)
+        Stage(emit_python(calls(capture, liveness, *piece), *piece[:2], capture, liveness), lambda path: model)
         for piece in pieces
     ]
 
@@ -157,8 +157,8 @@ def calls(
     stop: int,
 ) -> list[fx.Node]:
     """The calls from index `start` up to `stop` that `wanted` needs, and earlier ones that no data goes into."""
-    done = {*given} | {n for n in capture.nodes[:start] if n in liveness.carried}
-    needed = closure(capture, liveness.root, wanted, done, stop)
+    done = {*given} | {n for n in capture.nodes[:start] if n in liveness.data_dependent}
+    needed = backward_slice(capture, liveness.root, wanted, done, stop)
     return [node for node in capture.nodes if node in needed]
 
 
@@ -167,7 +167,7 @@ def crossing(live: Sequence[fx.Node], along: Sequence[fx.Node]) -> list[fx.Node]
     return [*live, *(node for node in along if node not in live)]
 
 
-def write(
+def emit_python(
     calls: list[fx.Node],
     given: Sequence[fx.Node],
     wanted: Sequence[fx.Node],

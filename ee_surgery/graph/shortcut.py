@@ -18,7 +18,7 @@ from ee_surgery.errors import BranchError
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.opaque import is_opaque
-from ee_surgery.graph.segments import Code, calls, statistics, write
+from ee_surgery.graph.segments import Code, calls, emit_python, statistics
 from ee_surgery.registry import suggest
 
 
@@ -158,7 +158,7 @@ def write_shortcut(graph: ModelGraph, point: ExitPoint, kept: Sequence[Piece]) -
         given = live[start - 1]
         wanted = live[stop - 1] if stop < len(graph.capture.nodes) else [graph.capture.output]
         part = calls(graph.capture, graph.liveness, given, wanted, start, stop)
-        codes.append(write(part, given, wanted, graph.capture, graph.liveness, learning=True))
+        codes.append(emit_python(part, given, wanted, graph.capture, graph.liveness, learning=True))
         found += part
     if any(is_opaque(node) for node in found):
         raise BranchError(f"No shortcut from {point.name!r}: it would need a copy of a module that is kept whole.")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ee_surgery.backbone.base import State
 from ee_surgery.backbone.inputs import Arguments, as_sample, key, tensors
-from ee_surgery.branches.base import Prepared
+from ee_surgery.branches.base import PreparedBranch
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
@@ -46,7 +46,7 @@ def eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 class Entry:
     """What runs inputs of one signature."""
 
-    def __init__(self, program: Program, prepared: list[Prepared], branches: BranchBank) -> None:
+    def __init__(self, program: Program, prepared: list[PreparedBranch], branches: BranchBank) -> None:
         self.program, self.prepared, self.branches = program, prepared, branches
         self._router: tuple[ThresholdPolicy, Router] | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ee_surgery.backbone.signature import Part
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
-from ee_surgery.graph.features import Everything, Reading
+from ee_surgery.graph.features import ReadAllLive, ReadFeatures
 from ee_surgery.graph.segments import Stage, crossing, cut
 
 
@@ -21,9 +21,9 @@ class Program:
 
     stages: list[Stage]
     points: tuple[ExitPoint, ...]
-    readers: tuple[Reading | Everything, ...]
+    readers: tuple[ReadFeatures | ReadAllLive, ...]
     """What the branch of each exit reads of the live tensors there."""
-    head: Reading | None
+    head: ReadFeatures | None
     """What a head reads of the last stage's answer, where the original has none of its own."""
     trunk_macs: tuple[int, ...]
     """MACs of the original up to each exit, the whole last (with such a head); K numbers."""
@@ -65,7 +65,7 @@ def build_program(graph: ModelGraph, names: Sequence[str], whole: Sequence[bool]
     masks = list(dict.fromkeys(features.mask for features in found if features.mask is not None))
     stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points], masks)
     readers = tuple(
-        Everything(len(graph.live[point.index]))
+        ReadAllLive(len(graph.live[point.index]))
         if all_of_it
         else features.reader(crossing(graph.live[point.index], masks))
         for features, point, all_of_it in zip(found, points, whole or [False] * len(points), strict=True)

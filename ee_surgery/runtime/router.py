@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ee_surgery.branches.base import Branch, ask
+from ee_surgery.branches.base import Branch, run_branch
 from ee_surgery.graph.segments import Stage, compact
 from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
@@ -94,13 +94,13 @@ class Router:
         state: State = ()
         results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
         best: Tensor | None = None
-        handed: Tensor | None = None
+        log_probs: Tensor | None = None
         live = self.first(*inputs)
         for k, (stage, axes, branch, read) in enumerate(self.steps):
             if branch is not None:
-                answer = ask(branch, read(live), handed) if self.chained else branch(*read(live))
+                answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
                 decision = self.policy.decide(k, answer.logits, answer.confidence, state)
-                state, handed = decision.state, answer.handed
+                state, log_probs = decision.state, answer.log_probs
                 if self.keeps_best:
                     best = _better(best, answer.logits)
                 gone = decision.leaves.nonzero().squeeze(1)
@@ -116,7 +116,7 @@ class Router:
                     rows = stay if rows is None else rows[stay]
                     live = compact(live, axes, stay)
                     state = tuple(tensor.index_select(0, stay) for tensor in state)
-                    handed = None if handed is None else handed.index_select(0, stay)
+                    log_probs = None if log_probs is None else log_probs.index_select(0, stay)
                     best = None if best is None else best.index_select(0, stay)
             live = stage(*live)
         else:  # somebody came through to the original's own head
@@ -143,15 +143,15 @@ class Router:
         """One sample: it leaves or it does not, so nothing is indexed."""
         state: State = ()
         best: Tensor | None = None
-        handed: Tensor | None = None
+        log_probs: Tensor | None = None
         live = self.first(*inputs)
         for k, (stage, _, branch, read) in enumerate(self.steps):
             if branch is not None:
-                answer = ask(branch, read(live), handed) if self.chained else branch(*read(live))
+                answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
                 if leaves:
                     return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs, self.original_macs)
-                handed = answer.handed
+                log_probs = answer.log_probs
                 if self.keeps_best:
                     best = _better(best, answer.logits)
             live = stage(*live)

@@ -99,7 +99,7 @@ class AdapterExit:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Everything about the branches that is not a tensor."""
+    """ReadAllLive about the branches that is not a tensor."""
 
     base: Identity
     inputs: dict[str, InputSpec]

@@ -68,7 +68,7 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     """`step` divides by ten at each of the `milestones`."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Shares of the training, in [0, 1]."""
+    """ShardedBatches of the training, in [0, 1]."""
     warmup: float = 0.05
     """Share of all steps over which the rate rises from 0."""
     clip_grad: float | None = 1.0
@@ -135,7 +135,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "weight_decay": _LEAST_0,
     "momentum": partial(number, low=0, below=1),
     "schedule": partial(choice, known=("cosine", "linear", "step", "constant")),
-    "milestones": partial(numbers, low=0, high=1, hint="Shares of the training."),
+    "milestones": partial(numbers, low=0, high=1, hint="ShardedBatches of the training."),
     "warmup": _SHARE,
     "clip_grad": optional(partial(number, above=0, hint="None for gradients as they are.")),
     "ensemble_epochs": partial(count, low=0),

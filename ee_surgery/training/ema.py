@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
-class Average:
+class AveragedWeights:
     """Exponential moving average of a module's parameters and buffers; with a decay of 0, the module itself.
 
     Source: Polyak & Juditsky (SIAM J. Control Optim. 1992); exponential as in Tarvainen & Valpola (arXiv:1703.01780).

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ee_surgery.backbone.inputs import Inputs
 from ee_surgery.data.batches import count, place
-from ee_surgery.data.distributed import Processes, Share, Shares
+from ee_surgery.data.distributed import Processes, Shard, ShardedBatches
 from ee_surgery.data.labels import Labels, hard, ignored
 from ee_surgery.errors import TrainingError
 from ee_surgery.files import atomic_write, explained
@@ -33,11 +33,11 @@ from ee_surgery.training.mixup import Mixing
 from ee_surgery.training.objectives import LABELS_ALONE
 
 _APART = 1_000_003  # between the seeds of two processes: more than there are epochs
-_FASTER = 0.5  # reading back has to take at most this share of the time that computing takes
+_FASTER = 0.5  # reading back has to take at most this shard of the time that computing takes
 
 
 @dataclass(frozen=True)
-class Lesson:
+class BranchBatch:
     """What one batch has to teach."""
 
     inputs: Inputs | None
@@ -54,9 +54,9 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch to be turned into a lesson."""
+    """A batch to be turned into a branch_batch."""
 
-    share: Share | None
+    shard: Shard | None
     """None where its features are kept."""
     path: Path | None
     """Where they are, or may be put; None where batches do not come again."""
@@ -64,7 +64,7 @@ class Batch:
     """Samples of it in all processes that are not ignored."""
 
 
-class Reader:
+class FeatureSource:
     """The batches of each epoch.
 
     With `views`, only so many passes over the data differ; the first then comes again, with the same crops and the same
@@ -81,7 +81,7 @@ class Reader:
     def __init__(
         self,
         branched: EarlyExitModel,
-        batches: Shares,
+        batches: ShardedBatches,
         config: TrainConfig,
         processes: Processes,
         joint: bool,
@@ -107,7 +107,7 @@ class Reader:
     # --- which batches
 
     def epoch(self, number: int, done: int, resumed: dict[str, Any] | None) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `done` on, each to be handed to `lesson`.
+        """The batches of one epoch, from batch `done` on, each to be handed to `branch_batch`.
 
         Args:
             resumed: the random state that a checkpoint found there.
@@ -122,34 +122,34 @@ class Reader:
             )
             return
         set_seed(self.config.seed + view)
-        shares = iter(self.batches)
+        shards = iter(self.batches)
         self._seed(view)  # else all processes would crop and drop alike
         # Loaded and thrown away, not skipped: whatever randomness their transforms use is used up again.
-        skipped = islice(shares, done) if not self.config.views else islice(self._mixed(shares, number), done)
+        skipped = islice(shards, done) if not self.config.views else islice(self._mixed(shards, number), done)
         if sum(1 for _ in skipped) < done:
             raise TrainingError(f"The checkpoint stands at batch {done} of an epoch, but the data ends before.")
         if not self.config.views:
             if resumed is not None:
                 set_random_state(resumed)
-            yield from (Batch(share, None, self._counted(share)) for share in self._mixed(shares, number))
+            yield from (Batch(shard, None, self._counted(shard)) for shard in self._mixed(shards, number))
             return
         # What the data draws must not depend on what dropout draws, which differs from pass to pass.
         data, totals = random_state(), []
         self._seed(number)
         if resumed is not None:
             set_random_state(resumed)
-        mixed = self._mixed(shares, number)
+        mixed = self._mixed(shards, number)
         while True:
             learning = random_state()
             set_random_state(data)
-            share = next(mixed, None)
+            shard = next(mixed, None)
             data = random_state()
             set_random_state(learning)
-            if share is None:
+            if shard is None:
                 break
             path = None if self.keeps is False else self._path(view, done + len(totals))
-            totals.append(self._counted(share))
-            yield Batch(share, path, totals[-1])
+            totals.append(self._counted(shard))
+            yield Batch(shard, path, totals[-1])
         if self.keeps and done == 0:
             self.complete[view] = totals
 
@@ -157,20 +157,20 @@ class Reader:
         if self.processes.index or self.config.views:
             set_seed(self.config.seed + number + _APART * self.processes.index)
 
-    def _mixed(self, shares: Iterator[Share], number: int) -> Iterator[Share]:
-        for share in shares:
-            share = share._replace(inputs=place(share.inputs, *self.home))
+    def _mixed(self, shards: Iterator[Shard], number: int) -> Iterator[Shard]:
+        for shard in shards:
+            shard = shard._replace(inputs=place(shard.inputs, *self.home))
             if number == 0 and not self.joint and self.labels.curious:
-                compare(self.branched, share, self.labels, self.processes)
-            inputs, labels = self.mixing(share.inputs, share.labels)
-            yield share._replace(inputs=inputs, labels=None if labels is None else labels.to(self.home[0]))
+                compare(self.branched, shard, self.labels, self.processes)
+            inputs, labels = self.mixing(shard.inputs, shard.labels)
+            yield shard._replace(inputs=inputs, labels=None if labels is None else labels.to(self.home[0]))
         if number == 0:
             self.labels.settle()
 
-    def _counted(self, share: Share) -> int:
-        if share.labels is None:
-            return share.total
-        return int(self.processes.total((~ignored(share.labels))[: share.own].sum()))
+    def _counted(self, shard: Shard) -> int:
+        if shard.labels is None:
+            return shard.total
+        return int(self.processes.total((~ignored(shard.labels))[: shard.own].sum()))
 
     def _path(self, view: int, number: int) -> Path:
         if self.folder is None:
@@ -185,44 +185,44 @@ class Reader:
 
     # --- what they teach
 
-    def lesson(self, batch: Batch, reads_original: bool) -> Lesson:
+    def branch_batch(self, batch: Batch, reads_original: bool) -> BranchBatch:
         """What a batch has to teach.
 
         Args:
             reads_original: whether the loss of this step does; where no step's does, what lies behind the last exit
                 need not run.
         """
-        if batch.share is None:
+        if batch.shard is None:
             assert batch.path is not None
             return _load(batch.path, self.home[0])
-        share = batch.share
+        shard = batch.shard
         if self.joint:
-            none = torch.zeros(count(share.inputs), self.branched.num_classes, device=self.home[0])
-            return Lesson(share.inputs, [], none, share.labels, share.total, share.own)
+            none = torch.zeros(count(shard.inputs), self.branched.num_classes, device=self.home[0])
+            return BranchBatch(shard.inputs, [], none, shard.labels, shard.total, shard.own)
         if batch.path is None:
-            return self._run(share, reads_original)
+            return self._run(shard, reads_original)
         whole = needs_original(self.config, self.branched)
-        lesson = self._run(share, whole)
+        branch_batch = self._run(shard, whole)
         if self.keeps is None:
-            self.keeps = self._worth(share, lesson, whole, batch.path)
+            self.keeps = self._worth(shard, branch_batch, whole, batch.path)
         if self.keeps:
-            _save(lesson, batch.path)
-        return lesson
+            _save(branch_batch, batch.path)
+        return branch_batch
 
-    def _run(self, share: Share, reads_original: bool) -> Lesson:
+    def _run(self, shard: Shard, reads_original: bool) -> BranchBatch:
         if reads_original:
-            features, original = self.branched.features(share.inputs)
+            features, original = self.branched.features(shard.inputs)
         else:
-            features = self.branched.features_alone(share.inputs)
-            original = torch.zeros(count(share.inputs), self.branched.num_classes, device=self.home[0])
-        return Lesson(None, features, original, share.labels, share.total, share.own)
+            features = self.branched.features_alone(shard.inputs)
+            original = torch.zeros(count(shard.inputs), self.branched.num_classes, device=self.home[0])
+        return BranchBatch(None, features, original, shard.labels, shard.total, shard.own)
 
-    def _worth(self, share: Share, lesson: Lesson, whole: bool, path: Path) -> bool:
+    def _worth(self, shard: Shard, branch_batch: BranchBatch, whole: bool, path: Path) -> bool:
         """Measure on one batch whether reading features back is quicker than running the original, and they fit."""
         started = time.perf_counter()
-        self._run(share, whole)
+        self._run(shard, whole)
         computed = time.perf_counter() - started
-        _save(lesson, path)
+        _save(branch_batch, path)
         started = time.perf_counter()
         _load(path, self.home[0])
         loaded = time.perf_counter() - started
@@ -245,23 +245,23 @@ class Reader:
         return False
 
 
-def compare(branched: EarlyExitModel, share: Share, labels: Labels, processes: Processes) -> None:
+def compare(branched: EarlyExitModel, shard: Shard, labels: Labels, processes: Processes) -> None:
     """Hold the labels of a batch against the original's answers, in all processes at once.
 
     Raises:
         DataError: the original surely knows nothing about them.
     """
-    if share.labels is None:
+    if shard.labels is None:
         return
     with branched.exits_disabled():
-        answers = branched.predict(share.inputs).logits.argmax(-1)
+        answers = branched.predict(shard.inputs).logits.argmax(-1)
     labels.compare(
-        processes.rows(answers, share.total), processes.rows(hard(share.labels).to(answers.device), share.total)
+        processes.rows(answers, shard.total), processes.rows(hard(shard.labels).to(answers.device), shard.total)
     )
 
 
 def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: float = 1.0) -> bool:
-    """Whether the loss reads the original's answers, or what a new head reads, at this share of the training."""
+    """Whether the loss reads the original's answers, or what a new head reads, at this shard of the training."""
     distills = config.distill > 0 and progress >= config.distill_from
     labels_alone = config.teach == "labels" and config.objective in LABELS_ALONE
     return branched.branches.head is not None or distills or not labels_alone
@@ -279,22 +279,22 @@ def _on_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _save(lesson: Lesson, path: Path) -> None:
+def _save(branch_batch: BranchBatch, path: Path) -> None:
     """Whole or not at all."""
-    found = {f"{i} {j}": tensor for i, read in enumerate(lesson.features) for j, tensor in enumerate(read)}
-    found["original"] = lesson.original
-    if lesson.labels is not None:
-        found["labels"] = lesson.labels
+    found = {f"{i} {j}": tensor for i, read in enumerate(branch_batch.features) for j, tensor in enumerate(read)}
+    found["original"] = branch_batch.original
+    if branch_batch.labels is not None:
+        found["labels"] = branch_batch.labels
     # the order in memory decides which kernels run, and so the last bits
     last = [name for name, tensor in found.items() if tensor.ndim == 4 and not tensor.is_contiguous()]
-    about = {"total": lesson.total, "own": lesson.own, "channels_last": last}
+    about = {"total": branch_batch.total, "own": branch_batch.own, "channels_last": last}
     with _on_disk(path.parent), atomic_write(path, durable=False) as partial:  # no other run reads it
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"lesson": json.dumps(about)})
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"batch": json.dumps(about)})
 
 
-def _load(path: Path, device: torch.device) -> Lesson:
+def _load(path: Path, device: torch.device) -> BranchBatch:
     with _on_disk(path.parent), safe_open(path, framework="pt", device=str(device)) as file:  # memory-mapped
-        about = json.loads(file.metadata()["lesson"])
+        about = json.loads(file.metadata()["batch"])
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     for name in about["channels_last"]:
         found[name] = found[name].contiguous(memory_format=torch.channels_last)
@@ -302,4 +302,6 @@ def _load(path: Path, device: torch.device) -> Lesson:
     features: dict[int, list[Tensor]] = {}
     for name in sorted(found, key=lambda name: [int(part) for part in name.split()]):
         features.setdefault(int(name.split()[0]), []).append(found[name])
-    return Lesson(None, [tuple(read) for read in features.values()], original, labels, about["total"], about["own"])
+    return BranchBatch(
+        None, [tuple(read) for read in features.values()], original, labels, about["total"], about["own"]
+    )

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
-from ee_surgery.branches.base import Prepared
+from ee_surgery.branches.base import PreparedBranch
 from ee_surgery.checks import flag, instance
 from ee_surgery.data.batches import Data, is_samples, loader, place
-from ee_surgery.data.distributed import OneBatch, Processes, Shares
+from ee_surgery.data.distributed import GlobalBatchNorm, Processes, ShardedBatches
 from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard, ignored
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingError
 from ee_surgery.graph.inspection import inspect
@@ -35,9 +35,9 @@ from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.provenance import forget_measured
 from ee_surgery.training import checkpoint, trackers
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.ema import Average
+from ee_surgery.training.ema import AveragedWeights
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
-from ee_surgery.training.features import Batch, Lesson, Reader, compare, needs_original
+from ee_surgery.training.features import Batch, BranchBatch, FeatureSource, compare, needs_original
 from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
@@ -154,7 +154,7 @@ class _Run:
         self.batch_size = getattr(batches, "batch_size", None)
         labels = Labels(branched, class_map)
         read = _unread if config.teach == "original" else labels
-        self.batches = Shares(batches, self.processes, read)
+        self.batches = ShardedBatches(batches, self.processes, read)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
         """A pass over the data."""
         if self.steps is None and config.max_steps is None and config.schedule != "constant":
@@ -166,7 +166,7 @@ class _Run:
         """Steps of the whole training; 0 where that is not known."""
         self.validation = None
         if validation is not None:
-            self.validation = Shares(loader(validation, config.batch_size), self.processes, read)
+            self.validation = ShardedBatches(loader(validation, config.batch_size), self.processes, read)
         self.joint, self.class_map = joint, class_map
         identity = branched.adapter_config()
         self.settings = _settings(config, accelerator.mixed_precision, joint, self.total, identity)
@@ -192,10 +192,12 @@ class _Run:
         ending.callback(self.learner.zero_grad)  # gradients take as much memory as what learns
         ending.callback(self._forget_optimizer)
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(config, self.learner.parameters()))
-        self.average = Average(self.learner, config.ema)
+        self.ema = AveragedWeights(self.learner, config.ema)
         takes = torch.float32 if joint and self.halves else self.dtype
-        self.reader = Reader(branched, self.batches, config, self.processes, joint, self.labels, takes, self._say)
-        ending.callback(self.reader.close)
+        self.source = FeatureSource(
+            branched, self.batches, config, self.processes, joint, self.labels, takes, self._say
+        )
+        ending.callback(self.source.close)
 
     def _forget_optimizer(self) -> None:
         mine = vars(self).get("optimizer")
@@ -220,7 +222,7 @@ class _Run:
                 self._one_epoch(folder, state)
                 state = None
             self._check_skipped()
-            self.average.settle()
+            self.ema.settle()
         if self.joint:
             self.branched.rebase()
             self._say(
@@ -238,7 +240,7 @@ class _Run:
         state = None
         if resumed is not None and done and len(resumed["random"]) == self.processes.number:
             state = resumed["random"][self.processes.index]
-        batches = self.reader.epoch(self.epoch, done, state)
+        batches = self.source.epoch(self.epoch, done, state)
         self.learner.train()
         with self._bar() as bar:
             task = bar.add_task(
@@ -280,7 +282,7 @@ class _Run:
         total = sum(batch.counted for batch in batches)
         if total == 0:  # all ignored
             for batch in batches:
-                self.reader.lesson(batch, False)  # where features are kept, they are read again
+                self.source.branch_batch(batch, False)  # where features are kept, they are read again
             return
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self._progress(), self.total)
@@ -306,7 +308,7 @@ class _Run:
             return
         self._drop_measured()
         self.optimizer.step()
-        self.average.update()
+        self.ema.update()
         self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
         self.loss_sum += value
 
@@ -327,13 +329,13 @@ class _Run:
 
     def _loss(self, batch: Batch) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
-        lesson = self.reader.lesson(batch, needs_original(self.config, self.branched, self._progress()))
-        require_labels(lesson.labels, self.config, self.branched.branches.head is not None)
-        exits, original = self._answers(lesson)
+        branch_batch = self.source.branch_batch(batch, needs_original(self.config, self.branched, self._progress()))
+        require_labels(branch_batch.labels, self.config, self.branched.branches.head is not None)
+        exits, original = self._answers(branch_batch)
         return batch_loss(
-            [self._of_all(exit, lesson.total) for exit in exits],
-            self.processes.rows(original, lesson.total),
-            None if lesson.labels is None else self.processes.rows(lesson.labels, lesson.total),
+            [self._of_all(exit, branch_batch.total) for exit in exits],
+            self.processes.rows(original, branch_batch.total),
+            None if branch_batch.labels is None else self.processes.rows(branch_batch.labels, branch_batch.total),
             self.costs,
             self.config,
             new_head=self.branched.branches.head is not None,
@@ -341,18 +343,18 @@ class _Run:
             progress=self._progress(),
         )
 
-    def _answers(self, lesson: Lesson) -> tuple[list[ExitLogits], Tensor]:
+    def _answers(self, branch_batch: BranchBatch) -> tuple[list[ExitLogits], Tensor]:
         """What the branches, and the original or a new head, answer in training."""
-        plain = self.processes.number == 1 and lesson.total > 1
-        one_batch = nullcontext() if plain else OneBatch(self.processes, lesson.own, lesson.total)
+        plain = self.processes.number == 1 and branch_batch.total > 1
+        one_batch = nullcontext() if plain else GlobalBatchNorm(self.processes, branch_batch.own, branch_batch.total)
         with self.accelerator.autocast(), one_batch:
             if self.joint:
-                assert lesson.inputs is not None
-                return self.learner(self.branched.normal(lesson.inputs))
-            features = lesson.features
+                assert branch_batch.inputs is not None
+                return self.learner(self.branched.normal(branch_batch.inputs))
+            features = branch_batch.features
             if self.halves:
                 features = [tuple(place(tensor, None, torch.float32) for tensor in read) for read in features]  # pyright: ignore[reportArgumentType]
-            return self.branched.split(self.learner(features), lesson.original)
+            return self.branched.split(self.learner(features), branch_batch.original)
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -383,15 +385,15 @@ class _Run:
         log_p: list[Tensor] = []
         truth: list[Tensor] = []
         seen = 0
-        for share in self.batches if self.validation is None else self.validation:
-            answers, original = self.branched.answers(place(share.inputs, self.accelerator.device, self.dtype))
-            own = answers[-1].handed
+        for shard in self.batches if self.validation is None else self.validation:
+            answers, original = self.branched.answers(place(shard.inputs, self.accelerator.device, self.dtype))
+            own = answers[-1].log_probs
             assert own is not None
             labels = self.processes.rows(
-                original.argmax(-1) if share.labels is None else share.labels.to(own.device), share.total
+                original.argmax(-1) if shard.labels is None else shard.labels.to(own.device), shard.total
             )
             counts = ~ignored(labels)
-            log_p.append(self.processes.rows(own.float(), share.total)[counts])
+            log_p.append(self.processes.rows(own.float(), shard.total)[counts])
             truth.append(labels[counts])
             seen += len(truth[-1])
             if seen >= _ENSEMBLE_SAMPLES:
@@ -409,10 +411,10 @@ class _Run:
     @contextmanager
     def _as_it_will_run(self) -> Iterator[None]:
         """The weights that training would end with now, averaged and in the base's type, for a while."""
-        changes = self.average.mean is not None or self.halves
+        changes = self.ema.mean is not None or self.halves
         own = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()} if changes else None
         try:
-            self.average.settle()
+            self.ema.settle()
             self._narrow()
             yield
         finally:
@@ -434,23 +436,23 @@ class _Run:
         if self.validation is None or isinstance(self.validation.batches, Iterator):
             return
         before = checkpoint.random_state()
-        for share in self.validation:
-            if share.labels is None or not labels.curious:
+        for shard in self.validation:
+            if shard.labels is None or not labels.curious:
                 break
-            inputs = place(share.inputs, self.accelerator.device, self.dtype)
+            inputs = place(shard.inputs, self.accelerator.device, self.dtype)
             if not self.joint:
-                compare(self.branched, share._replace(inputs=inputs), labels, self.processes)
+                compare(self.branched, shard._replace(inputs=inputs), labels, self.processes)
         checkpoint.set_random_state(before)
 
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
             return ()
         counts = torch.zeros(len(self.branched.exits) + 2, dtype=torch.long, device=self.accelerator.device)
-        for share in self.validation:
-            answers = self.branched.all_exits(place(share.inputs, self.accelerator.device, self.dtype)).argmax(-1)
-            truth = answers[-1] if share.labels is None else hard(share.labels).to(answers.device)
-            counts[:-1] += (answers == truth)[:, : share.own].sum(1)
-            counts[-1] += (truth != IGNORED)[: share.own].sum()
+        for shard in self.validation:
+            answers = self.branched.all_exits(place(shard.inputs, self.accelerator.device, self.dtype)).argmax(-1)
+            truth = answers[-1] if shard.labels is None else hard(shard.labels).to(answers.device)
+            counts[:-1] += (answers == truth)[:, : shard.own].sum(1)
+            counts[-1] += (truth != IGNORED)[: shard.own].sum()
         *right, seen = self.processes.total(counts).tolist()
         return tuple(count / seen for count in right) if seen else ()
 
@@ -496,7 +498,7 @@ class _Run:
                 "counters": {name: getattr(self, name) for name in _COUNTERS},
                 "history": [asdict(epoch) for epoch in self.report.epochs],
                 "learner": self.learner.state_dict(),
-                "average": self.average.state_dict(),
+                "average": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "random": random,
@@ -517,7 +519,7 @@ class _Run:
 
     def _take(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
-        self.average.load_state_dict(state["average"])
+        self.ema.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -535,7 +537,7 @@ def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
     return [(tensor, tensor.dtype) for tensor in found if tensor.dtype in (torch.float16, torch.bfloat16)]
 
 
-def _float_ways(branched: EarlyExitModel) -> list[Prepared]:
+def _float_ways(branched: EarlyExitModel) -> list[PreparedBranch]:
     """What shortcuts need to run in float32 behind a base in half precision: their code was written for its types."""
     mine = branched._backbone
     if not any(branch.reads_all for branch in branched.branches):

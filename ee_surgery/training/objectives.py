@@ -33,7 +33,7 @@ class Answers(NamedTuple):
         return [*(exit.logits for exit in self.exits), *([self.original] if self.original.requires_grad else [])]
 
 
-class Weights(Protocol):
+class ObjectiveSettings(Protocol):
     """The settings that an objective may read."""
 
     @property
@@ -60,7 +60,7 @@ class Weights(Protocol):
 class Objective(Protocol):
     """Signature of an objective: a batch of answers and the settings to a scalar loss."""
 
-    def __call__(self, answers: Answers, config: Weights) -> Tensor:
+    def __call__(self, answers: Answers, config: ObjectiveSettings) -> Tensor:
         """The loss, a scalar."""
         ...
 
@@ -73,7 +73,7 @@ LABELS_ALONE = frozenset({"sum_ce", "weighted_ce"})
 
 
 @OBJECTIVES.register("sum_ce")
-def sum_ce(answers: Answers, config: Weights) -> Tensor:
+def sum_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the exits that learn of their cross-entropies.
 
     Source: v0 of EENets (arXiv:2409.05336), Shallow-Deep Networks (arXiv:1810.07052) with a frozen original, MSDNet
@@ -83,7 +83,7 @@ def sum_ce(answers: Answers, config: Weights) -> Tensor:
 
 
 @OBJECTIVES.register("weighted_ce")
-def weighted_ce(answers: Answers, config: Weights) -> Tensor:
+def weighted_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Weighted mean over the exits that learn of their cross-entropies; see `exit_weights`."""
     losses = _means(_cross_entropies(answers), answers, config)
     weights = exit_weights(config.exit_weights, answers.costs[: len(losses)], answers.progress)
@@ -120,7 +120,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
 
 
 @OBJECTIVES.register("final_only")
-def final_only(answers: Answers, config: Weights) -> Tensor:
+def final_only(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Cross-entropy of the original's own answer (v6 of PTEENet): trains the original before any branch is there.
 
     Raises:
@@ -132,7 +132,7 @@ def final_only(answers: Answers, config: Weights) -> Tensor:
 
 
 @OBJECTIVES.register("kd")
-def kd(answers: Answers, config: Weights) -> Tensor:
+def kd(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the branches of T^2 KL(softmax(z_K / T) || softmax(z_k / T)); reads no labels.
 
     The original is the teacher: no gradient flows into it from here. Source: EENet (arXiv:2301.07099), with T = 3.
@@ -166,14 +166,14 @@ def mixture(answers: Answers) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @OBJECTIVES.register("recursive")
-def recursive(answers: Answers, config: Weights) -> Tensor:
+def recursive(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """NLL of the mixture from the first exit on, plus lambda times its expected cost (v1 of the papers)."""
     log_p, costs = mixture(answers)
     return _means((_nll(log_p[0], answers.labels) + config.cost_weight * costs[0])[None], answers, config)[0]
 
 
 @OBJECTIVES.register("cumulative")
-def cumulative(answers: Answers, config: Weights) -> Tensor:
+def cumulative(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """The recursive loss started at every exit, summed over all K (v2, EENets; PTEENet divides it by K - 1)."""
     log_p, costs = mixture(answers)
     losses = [_nll(p, answers.labels) + config.cost_weight * t for p, t in zip(log_p, costs, strict=True)]
@@ -181,7 +181,7 @@ def cumulative(answers: Answers, config: Weights) -> Tensor:
 
 
 @OBJECTIVES.register("normalized")
-def normalized(answers: Answers, config: Weights) -> Tensor:
+def normalized(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """sum_k (mean c_k / sum_j mean c_j) (CE_k + lambda t_k), the original's confidence being 1 (v3 of EENets)."""
     sure = torch.stack([*(torch.sigmoid(u) for u in _confidences(answers)), torch.ones_like(answers.original[:, 0])])
     shares = sure.mean(1) / sure.mean(1).sum()
@@ -190,7 +190,7 @@ def normalized(answers: Answers, config: Weights) -> Tensor:
 
 
 @OBJECTIVES.register("tagged")
-def tagged(answers: Answers, config: Weights) -> Tensor:
+def tagged(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Each sample is tagged with the exit where CE + lambda t is least, taught there, and c learns the tags (v4).
 
     The binary cross-entropies of the confidences weigh "leaves here" and "does not" equally. Tags are worked out from
@@ -231,7 +231,7 @@ def survivor_weights(answers: Answers, threshold: float) -> Tensor:
         return torch.softmax(torch.stack(there), 1) * len(there[0])
 
 
-def _means(losses: Tensor, answers: Answers, config: Weights) -> Tensor:
+def _means(losses: Tensor, answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Means over the samples of losses (L, B) of the first L exits; survivors count more where they are asked to."""
     if config.survivor is None:
         return losses.mean(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ee_surgery as ee
-from ee_surgery.branches.base import ask, build, hand_on
+from ee_surgery.branches.base import append_log_probs, build, run_branch
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.branches.chained import Ensemble, ZtwBranch
 from ee_surgery.calibration.records import replay_point
@@ -119,7 +119,7 @@ def test_a_chain_works_on_every_layout_and_counts_what_it_costs(layout: str) -> 
     for k, answer in enumerate(answers):
         assert answer.logits.shape == (4, 5)
         assert answer.confidence.shape == (4,)
-        assert answer.handed.shape == (4, k + 1, 5)
+        assert answer.log_probs.shape == (4, k + 1, 5)
     costs = [branch.macs(point.shape) for branch in branches]
     assert costs[1] - costs[0] == 5 * 5 + 5  # the answer before goes into both linear layers
     assert costs[1] == costs[2]
@@ -130,18 +130,18 @@ def test_heads_hand_on_their_own_answers_not_the_ensembles() -> None:
     features = [(torch.randn(4, 8, 6, 6),)] * 3
     own = bank.train()(features)
     combined = bank.eval()(features)
-    torch.testing.assert_close(own[-1].handed, combined[-1].handed)
-    torch.testing.assert_close(own[-1].handed, torch.stack([torch.log_softmax(a.logits, -1) for a in own], 1))
+    torch.testing.assert_close(own[-1].log_probs, combined[-1].log_probs)
+    torch.testing.assert_close(own[-1].log_probs, torch.stack([torch.log_softmax(a.logits, -1) for a in own], 1))
     assert not torch.allclose(own[1].logits, combined[1].logits)
 
 
 def test_a_head_that_is_not_chained_hands_on_all_the_same() -> None:
     pool, features = build(ee.BranchSpec("pool"), POINT, 5), torch.randn(3, 8, 6, 6)
-    first = ask(pool, (features,), None)
-    torch.testing.assert_close(first.handed, torch.log_softmax(first.logits, -1)[:, None])
-    second = ask(pool, (features,), first.handed)
-    torch.testing.assert_close(second.handed, hand_on(second.logits, first.handed))
-    assert second.handed.shape == (3, 2, 5)
+    first = run_branch(pool, (features,), None)
+    torch.testing.assert_close(first.log_probs, torch.log_softmax(first.logits, -1)[:, None])
+    second = run_branch(pool, (features,), first.log_probs)
+    torch.testing.assert_close(second.log_probs, append_log_probs(second.logits, first.log_probs))
+    assert second.log_probs.shape == (3, 2, 5)
 
 
 @given(heads=st.integers(1, 5), classes=st.integers(2, 8), seed=st.integers(0, 1000))

@@ -22,7 +22,7 @@ import ee_surgery as ee
 from ee_surgery.calibration.budget import quota_thresholds
 from ee_surgery.calibration.cascade import tail_accuracy
 from ee_surgery.calibration.classwise import class_thresholds
-from ee_surgery.calibration.correctness import ChanceOfBeingRight, known
+from ee_surgery.calibration.correctness import ChanceOfBeingRight, exit_features
 from ee_surgery.calibration.eenet import eenet_scheduler
 from ee_surgery.calibration.methods import POLICIES, one_threshold
 from ee_surgery.calibration.records import replay_point
@@ -476,7 +476,7 @@ def test_what_is_known_at_an_exit_by_hand() -> None:
     before, p_before, streak = None, None, 0
     state: tuple[Tensor, ...] = ()
     for k, p in enumerate(rows):
-        features, state = known(p.log()[None], state)
+        features, state = exit_features(p.log()[None], state)
         first, second = p.sort(descending=True).values[:2].tolist()
         odds = math.log(first / (1 - first))
         h = -(p * p.log()).sum().item()
@@ -489,7 +489,7 @@ def test_what_is_known_at_an_exit_by_hand() -> None:
         assert features.shape == (1, 4 if k == 0 else 8)
         assert features[0].tolist() == pytest.approx(expected, abs=1e-4)
         before, p_before = p.argmax(), p
-    wild = known(torch.tensor([[1e4, 0.0], [-torch.inf, 0.0]]), ())[0]
+    wild = exit_features(torch.tensor([[1e4, 0.0], [-torch.inf, 0.0]]), ())[0]
     assert wild.isfinite().all()
 
 

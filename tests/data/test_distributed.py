@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import ee_surgery as ee
-from ee_surgery.data.distributed import Processes, Shares
+from ee_surgery.data.distributed import Processes, ShardedBatches
 from recipes import train
 from tests import ROOT
 from tests import distributed_runs as runs
@@ -216,7 +216,7 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
 def test_a_loader_that_is_split_already_is_refused() -> None:
     prepared = Accelerator().prepare(DataLoader(runs.blobs(8), 4))
     with pytest.raises(ee.DataError, match="plain DataLoader"):
-        Shares(prepared, Processes(_several()))
+        ShardedBatches(prepared, Processes(_several()))
 
 
 def test_gradients_that_the_accelerator_would_add_up_otherwise_are_refused() -> None:
