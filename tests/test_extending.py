@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,11 +137,9 @@ def test_a_branch_that_fits_any_layout_is_not_replaced_by_a_preset() -> None:
     ee.BRANCHES.register("anywhere")(Anywhere)
     ee.BRANCHES.register("maps_only")(type("MapsOnly", (ee.Branch,), {}))
     points = [ee.ExitPoint("p", (), 0, "n", (11, 8), "sequence", 0, 1, 10, 0.5, True, "", True)]
-    preset = ee.PRESETS["sdn"]
-    kept = [
-        ee.Preset(**{**vars(preset), "branch": ee.BranchSpec(n)}).branches(points) for n in ("anywhere", "maps_only")
-    ]
-    assert [specs[0].name for specs in kept] == ["anywhere", "token"]
+    for name, expected in (("anywhere", "anywhere"), ("maps_only", "token")):
+        preset = replace(ee.PRESETS["sdn"], branch=ee.BranchSpec(name))
+        assert [spec.name for spec in preset.branches(points)] == [expected]
 
 
 def test_a_loss_that_reads_no_labels_trains_on_batches_without() -> None:
@@ -154,4 +153,4 @@ def test_a_loss_that_reads_no_labels_trains_on_batches_without() -> None:
     with pytest.raises(ee.DataError, match="no labels"):
         ee.train(branched, [pixels], ee.TrainConfig(epochs=1, progress=False))
     report = ee.train(branched, [pixels], ee.TrainConfig(epochs=1, objective="agree", distill=0, progress=False))
-    assert report.steps == 1
+    assert report.epochs[0].loss > 0
