@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, betainccinv, rel_entr
-from scipy.stats import binom
 
 from ee_surgery.errors import ConfigError
 
@@ -170,6 +169,8 @@ def _paired_cut(moved: _Floats, n: int, eps: float, critical: float) -> _Floats:
 @lru_cache(maxsize=1024)
 def _paired_critical(n: int, eps: float, delta: float) -> float:
     """The least critical value that keeps the level, to a step of 0.004; 0.1 s for n = 1000, 1 s for 20,000."""
+    from scipy.stats import binom  # takes longer to import than all of ee_surgery
+
     # Shares of losses that are not 0, by standard errors: dense where few are, or few are not, and chances jump.
     end = math.pi * math.sqrt(n)
     root = np.concatenate(
