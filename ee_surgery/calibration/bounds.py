@@ -107,6 +107,9 @@ def samples_needed(eps: float, delta: float = 0.05, method: str = "ltt-binomial"
     """The fewest samples that clear `eps` where not one of them loses anything; 4194304 means that many or more.
 
     A real policy loses something and needs more.
+
+    >>> samples_needed(0.01, delta=0.05)
+    299
     """
 
     def enough(n: int) -> bool:
@@ -129,7 +132,11 @@ def samples_needed(eps: float, delta: float = 0.05, method: str = "ltt-binomial"
 
 
 def clopper_pearson(errors: Any, n: int, delta: float) -> _Floats:
-    """Exact upper bound on an error rate, too low with a chance of at most `delta`."""
+    """Exact upper bound on an error rate, too low with a chance of at most `delta`.
+
+    >>> clopper_pearson([0, 10], 1000, 0.05).round(4).tolist()
+    [0.003, 0.0169]
+    """
     errors = np.asarray(errors)
     return np.where(errors >= n, 1.0, betainccinv(errors + 1, np.maximum(n - errors, 1), delta))
 

@@ -95,7 +95,10 @@ WeightRule: TypeAlias = Literal["uniform", "falling", "linear", "ramp"]
 
 
 def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: float = 0.0) -> Tensor:
-    """One weight an exit, scaled to sum 1, shape (L,) like `costs`.
+    """One weight per exit, scaled to sum 1, shape (L,) like `costs`.
+
+    >>> exit_weights("linear", torch.tensor([0.25, 0.5, 1.0])) * 6
+    tensor([1., 2., 3.])
 
     Args:
         weights: numbers; `uniform`; `falling`: from 1 at the first exit on a line to 0.3 at the last (BranchyNet's

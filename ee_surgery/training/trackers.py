@@ -14,9 +14,9 @@ from ee_surgery.files import write_error
 
 
 class JsonLines(GeneralTracker):
-    """A file with one JSON object a line: the settings, then the numbers of each epoch. Needs no other package.
+    """A file with one JSON object per line: the settings, then the numbers of each epoch. Needs no other package.
 
-    >>> accelerator = Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")
+    Use: `Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")`.
 
     Args:
         path: added to where it exists, so that a training that is resumed goes on in the same file.
