@@ -82,6 +82,9 @@ def number(
 ) -> float:
     """A number within limits, as Python's own int or float.
 
+    >>> number("drop", np.float32(0.5), low=0, high=1)
+    0.5
+
     Args:
         name: of the argument.
         value: a number of Python or numpy, or a tensor without dimensions; never a flag or a word.

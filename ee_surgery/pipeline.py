@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from torch import nn
 
 from ee_surgery.attach import attach, attach_stored
@@ -41,6 +41,9 @@ from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def augment(

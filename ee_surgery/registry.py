@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the nearest of `known`, or listing some of them."""
+    """A sentence naming the nearest of `known`, or listing some of them.
+
+    >>> suggest("entropi", ["max_prob", "entropy"])
+    "Did you mean 'entropy'?"
+    """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:

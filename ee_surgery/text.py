@@ -40,6 +40,9 @@ def visible(value: object, limit: int = LINE) -> str:
 
     Control and format characters (escape sequences, line separators, text direction, zero width), lone surrogates and
     characters without a meaning yet are written as Python would write them: `\\x1b`, `\\u202e`.
+
+    >>> visible("layer" + chr(27) + "[31m" + chr(10))
+    'layer\\\\x1b[31m\\\\n'
     """
     text = str(value)
     if len(text) <= limit and text.isascii() and text.isprintable():
@@ -65,6 +68,9 @@ def markdown(value: object, limit: int = LINE) -> str:
 
     Simple words stay as they are. Anything else becomes a code span: there, links, images, tags, mentions and emphasis
     mean nothing to CommonMark, GitHub or the Hub.
+
+    >>> markdown("ViT base (224)"), markdown("<img src=x>")
+    ('ViT base (224)', '`<img src=x>`')
     """
     text = visible(value, limit)
     return text if _WORDS.fullmatch(text) else code(text, limit)

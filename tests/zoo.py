@@ -196,6 +196,17 @@ SPECIAL = [
 
 
 @cache
+def small() -> ee.ModelGraph:
+    """The graph of four convolutions on pictures of 8 x 8, for tests that attach often."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((3, 6), (6, 6), (6, 8), (8, 8)):
+        layers.append(nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.ReLU()))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return ee.inspect(model.eval(), torch.randn(2, 3, 8, 8))
+
+
+@cache
 def original(name: str) -> nn.Module:
     """The model of an entry with fixed random weights and BatchNorm statistics that are not the identity."""
     with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ee_surgery.calibration.records import ExitRecords, replay_point
@@ -28,17 +30,23 @@ def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
         if quota <= 0 or len(ranked) == 0:
             thresholds.append(NEVER)
             continue
-        tau = between(ranked, min(quota, len(ranked)))
+        tau = between(ranked.double().numpy(), min(quota, len(ranked)))
         thresholds.append(tau)
         here &= row < tau
     return tuple(thresholds)
 
 
-def between(ranked: Tensor, rank: int) -> float:
-    """A float32 threshold that the first `rank` of falling scores reach, halfway to the next: robust to rounding."""
-    last = ranked[rank - 1].item()
-    after = ranked[rank].item() if rank < len(ranked) and torch.isfinite(ranked[rank]) else last
-    middle = torch.tensor((last + after) / 2, dtype=torch.float32).item()
+def between(ranked: NDArray[np.float64], rank: int) -> float:
+    """A threshold that the first `rank` of falling scores reach, halfway to the next: robust to rounding.
+
+    Scores are float32, so the threshold is a float32 number too.
+
+    >>> between(np.array([0.9, 0.75, 0.25]), 2)
+    0.5
+    """
+    last = float(ranked[rank - 1])
+    after = float(ranked[rank]) if rank < len(ranked) and np.isfinite(ranked[rank]) else last
+    middle = float(np.float32((last + after) / 2))
     return middle if after < middle <= last else last
 
 

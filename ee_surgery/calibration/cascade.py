@@ -14,6 +14,10 @@ from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 def tail_accuracy(score: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Accuracy over the samples that score at least d, for every d that occurs.
 
+    >>> score, correct = torch.tensor([0.9, 0.5, 0.5, 0.2]), torch.tensor([True, True, False, False])
+    >>> [values.tolist() for values in tail_accuracy(score, correct)][1:]
+    [[1.0, 0.6666666666666666, 0.5], [1.0, 3.0, 4.0]]
+
     Args:
         score: (N,), `correct`: bool (N,), of one exit.
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -54,10 +55,7 @@ class ChanceOfBeingRight(FittedScore):
     weights: tuple[Tensor, ...]
     """One vector (D + 1,) an exit, the constant last; an entry for the original's own head may follow."""
 
-    @property
-    def stateful(self) -> bool:
-        """It needs the answers of the exits before, closed ones included."""
-        return True
+    stateful: ClassVar[bool] = True  # it reads the answers of the exits before
 
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,10 +39,7 @@ class EENetScore(FittedScore):
     weights: tuple[Tensor, ...]
     """One an exit, (C + 2 + k,)."""
 
-    @property
-    def stateful(self) -> bool:
-        """Yes: each score reads those before it."""
-        return True
+    stateful: ClassVar[bool] = True  # each score reads those before it
 
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int

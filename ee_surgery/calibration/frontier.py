@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ee_surgery.calibration.methods import CALIBRATORS
+from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.plots import plot_frontier
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.risk import RiskTable
@@ -79,7 +81,7 @@ class Frontier(Sequence[OperatingPoint]):
         points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
         own = [*records.branch_macs, 0]
         return cls(
-            points=_pareto(points),
+            points=_best(points),
             base_accuracy=records.base_accuracy,
             exits=(*records.exits, "original"),
             exit_accuracies=tuple(records.accuracies),
@@ -239,16 +241,10 @@ class Frontier(Sequence[OperatingPoint]):
             raise DataError(f"A damaged frontier: {error!r}.") from error
 
 
-def _pareto(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
+def _best(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
     """Points sorted by cost, each expected to be more accurate than all cheaper ones.
 
     Where nothing was estimated, the accuracy on the calibration data is what is expected.
     """
-    kept: list[OperatingPoint] = []
-    known = [
-        p if p.expected_accuracy == p.expected_accuracy else replace(p, expected_accuracy=p.accuracy) for p in points
-    ]
-    for point in sorted(known, key=lambda p: (p.macs_fraction, -p.expected_accuracy)):
-        if not kept or point.expected_accuracy > kept[-1].expected_accuracy:
-            kept.append(point)
-    return tuple(kept)
+    known = [p if not math.isnan(p.expected_accuracy) else replace(p, expected_accuracy=p.accuracy) for p in points]
+    return tuple(pareto(known, lambda p: p.macs_fraction, lambda p: p.expected_accuracy))

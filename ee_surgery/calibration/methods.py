@@ -14,6 +14,7 @@ from ee_surgery.calibration.budget import geometric_budget
 from ee_surgery.calibration.cascade import accuracy_drop_rule
 from ee_surgery.calibration.classwise import class_thresholds
 from ee_surgery.calibration.eenet import SCORE_RATES, eenet_scheduler
+from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.search import search, stopping
 from ee_surgery.calibration.temperature import scale_temperatures
@@ -92,7 +93,8 @@ def entropy(records: ExitRecords) -> list[OperatingPoint]:
         return one_threshold(records, "entropy", rule="entropy")
     axes = [torch.quantile(row[torch.isfinite(row)], torch.linspace(0, 1, 16)).tolist() for row in scores]
     grid = itertools.product(*([*values, float("inf")] for values in axes))
-    return _upper([replay_point(records, ThresholdPolicy(taus, "entropy"), "entropy") for taus in grid])
+    points = (replay_point(records, ThresholdPolicy(taus, "entropy"), "entropy") for taus in grid)
+    return pareto(points, lambda p: p.macs_fraction, lambda p: p.accuracy)
 
 
 @CALIBRATORS.register("cascade")
@@ -139,12 +141,3 @@ def _within(
             yield choose(records, float(budget))
         except OperatingPointError:  # noqa: PERF203 (ties leave together: the cheapest may cost a little more)
             continue
-
-
-def _upper(points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """Points of which none is both dearer and less accurate than another on these records."""
-    kept: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.accuracy)):
-        if not kept or point.accuracy > kept[-1].accuracy:
-            kept.append(point)
-    return kept

@@ -6,12 +6,13 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from ee_surgery.calibration.correctness import ChanceOfBeingRight
+from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.threshold_search import Floats, Ranks, ThresholdSearch
 from ee_surgery.checks import accuracy_drop, choice, count, instance, names
@@ -19,8 +20,9 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import Fallback
 
 How = Literal["shared", "induction", "ascent"]
-HOWS: tuple[How, ...] = ("shared", "induction", "ascent")
-FALLBACKS: tuple[Fallback, ...] = ("last", "most_confident")
+HOWS: tuple[How, ...] = get_args(How)
+"""From the fewest thresholds fitted to the most."""
+FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,4 @@ def _prices(count: int) -> Floats:
 
 def _front(found: Mapping[Ranks, tuple[float, float]]) -> list[Ranks]:
     """From cheap to dear, each more accurate than all cheaper ones; and never leaving, which needs no luck."""
-    kept: list[Ranks] = []
-    for ranks in sorted(found, key=lambda ranks: (found[ranks][0], -found[ranks][1])):
-        if not kept or found[ranks][1] > found[kept[-1]][1] or not any(ranks):
-            kept.append(ranks)
-    return kept
+    return pareto(found, lambda ranks: found[ranks][0], lambda ranks: found[ranks][1], lambda ranks: not any(ranks))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +36,8 @@ def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledS
 
     Source: Guo et al., ICML 2017, arXiv:1706.04599.
     """
+    from scipy.optimize import minimize_scalar  # takes as long to import as numpy
+
     instance("records", records, ExitRecords)
     word("score", score)
     SCORES[score]  # a name that is known

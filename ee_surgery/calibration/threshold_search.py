@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ee_surgery.calibration.budget import between, quota_thresholds
 from ee_surgery.calibration.correctness import logistic
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.policies.policy import NEVER, Fallback, ThresholdPolicy
@@ -78,16 +80,7 @@ class ThresholdSearch:
 
     def thresholds(self, ranks: Ranks) -> tuple[float, ...]:
         """Halfway between the last score that leaves and the first that stays."""
-        values = []
-        for k, rank in enumerate(ranks):
-            if rank == 0:
-                values.append(NEVER)
-                continue
-            last = self.ranked[k, rank - 1]
-            after = self.ranked[k, rank] if rank < self.n and np.isfinite(self.ranked[k, rank]) else last
-            middle = float(np.float32((last + after) / 2))  # scores are float32: so must a threshold between them be
-            values.append(middle if after < middle <= last else float(last))
-        return tuple(values)
+        return tuple(between(self.ranked[k], rank) if rank else NEVER for k, rank in enumerate(ranks))
 
     def evaluate(self, ranks: Ranks, outcomes: Floats | None = None) -> tuple[float, float]:
         """Mean cost, as a fraction of the original's, and mean outcome."""
@@ -117,13 +110,8 @@ class ThresholdSearch:
 
     def quotas(self, shares: Floats) -> Ranks:
         """Ranks at which about these shares of the samples leave at each branch."""
-        here, ranks = np.ones(self.n, dtype=bool), []
-        for k in range(self.exits):
-            reached = np.flatnonzero(here[self.order[k]])  # who is still there, by falling score
-            quota = min(round(shares[k] * self.n), len(reached))
-            ranks.append(self.snap(k, int(reached[quota - 1]) + 1) if quota else 0)
-            here &= self.position[k] >= ranks[k]
-        return tuple(ranks)
+        quotas = [round(share * self.n) for share in shares[: self.exits]]
+        return self.ranks(quota_thresholds(torch.from_numpy(self.scores), quotas))
 
     def ranks(self, thresholds: tuple[float, ...]) -> Ranks:
         """Ranks of thresholds that were chosen on other samples."""

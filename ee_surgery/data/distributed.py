@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.data_loader import DataLoaderAdapter
-from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -24,8 +21,11 @@ from ee_surgery.backbone.inputs import Inputs, take
 from ee_surgery.data.batches import count, unpack
 from ee_surgery.errors import ConfigError, DataError, TrainingError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 T = TypeVar("T")
-_SPLIT_MODELS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_SPLIT_MODELS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names of what splits a model up
 
 
 class Shard(NamedTuple):
@@ -59,7 +59,7 @@ class Processes:
                 f"{started} processes were started, but Accelerate sees one device and would let each train on its "
                 "own. On CPUs, start them with ACCELERATE_USE_CPU=true."
             )
-        if accelerator is not None and accelerator.distributed_type in _SPLIT_MODELS:
+        if accelerator is not None and accelerator.distributed_type.name in _SPLIT_MODELS:
             raise ConfigError(
                 f"{accelerator.distributed_type.value} splits models up, but exits read whole ones. Launch with plain "
                 "data parallelism (`accelerate launch --multi_gpu`): branches are small, the original has no gradients."
@@ -69,16 +69,26 @@ class Processes:
         """What the main process makes, for all of them; the others make nothing."""
         made = [make() if self.main else None]
         if self.number > 1:
+            from accelerate.utils import broadcast_object_list
+
             broadcast_object_list(made)
         return made[0]  # pyright: ignore[reportReturnType]
 
     def of_each(self, value: T) -> list[T]:
         """The values of all processes, in order."""
-        return gather_object([value]) if self.number > 1 else [value]
+        if self.number == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
-        return reduce(x, "sum") if self.number > 1 else x  # pyright: ignore[reportReturnType]
+        if self.number == 1:
+            return x
+        from accelerate.utils import reduce
+
+        return reduce(x, "sum")  # pyright: ignore[reportReturnType]
 
     def rows(self, x: Tensor, total: int) -> Tensor:
         """The rows that all processes hold of a batch, in its order: (own, *F) to (total, *F).
@@ -125,7 +135,16 @@ class Processes:
 
 
 def _gathered(x: Tensor) -> Tensor:
+    from accelerate.utils import gather
+
     return gather(x)  # pyright: ignore[reportReturnType]
+
+
+def _split_already(batches: Iterable[Any]) -> bool:
+    """Whether a loader gives each process samples of its own."""
+    from accelerate.data_loader import DataLoaderAdapter
+
+    return isinstance(batches, DataLoaderAdapter) or isinstance(getattr(batches, "sampler", None), DistributedSampler)
 
 
 class ShardedBatches:
@@ -148,10 +167,7 @@ class ShardedBatches:
         labels: Callable[[Tensor, int], Tensor | None] | None = None,
     ) -> None:
         self.processes, self.labels = processes, labels
-        split = isinstance(batches, DataLoaderAdapter) or isinstance(
-            getattr(batches, "sampler", None), DistributedSampler
-        )
-        if split and processes.number > 1:
+        if processes.number > 1 and _split_already(batches):
             raise DataError(
                 f"This {type(batches).__name__} gives each process its own samples already, and would be split "
                 "again. Hand in a plain DataLoader: without accelerator.prepare, without DistributedSampler."

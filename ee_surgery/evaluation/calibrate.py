@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.calibration.methods import CALIBRATORS
@@ -18,6 +17,9 @@ from ee_surgery.evaluation.record import record
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.share.provenance import CALIBRATION
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def calibrate(

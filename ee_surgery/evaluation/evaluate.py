@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ee_surgery.checks import instance
@@ -16,6 +16,9 @@ from ee_surgery.evaluation.record import all_or_none, home, labelled_rows, proce
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating_point import describe
 from ee_surgery.text import visible
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)

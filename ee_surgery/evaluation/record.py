@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ee_surgery.calibration.records import ExitRecords
@@ -13,6 +14,9 @@ from ee_surgery.data.distributed import Processes, ShardedBatches
 from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def record(
@@ -96,6 +100,8 @@ def home(branched: EarlyExitModel) -> tuple[torch.device, torch.dtype]:
 def processes(branched: EarlyExitModel, accelerator: Accelerator | None) -> Processes:
     """Those that share the work; the model is moved to where this one works."""
     if accelerator is not None:
+        from accelerate import Accelerator
+
         instance("accelerator", accelerator, Accelerator)
         branched.to(accelerator.device)
     return Processes(accelerator)

@@ -12,6 +12,7 @@ from sympy import Expr, Integer
 from torch import Tensor, fx
 
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import VIEWS, op_name
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,6 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
             yield arg
 
 
-_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
-
-
 def _inherited(
     node: fx.Node, source: fx.Node, axis: Axis | str | None, dim: int, sizes: list[Any], batch: Expr
 ) -> Axis | None:
@@ -115,7 +113,7 @@ def _inherited(
     if not isinstance(axis, Axis) or not isinstance(value, Tensor):
         return None
     given = _sizes(value)
-    if getattr(node.target, "__name__", "").partition(".")[0] in _VIEWS:
+    if op_name(node) in VIEWS:
         # A view keeps the order of all numbers: the batch strides over as many of them as before.
         stride = axis.after * math.prod(int(size) for size in given[axis.dim + 1 :])
         inner = math.prod(int(size) for size in sizes[dim + 1 :])

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ee_surgery.backbone.twin import twin
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import op_name
 from ee_surgery.graph.opaque import is_opaque
 
 _Shape = tuple[int, ...]
@@ -118,18 +119,9 @@ def _concrete(value: object, batch: Expr) -> _Shape | None:
     return tuple(int(str(s.node.expr.subs(batch, 1))) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
 
 
-def _op_name(node: fx.Node) -> str:
-    target = node.target
-    return (
-        target._schema.name.split("::")[-1]
-        if isinstance(target, torch._ops.OpOverload)
-        else getattr(target, "__name__", str(target))
-    )
-
-
 def node_macs(node: fx.Node, batch: Expr) -> int | None:
     """MACs of one call for one sample; None where the call carries work that no formula here counts."""
-    name = _op_name(node)
+    name = op_name(node)
     formula = _FORMULAS.get(name)
     if formula is not None:
         shapes = [_concrete(arg.meta.get("val"), batch) for arg in _operands(node)]
@@ -185,7 +177,7 @@ def count(capture: Capture, needed: set[fx.Node]) -> tuple[list[int], Counter[st
         else:
             value = node_macs(node, capture.batch)
         if value is None:
-            uncounted[_op_name(node)] += 1
+            uncounted[op_name(node)] += 1
         macs.append(value or 0)
     return macs, uncounted
 

@@ -14,6 +14,7 @@ from ee_surgery.errors import ExitPointError
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.features import Features, Layout
 from ee_surgery.graph.liveness import Liveness
+from ee_surgery.graph.nodes import op_name
 from ee_surgery.registry import suggest
 from ee_surgery.tables import table
 from ee_surgery.text import plain, visible
@@ -159,4 +160,4 @@ AUTOCAST = (
 
 def has_autocast(program: Capture) -> bool:
     """Whether part of the forward runs in a torch.autocast region."""
-    return any(getattr(node.target, "__name__", "") == "wrap_with_autocast" for node in program.nodes)
+    return any(op_name(node) == "wrap_with_autocast" for node in program.nodes)

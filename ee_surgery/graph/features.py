@@ -13,6 +13,7 @@ from ee_surgery.backbone.base import Backbone
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.liveness import Liveness
+from ee_surgery.graph.nodes import VIEWS, op_name
 
 Layout: TypeAlias = Literal["nchw", "nhwc", "tokens", "sequence", "vector"]
 
@@ -156,17 +157,14 @@ def _channel_axis(node: fx.Node) -> int:
             value = near.meta.get("val")
             if near.op != "call_function" or not isinstance(value, Tensor):
                 continue
-            name = getattr(near.target, "__name__", "").partition(".")[0]
+            name = op_name(near)
             if name in _LAST and value.ndim > 2:
                 return -1
             if name in _FIRST and value.ndim == len(shape):
                 return 1
             # (B, H, W, C) viewed as (B, H * W, C) still ends in its channels
-            viewed = name in _VIEWS or getattr(here.target, "__name__", "").partition(".")[0] in _VIEWS
+            viewed = VIEWS & {name, op_name(here)}
             if near not in seen and (value.shape == shape or (viewed and value.shape[-1] == shape[-1])):
                 seen.add(near)
                 queue.append(near)
     return 1
-
-
-_VIEWS = {"view", "reshape", "flatten", "unflatten"}

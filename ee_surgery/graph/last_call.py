@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from ee_surgery.backbone.answers import LATER, PROBABILITIES
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import op_name
 
 _SIGMOID = frozenset({"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "log_sigmoid", "log_sigmoid_forward"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
@@ -26,16 +25,13 @@ def refuse_probabilities(program: Capture, model_id: str) -> None:
         CaptureError: it does, with the way out.
     """
     node = program.output
-    while _name(node) in _THROUGH and node.all_input_nodes:
+    while op_name(node) in _THROUGH and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    if _name(node) in _SIGMOID:
+    if op_name(node) in _SIGMOID:
         raise CaptureError(
-            f"{model_id} ends in a sigmoid ({_name(node)}): each class on its own, not a softmax over classes. {LATER} "
-            "If exactly one class is right, wrap the model in a module that answers with what goes into the sigmoid."
+            f"{model_id} ends in a sigmoid ({op_name(node)}): each class on its own, not a softmax over classes. "
+            f"{LATER} If exactly one class is right, wrap the model in a module that answers with what goes into the "
+            "sigmoid."
         )
-    if _name(node) in _SOFTMAX:
+    if op_name(node) in _SOFTMAX:
         raise CaptureError(f"{model_id} ends in a softmax, and answers with probabilities: {PROBABILITIES}")
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", "").partition(".")[0] if node.op == "call_function" else ""

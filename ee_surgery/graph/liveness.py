@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ee_surgery.graph.batch_axes import Axis, find_axes
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import op_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def analyse(capture: Capture) -> Liveness:
     root: dict[fx.Node, fx.Node] = {}
     for node in capture.nodes:
         shared = [arg for arg, _ in _aliased(node)]
-        if not shared and _is_getitem(node):
+        if not shared and op_name(node) == "getitem":
             shared = [arg for arg in node.all_input_nodes[:1] if arg in root and _is_multiple(arg)]
         root[node] = root.get(shared[0], shared[0]) if shared else node
     data_dependent = _carried(capture, root)
@@ -67,10 +68,6 @@ def analyse(capture: Capture) -> Liveness:
             for arg in node.all_input_nodes:
                 last_use[arg] = max(last_use.get(arg, -1), i)
     return Liveness(data_dependent, root, needed, last_use, find_axes(capture, data_dependent))
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
 
 
 def is_size(node: fx.Node, batch: Expr) -> bool:

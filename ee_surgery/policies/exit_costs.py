@@ -9,6 +9,9 @@ from itertools import accumulate
 def exit_costs(trunk: Sequence[int], branches: Sequence[int], visits: Sequence[bool]) -> list[int]:
     """MACs of a sample that leaves at each of K exits: the trunk up to it and every branch it was shown to.
 
+    >>> exit_costs(trunk=[10, 20, 30], branches=[1, 2], visits=[True, False])
+    [11, 21, 31]
+
     Args:
         trunk: K numbers, `branches` and `visits`: K - 1.
     """

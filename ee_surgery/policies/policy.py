@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class ThresholdPolicy:
     def __post_init__(self) -> None:
         thresholds = numbers("thresholds", self.thresholds, infinite=True, hint="Use inf to close an exit.")
         object.__setattr__(self, "thresholds", thresholds)
-        choice("fallback", self.fallback, ("last", "most_confident"))
+        choice("fallback", self.fallback, get_args(Fallback))
         # Looked up once: decide runs at every exit. Scores are float32, so thresholds are compared as float32.
         object.__setattr__(self, "_score", ScoreOf(self.score))
         object.__setattr__(self, "_taus", torch.tensor(self.thresholds, dtype=torch.float32).tolist())

@@ -48,10 +48,8 @@ class FittedScore(ABC):
 
     kind: ClassVar[str]
 
-    @property
-    def stateful(self) -> bool:
-        """Whether it needs the answers of the exits before, closed ones included."""
-        return False
+    stateful: ClassVar[bool] = False
+    """Whether it needs the answers of the exits before, closed ones included."""
 
     @abstractmethod
     def __call__(
@@ -135,7 +133,7 @@ class ScoreOf:
         if state and not self.stateful:
             raise ConfigError(
                 f"The score {self.score!r} keeps a state, but is not `stateful`: closed exits would be missing from "
-                "it. Register it with stateful=True, or override the property `stateful` of a fitted score."
+                "it. Register it with stateful=True, or set stateful = True in the class of a fitted score."
             )
         return score, state
 

@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -35,6 +34,9 @@ from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 POINTS = 12
 """How many exit points are tried where nobody says."""
 TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.15, 0.25)))
@@ -43,6 +45,7 @@ _STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody say
 _SHARE = 4  # of the training's steps, a probe takes one in so many
 _WIDER = (4, 16)  # times the accepted drop
 _ROUNDS = 10
+Cost: TypeAlias = Literal["macs", "time"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def search_exits(
     points: int | Sequence[str] = POINTS,
     max_accuracy_drop: float = 0.01,
     most: int = 6,
-    cost: Literal["macs", "time"] = "macs",
+    cost: Cost = "macs",
     config: TrainConfig | None = None,
     probe_steps: int | None = None,
     sample: Sample | None = None,
@@ -149,7 +152,7 @@ def search_exits(
         ConfigError: branches that read each other's answers.
         DataError: `train` or `held_out` is an iterator, which can be read once only.
     """
-    choice("cost", cost, ("macs", "time"))
+    choice("cost", cost, get_args(Cost))
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
     specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)

@@ -55,8 +55,8 @@ from ee_surgery.files import (
 )
 from ee_surgery.graph.exit_points import ExitPoint
 from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT, check_size, read_json
 from ee_surgery.share.probe import InputSpec, Probe
-from ee_surgery.share.schema import FORMAT_VERSION, OLD_FORMAT, ConfigForm, FrontierForm, check_size, parse, read_json
 from ee_surgery.share.weights import POLICY, TENSOR, Weights
 
 CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "frontier.json", "base.safetensors"
@@ -378,6 +378,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is damaged or was edited by hand: it does not have the digest that it states. Save the adapter "
             "again; `ee-surgery card` changes what the card says."
         )
+    from ee_surgery.share.schema import ConfigForm, parse  # pydantic builds its validators at import
+
     return parse(ConfigForm, data, path)
 
 
@@ -463,6 +465,8 @@ def _read_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None
     # One that is not listed is left from an interrupted save; before there were lists, its being there was the list.
     if FRONTIER in files or (not files and (folder / FRONTIER).exists()):
         path = find_file(folder, FRONTIER, files)
+        from ee_surgery.share.schema import FrontierForm, parse
+
         traced = parse(FrontierForm, read_json(path), folder / FRONTIER)
         if traced["exits"] != (expected := [*(exit.name for exit in config.exits), "original"]):
             raise AdapterError(f"{folder / FRONTIER} is of exits {traced['exits'][:10]}, {CONFIG} of {expected[:10]}.")

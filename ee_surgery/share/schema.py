@@ -16,13 +16,10 @@ from typing_extensions import Self
 
 from ee_surgery.backbone.base import Library
 from ee_surgery.errors import AdapterError
-from ee_surgery.files import JSON_LIMIT, read_object
 from ee_surgery.graph.features import Layout
 from ee_surgery.policies.policy import Fallback
+from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT
 
-FORMAT_VERSION = 3
-OLD_FORMAT = 2
-"""Without digests: read with a warning, and written in the new format by the next save."""
 _MOST_CLASSES = 100_000
 _MOST_ELEMENTS = 1 << 24  # of an input tensor: four samples of 3 x 1182 x 1182
 _DEEPEST = 12  # levels of data without a form of its own
@@ -254,7 +251,7 @@ class ConfigForm(_Form):
     """`config.json`, an `AdapterConfig`, and what other libraries look for in that file."""
 
     model_type: Literal["ee_surgery"]
-    format_version: Literal[2, 3]
+    format_version: Literal[OLD_FORMAT, FORMAT_VERSION]  # pyright: ignore[reportInvalidTypeForm]
     image_processor_type: Literal["TimmWrapperImageProcessor"] | None = None
     pretrained_cfg: Plain | None = None
     base: BaseForm
@@ -289,28 +286,6 @@ class ConfigForm(_Form):
         if self.pretrained_cfg != (self.preprocessing if self.image_processor_type else None):
             raise ValueError("pretrained_cfg and preprocessing differ")
         return self
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file, bounded in size and depth.
-
-    Raises:
-        AdapterError: it is missing, no regular file, too large, no JSON, or no object.
-    """
-    try:
-        return read_object(path)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is missing or damaged: {error}. Save the adapter again.") from error
-
-
-def check_size(path: Path) -> None:
-    """Write nothing that could not be read again.
-
-    Raises:
-        AdapterError: the file is too large.
-    """
-    if (size := path.stat().st_size) > JSON_LIMIT:
-        raise AdapterError(f"{path.name} would take {size:,} bytes; {JSON_LIMIT:,} at most are read again.")
 
 
 def parse(form: type[Typed], data: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from ee_surgery.checks import choice, count, flag, number, numbers, optional, path, word
-from ee_surgery.training.objectives import OBJECTIVES
+from ee_surgery.training.objectives import OBJECTIVES, WeightRule
+from ee_surgery.training.precision import AskedPrecision
+
+Teacher: TypeAlias = Literal["labels", "original"]
+Optimizer: TypeAlias = Literal["adamw", "adam", "sgd"]
+Schedule: TypeAlias = Literal["cosine", "linear", "step", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +42,7 @@ class TrainConfig:
     """Of the softmax in the KL term."""
     survivor: float | None = None
     """Weigh samples by how likely they get to each exit: a threshold in [0, 1] of those before; None for no weights."""
-    teach: Literal["labels", "original"] = "labels"
+    teach: Teacher = "labels"
     """`original`: no labels are read; the original's own answer stands for them."""
     cutmix: float = 0.0
     """Alpha of CutMix, which pastes a patch of another picture of the batch and shares the label; 0 for none."""
@@ -53,19 +58,19 @@ class TrainConfig:
     the system's temporary files, and are removed at the end."""
     ema: float = 0.0
     """Decay in [0, 1), a step, of the moving average of the weights that the branches end with; 0 for the last ones."""
-    exit_weights: tuple[float, ...] | Literal["uniform", "falling", "linear", "ramp"] = "uniform"
+    exit_weights: tuple[float, ...] | WeightRule = "uniform"
     """For `weighted_ce`: one weight an exit that learns, falling with depth (BranchyNet), growing with depth
     (`linear`, EENet), or growing with time (`ramp`, Shallow-Deep Networks); scaled to sum 1."""
     cost_weight: float = 1.0
     """Lambda of the cost-aware objectives (1 in EENets, 0.9 in PTEENet)."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """`adam` adds the weight decay to the gradient, as the papers that used it did."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-4
     momentum: float = 0.9
     """Of SGD (Nesterov)."""
-    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """`step` divides by ten at each of the `milestones`."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """ShardedBatches of the training, in [0, 1]."""
@@ -75,7 +80,7 @@ class TrainConfig:
     """Largest norm of the gradient of all that learns together."""
     ensemble_epochs: int = 500
     """Passes over recorded answers that fit the ensembles of `ztw` branches, after all else; 0 for none."""
-    mixed_precision: Literal["no", "auto", "bf16", "fp16"] = "no"
+    mixed_precision: AskedPrecision = "no"
     """`auto`: bfloat16 where the device has instructions for it, float32 (`no`) elsewhere; training says which. The
     default is the same on every machine."""
     validation: float = 0.1
@@ -100,8 +105,8 @@ class TrainConfig:
 
 def _exit_weights(name: str, value: object) -> tuple[float, ...] | str:
     if isinstance(value, str):
-        return choice(name, value, ("uniform", "falling", "linear", "ramp"))
-    return numbers(name, value, low=0, hint="One an exit that learns, or 'uniform', 'falling', 'linear', 'ramp'.")
+        return choice(name, value, get_args(WeightRule))
+    return numbers(name, value, low=0, hint=f"One per exit that learns, or one of {get_args(WeightRule)}.")
 
 
 def _folder(name: str, value: object) -> str:
@@ -121,7 +126,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "distill_from": _SHARE,
     "temperature": _RATE,
     "survivor": optional(_SHARE),
-    "teach": partial(choice, known=("labels", "original")),
+    "teach": partial(choice, known=get_args(Teacher)),
     "cutmix": _LEAST_0,
     "mixup": _LEAST_0,
     "mix_share": _SHARE,
@@ -130,16 +135,16 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "ema": partial(number, low=0, below=1),
     "exit_weights": _exit_weights,
     "cost_weight": _LEAST_0,
-    "optimizer": partial(choice, known=("adamw", "adam", "sgd")),
+    "optimizer": partial(choice, known=get_args(Optimizer)),
     "lr": _RATE,
     "weight_decay": _LEAST_0,
     "momentum": partial(number, low=0, below=1),
-    "schedule": partial(choice, known=("cosine", "linear", "step", "constant")),
+    "schedule": partial(choice, known=get_args(Schedule)),
     "milestones": partial(numbers, low=0, high=1, hint="ShardedBatches of the training."),
     "warmup": _SHARE,
     "clip_grad": optional(partial(number, above=0, hint="None for gradients as they are.")),
     "ensemble_epochs": partial(count, low=0),
-    "mixed_precision": partial(choice, known=("no", "auto", "bf16", "fp16")),
+    "mixed_precision": partial(choice, known=get_args(AskedPrecision)),
     "validation": partial(number, low=0, below=1),
     "num_workers": partial(count, low=0),
     "seed": partial(count, low=0),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -121,7 +120,7 @@ class FeatureSource:
                 Batch(None, self._path(view, i), n) for i, n in islice(enumerate(self.complete[view]), done, None)
             )
             return
-        set_seed(self.config.seed + view)
+        _set_seed(self.config.seed + view)
         shards = iter(self.batches)
         self._seed(view)  # else all processes would crop and drop alike
         # Loaded and thrown away, not skipped: whatever randomness their transforms use is used up again.
@@ -155,7 +154,7 @@ class FeatureSource:
 
     def _seed(self, number: int) -> None:
         if self.processes.index or self.config.views:
-            set_seed(self.config.seed + number + _APART * self.processes.index)
+            _set_seed(self.config.seed + number + _APART * self.processes.index)
 
     def _mixed(self, shards: Iterator[Shard], number: int) -> Iterator[Shard]:
         for shard in shards:
@@ -305,3 +304,10 @@ def _load(path: Path, device: torch.device) -> BranchBatch:
     return BranchBatch(
         None, [tuple(read) for read in features.values()], original, labels, about["total"], about["own"]
     )
+
+
+def _set_seed(seed: int) -> None:
+    """Seed Python, numpy and torch on all devices."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed)

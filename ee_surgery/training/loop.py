@@ -11,12 +11,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -33,7 +30,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.provenance import forget_measured
-from ee_surgery.training import checkpoint, trackers
+from ee_surgery.training import checkpoint
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.ema import AveragedWeights
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
@@ -42,7 +39,10 @@ from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.precision import resolve_precision
-from ee_surgery.training.report import Epoch, TrainReport, describe
+from ee_surgery.training.report import Epoch, TrainReport, describe, start_trackers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @torch.inference_mode(False)
@@ -97,7 +97,10 @@ def train(
     instance("branched", branched, EarlyExitModel)
     config = TrainConfig() if config is None else instance("config", config, TrainConfig)
     joint = flag("joint", joint)
-    accelerator = None if accelerator is None else instance("accelerator", accelerator, Accelerator)
+    if accelerator is not None:
+        from accelerate import Accelerator
+
+        instance("accelerator", accelerator, Accelerator)
     before = checkpoint.random_state()
     if joint:
         if config.teach == "original":
@@ -113,6 +116,10 @@ def train(
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     """One with the precision that the settings ask for, and with these options of `Accelerator`."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import parse_flag_from_env
+
     # As Accelerator makes it: without the flag, processes on CPUs would not find each other.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     precision = resolve_precision(config.mixed_precision, device)  # pyright: ignore[reportArgumentType]
@@ -214,7 +221,7 @@ class _Run:
                 self._restore(folder, state)
             self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
             self._check_validation(Labels(self.branched, self.class_map))
-            trackers.start(self.accelerator, self.settings)
+            start_trackers(self.accelerator, self.settings)
             if self.config.mixed_precision == "auto":
                 device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
                 self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from ee_surgery.backbone.inputs import Inputs
 from ee_surgery.data.labels import IGNORED
@@ -24,7 +23,11 @@ class Mixing:
     """
 
     def __init__(self, config: TrainConfig, classes: int) -> None:
-        self.share, self.classes = config.mix_share, classes
+        self.share, self.classes, self.ways = config.mix_share, classes, []
+        if not config.cutmix and not config.mixup:
+            return
+        from torchvision.transforms import v2
+
         self.ways = [
             way(alpha=alpha, num_classes=classes + 1)  # the last class stands for ignored samples
             for way, alpha in ((v2.CutMix, config.cutmix), (v2.MixUp, config.mixup))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -91,8 +91,14 @@ def weighted_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return losses @ weights.to(losses)
 
 
+WeightRule: TypeAlias = Literal["uniform", "falling", "linear", "ramp"]
+
+
 def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: float = 0.0) -> Tensor:
-    """One weight an exit, scaled to sum 1, shape (L,) like `costs`.
+    """One weight per exit, scaled to sum 1, shape (L,) like `costs`.
+
+    >>> exit_weights("linear", torch.tensor([0.25, 0.5, 1.0])) * 6
+    tensor([1., 2., 3.])
 
     Args:
         weights: numbers; `uniform`; `falling`: from 1 at the first exit on a line to 0.3 at the last (BranchyNet's
@@ -114,9 +120,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     elif weights == "ramp":
         weights = tuple(1.0 if cost >= 1 else min(cost, 0.01 + progress * cost) for cost in costs.tolist())
     if isinstance(weights, str) or len(weights) != n or min(weights) < 0 or sum(weights) == 0:
-        raise ConfigError(
-            f"exit_weights must be 'uniform', 'falling', 'linear', 'ramp' or {n} numbers >= 0; got {weights!r}."
-        )
+        raise ConfigError(f"exit_weights must be one of {get_args(WeightRule)}, or {n} numbers >= 0; got {weights!r}.")
     return torch.tensor(weights) / sum(weights)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision: TypeAlias = Literal["no", "bf16", "fp16"]
+AskedPrecision: TypeAlias = Literal[Precision, "auto"]
 
 
-def resolve_precision(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
+def resolve_precision(asked: AskedPrecision, device: torch.device) -> Precision:
     """Replace `auto` by bfloat16 where the device computes in it, and by float32 (`no`) elsewhere."""
     if asked != "auto":
         return asked

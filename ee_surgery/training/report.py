@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ee_surgery.model import EarlyExitModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,10 @@ def describe(epoch: Epoch) -> str:
     skipped = f", {epoch.skipped} steps skipped" if epoch.skipped else ""
     shown = f", validation accuracy by exit {accuracies}" if accuracies else ""
     return f"epoch {epoch.epoch + 1}: loss {epoch.loss:.4f}{shown}, {epoch.seconds:.0f} s{skipped}"
+
+
+def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Start the trackers that an accelerator was made with, unless its owner did so already."""
+    if accelerator.log_with and not accelerator.trackers:
+        plain = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in settings.items()}
+        accelerator.init_trackers("ee_surgery", config=plain)

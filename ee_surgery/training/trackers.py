@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from ee_surgery.files import write_error
 
 
 class JsonLines(GeneralTracker):
-    """A file with one JSON object a line: the settings, then the numbers of each epoch. Needs no other package.
+    """A file with one JSON object per line: the settings, then the numbers of each epoch. Needs no other package.
 
-    >>> accelerator = Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")
+    Use: `Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")`.
 
     Args:
         path: added to where it exists, so that a training that is resumed goes on in the same file.
@@ -71,10 +70,3 @@ def _append(path: Path, line: bytes) -> None:
         except BaseException:
             file.truncate(end)
             raise
-
-
-def start(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
-    """Start the trackers that an accelerator was made with, unless its owner did so already."""
-    if accelerator.log_with and not accelerator.trackers:
-        plain = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in settings.items()}
-        accelerator.init_trackers("ee_surgery", config=plain)

@@ -20,7 +20,7 @@ from ee_surgery.calibration import bounds
 from ee_surgery.calibration import risk as rc
 from ee_surgery.calibration.records import replay_point
 from ee_surgery.policies.certificate import Certificate
-from tests.calibration.test_policies import synthetic
+from tests.strategies import synthetic
 
 CERTIFYING = [(name, method) for name in rc.RISKS for method in rc.RISKS[name].scale.methods() if method != "crc"]
 
