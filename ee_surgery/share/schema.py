@@ -261,7 +261,7 @@ class ConfigForm(_Form):
     inputs: Annotated[dict[Name, InputForm], Field(min_length=1, max_length=16)]
     options: Annotated[dict[Annotated[Name, Field(pattern=r"^[A-Za-z]\w*$")], Option], Field(max_length=50)]
     opaque: Annotated[list[Name], Field(max_length=1000)]
-    head_classes: Annotated[int, Field(ge=2, le=_MOST_CLASSES)] | None
+    head_classes: Annotated[int, Field(ge=1, le=_MOST_CLASSES)] | None
     placement: Name
     base_macs: Annotated[int, Field(ge=1, le=1 << 62)]
     exits: Annotated[list[ExitForm], Field(min_length=1, max_length=1000)]
@@ -272,6 +272,7 @@ class ConfigForm(_Form):
     preprocessing: Plain | None = None
     output: int | Name | Annotated[list[int | Name], Field(min_length=1, max_length=10)] | None = None
     provenance: Plain = {}
+    task: Name = "classification"
     probe: ProbeForm | None = None
     files: Annotated[dict[Name, Sha256], Field(max_length=100)] = {}
     digest: Sha256 | None = None
