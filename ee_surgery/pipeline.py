@@ -37,7 +37,7 @@ from ee_surgery.share.hub import fetch
 from ee_surgery.share.probe import make_inputs
 from ee_surgery.share.processor import load_preprocessing, load_processor
 from ee_surgery.share.provenance import as_stated
-from ee_surgery.task import Task
+from ee_surgery.task import Task, as_task
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -241,6 +241,7 @@ def from_pretrained(
         folder = fetch(str(source), revision=revision, **hub)
     model = None if model is None else unwrapped(model)
     config, weights, frontier = load_adapter(folder)
+    as_task(config.task)  # a name that is known, before anything is downloaded
     given = model
     if model is None:
         model = make_base(config, folder, **hub)

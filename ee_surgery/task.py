@@ -55,6 +55,8 @@ class Task(ABC):
     """`config.problem_type` of the transformers models that answer like this."""
     hub_tags: ClassVar[Mapping[str, str]] = {"image": "image-classification", "text": "text-classification"}
     """`pipeline_tag` on the Hub, by what the model reads."""
+    decided: ClassVar[str] = "output.logits"
+    """Code that shows what an `output` says: for model cards."""
     class_dim: ClassVar[int] = 1
     """The dimension of the logits that holds classes."""
 
@@ -167,9 +169,9 @@ class Task(ABC):
 class _Tasks(Registry["Task"]):
     """Holds one object of each class that is registered, and tells the class its name."""
 
-    def register(self, name: str) -> Callable[[type[Task]], type[Task]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def register(self, name: str, **properties: object) -> Callable[[type[Task]], type[Task]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Decorator of a class derived from `Task`."""
-        add = super().register(name)
+        add = super().register(name, **properties)
 
         def named(cls: type[Task]) -> type[Task]:
             if not (isinstance(cls, type) and issubclass(cls, Task)):
@@ -192,6 +194,7 @@ class Classification(Task):
     whole = True
     class_numbers = True
     least = 2
+    decided = "output.logits.argmax(-1)"
     problem_types = ("single_label_classification",)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
@@ -275,7 +278,7 @@ def mean_average_precision(logits: Tensor, target: Tensor) -> float:
         logits: (N, C).
         target: 0 or 1, (N, C).
     """
-    order = logits.argsort(0, descending=True, stable=True)
+    order = logits.argsort(dim=0, descending=True, stable=True)
     ranked, there = logits.gather(0, order), (target > 0.5).double().gather(0, order)
     found = there.cumsum(0)
     precision = found / torch.arange(1, len(logits) + 1, dtype=torch.float64, device=logits.device)[:, None]
@@ -296,6 +299,7 @@ class MultiLabel(Task):
     """
 
     measure = "label accuracy"
+    decided = "output.logits > 0"
     measures = {"mean_average_precision": mean_average_precision}  # noqa: RUF012
     problem_types = ("multi_label_classification",)
 

@@ -255,6 +255,8 @@ def _well_formed(found: Mapping[str, Any]) -> bool:
         and several("exit_shares", share)
         and several("exit_accuracies", lambda value: value is None or share(value))
         and len(found["exits"]) == len(found["exit_shares"]) == len(found["exit_accuracies"])
+        and isinstance(measures := found.get("measures", {}), Mapping)
+        and all(map(share, measures.values()))
     )
 
 
@@ -276,16 +278,16 @@ def _front_matter(
         datasets=list(info.datasets) or None,
         language=list(info.language) or None,
         model_name=None if measured is None else visible(name),
-        eval_results=None if measured is None else _results(info, measured, task or "other"),
+        eval_results=None if measured is None else _results(info, measured, task or "other", text.task_of(config).measure),
         **(own if found else {}),
     )
 
 
-def _results(info: CardInfo, measured: Mapping[str, Any], task: str) -> list[EvalResult]:
+def _results(info: CardInfo, measured: Mapping[str, Any], task: str, measure: str) -> list[EvalResult]:
     """For `model-index`, which asks for a name of the data: unknown where nobody said it."""
     labelled = measured["labelled"]
     metrics = {
-        "accuracy": ("accuracy" if labelled else "agreement", text.accuracy_name(labelled)),
+        "accuracy": ("accuracy" if labelled else "agreement", text.accuracy_name(labelled, measure)),
         "macs_fraction": ("macs_fraction", "mean MACs, fraction of the original's"),
     }
     return [
@@ -342,7 +344,7 @@ def _render(
         summary=text.summary(config),
         snippet=text.snippet(config, frontier, where),
         usage=text.usage(config, frontier, where, processor=change.holds(PROCESSOR)),
-        measured=None if measured is None else text.measured(measured, _data(info, measured)) | said(EVALUATION),
+        measured=None if measured is None else text.measured(measured, _data(info, measured), text.task_of(config)) | said(EVALUATION),
         frontier=None if frontier is None else text.trade_offs(frontier, PLOT if plot else None) | said(CALIBRATION),
         exits=text.exits(config, frontier),
         point=text.operating_point(config.operating_point, frontier) | said(CALIBRATION),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from torchvision.transforms import v2
 from ee_surgery.backbone.inputs import Inputs
 from ee_surgery.data.labels import IGNORED
 from ee_surgery.errors import DataError
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames, require
 from ee_surgery.training.config import TrainConfig
 
 
@@ -20,16 +23,23 @@ class Mixing:
 
     Args:
         classes: C.
+        task: what the labels are.
+    Raises:
+        ConfigError: pictures are to be mixed, and labels of the task cannot be.
     Source: CutMix (Yun et al., ICCV 2019, arXiv:1905.04899), Mixup (Zhang et al., ICLR 2018, arXiv:1710.09412).
     """
 
-    def __init__(self, config: TrainConfig, classes: int) -> None:
+    tasks: ClassVar[TaskNames] = ("classification",)
+
+    def __init__(self, config: TrainConfig, classes: int, task: Task = CLASSIFICATION) -> None:
         self.share, self.classes = config.mix_share, classes
         self.ways = [
             way(alpha=alpha, num_classes=classes + 1)  # the last class stands for ignored samples
             for way, alpha in ((v2.CutMix, config.cutmix), (v2.MixUp, config.mixup))
             if alpha > 0
         ]
+        if self.ways:
+            require("Mixing pictures (cutmix=, mixup=)", self.tasks, task)
 
     def __call__(self, inputs: Inputs, labels: Tensor | None) -> tuple[Inputs, Tensor | None]:
         """Inputs as they came or mixed, and class probabilities (B, C); no labels stay no labels.
