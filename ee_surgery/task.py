@@ -166,7 +166,7 @@ class Task(ABC):
         return like.new_empty((rows, *like.shape[1:]))
 
 
-class _Tasks(Registry["Task"]):
+class Tasks(Registry[Task]):
     """Holds one object of each class that is registered, and tells the class its name."""
 
     def register(self, name: str, **properties: object) -> Callable[[type[Task]], type[Task]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -183,7 +183,7 @@ class _Tasks(Registry["Task"]):
         return named
 
 
-TASKS: Registry[Task] = _Tasks("task")
+TASKS = Tasks("task")
 """Name -> task."""
 
 
@@ -367,7 +367,9 @@ def as_task(task: str | Task | type[Task]) -> Task:
         return TASKS[task]
     found = task() if isinstance(task, type) and issubclass(task, Task) else task
     if not isinstance(found, Task) or TASKS.get(found.name) != found:
-        raise ConfigError(f"task must be a name in TASKS ({', '.join(TASKS)}) or a class registered there, got {task!r}.")
+        raise ConfigError(
+            f"task must be a name in TASKS ({', '.join(TASKS)}) or a class registered there, got {task!r}."
+        )
     return found
 
 

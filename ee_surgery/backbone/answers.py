@@ -133,7 +133,7 @@ def pick_task(wanted: str | Task | type[Task] | None, model: nn.Module, model_id
         raise CaptureError(
             f"The configuration of {model_id} says problem_type={problem_type!r}: its answers have no confidence that "
             "a sample could leave by. If it is an ordinary classifier, set config.problem_type to "
-            '\'single_label_classification\', or say task="classification"; if each answer goes through a sigmoid, '
+            "'single_label_classification', or say task=\"classification\"; if each answer goes through a sigmoid, "
             'task="multi_label".'
         )
     return found or CLASSIFICATION

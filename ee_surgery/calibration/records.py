@@ -180,8 +180,10 @@ class ExitRecords:
             DataError: these records were made without.
         """
         if self.logits is None:
-            known = ", ".join(self.recorded) or "none"
-            raise DataError(f"These records hold no logits, which this needs; scores that they hold: {known}. Record again.")
+            known = ", ".join(sorted(self.recorded.keys() - {CERTAINTY})) or "none"
+            raise DataError(
+                f"These records hold no logits, which this needs; scores that they hold: {known}. Record again."
+            )
         return self.logits
 
     @cached_property
@@ -367,7 +369,9 @@ class ExitRecords:
             raise DataError(f"Cannot read exit records from {path}: {error}") from error
         version = meta.get("format_version")
         if version not in (str(FIRST_FORMAT), str(FORMAT_VERSION)) or not tensors.keys() & {"logits", "outcomes"}:
-            raise DataError(f"{path} holds no exit records of format {FORMAT_VERSION} or older: its metadata is {meta}.")
+            raise DataError(
+                f"{path} holds no exit records of format {FORMAT_VERSION} or older: its metadata is {meta}."
+            )
         stored = {**_STORED, "task": json.dumps(CLASSIFICATION.name)}
         try:
             plain = {name: json.loads(meta.get(name, default)) for name, default in stored.items()}

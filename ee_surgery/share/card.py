@@ -278,7 +278,9 @@ def _front_matter(
         datasets=list(info.datasets) or None,
         language=list(info.language) or None,
         model_name=None if measured is None else visible(name),
-        eval_results=None if measured is None else _results(info, measured, task or "other", text.task_of(config).measure),
+        eval_results=None
+        if measured is None
+        else _results(info, measured, task or "other", text.task_of(config).measure),
         **(own if found else {}),
     )
 
@@ -344,7 +346,9 @@ def _render(
         summary=text.summary(config),
         snippet=text.snippet(config, frontier, where),
         usage=text.usage(config, frontier, where, processor=change.holds(PROCESSOR)),
-        measured=None if measured is None else text.measured(measured, _data(info, measured), text.task_of(config)) | said(EVALUATION),
+        measured=None
+        if measured is None
+        else text.measured(measured, _data(info, measured), text.task_of(config)) | said(EVALUATION),
         frontier=None if frontier is None else text.trade_offs(frontier, PLOT if plot else None) | said(CALIBRATION),
         exits=text.exits(config, frontier),
         point=text.operating_point(config.operating_point, frontier) | said(CALIBRATION),

@@ -138,7 +138,7 @@ def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processo
     if pictures and (processor or config.preprocessing is not None):
         lines.append("`branched.transform()` makes such inputs of PIL pictures.")
         if found_by_name(config.base, config.own_base):
-            pipe = f'transformers.pipeline({_literal(pipeline_tag(config))}, model={_literal(where)})'
+            pipe = f"transformers.pipeline({_literal(pipeline_tag(config))}, model={_literal(where)})"
             lines.append(f"With `ee_surgery` imported, {code(pipe)} loads it too.")
     elif config.base.library == "transformers" and config.base.hub_id:
         cls, what = ("AutoImageProcessor", "pictures") if pictures else ("AutoTokenizer", "texts")
@@ -225,7 +225,9 @@ def operating_point(point: OperatingPoint | None, frontier: Frontier | None) -> 
         "who never left gets the answer of": {"last": "the last exit", "most_confident": "the most confident exit"}[
             point.fallback
         ],
-        "accuracy" if frontier is None else accuracy_name(frontier.labelled, frontier.measure): _number(point.accuracy, ".2%"),
+        "accuracy" if frontier is None else accuracy_name(frontier.labelled, frontier.measure): _number(
+            point.accuracy, ".2%"
+        ),
         "expected on new data": _number(point.expected_accuracy, ".2%"),
         "drop from the original, points": _number(100 * point.accuracy_drop, ".2f"),
         "mean MACs by the original's": _number(point.macs_fraction, ".2%"),
