@@ -265,9 +265,9 @@ def test_risks_of_several_labels_are_bounded_without_counting() -> None:
 
 def test_one_logit_is_refused_but_for_a_sigmoid() -> None:
     for make in (lambda: _timm(1), lambda: _vit(1, None)):
-        with pytest.raises(ee.CaptureError, match='one number per sample.*task="multi_label"'):
+        with pytest.raises(ee.CaptureError, match=r'one number per sample.*task="multi_label"'):
             ee.inspect(make())
-    with pytest.raises(ee.CaptureError, match="problem_type='regression'.*task="):
+    with pytest.raises(ee.CaptureError, match=r"problem_type='regression'.*task="):
         ee.inspect(_vit(1, "regression"))
     branched = ee.augment(_timm(1), 2, sample=PIXELS[:2], branch="pool", task="multi_label")
     labels = MULTI_HOT[:, :1]
@@ -353,7 +353,7 @@ def test_records_without_logits_find_the_same_thresholds_and_refuse_what_needs_t
             assert found == expected
         assert ee.geometric_budget(records, 0.6, "margin") == ee.geometric_budget(whole, 0.6, "margin")
         for needs in (lambda r: r.scores("entropy"), lambda r: ee.risk_control(r, 0.1), ee.scale_temperatures):
-            with pytest.raises(ee.DataError, match="hold no logits.*margin, max_prob"):
+            with pytest.raises(ee.DataError, match=r"hold no logits.*margin, max_prob"):
                 needs(records)
     assert ee.Frontier.search(small)[-1].macs_fraction <= 1
     assert torch.equal(loaded.keep([1]).outcomes, whole.outcomes[[1, 2]])

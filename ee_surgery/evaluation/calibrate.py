@@ -45,7 +45,8 @@ def calibrate(
         class_map: as for `record`.
         policy: old name of `method`.
     Raises:
-        ConfigError: a method or score that is not for the model's task, `scores` beside a method that has its own, an empty list, or a score that needs confidence units.
+        ConfigError: a method or score that is not for the model's task, `scores` beside a method that has its own, an
+            empty list, or a score that needs confidence units.
         UnknownNameError: no such method or score.
         DataError: as for `record`.
     """

@@ -172,7 +172,8 @@ def measured(found: Mapping[str, Any], data: str, task: Task) -> dict[str, str]:
         )
         more = found.get("measures", {})
         for name in (name for name in task.measures if more.keys() >= {name, f"original_{name}"}):
-            text += f" {name.replace('_', ' ').capitalize()}: {more[name]:.2%}, of the original {more[f'original_{name}']:.2%}."
+            routed, original = more[name], more[f"original_{name}"]
+            text += f" {name.replace('_', ' ').capitalize()}: {routed:.2%}, of the original {original:.2%}."
     rows = [
         [code(name), f"{share:.2%}", "" if accuracy is None else f"{accuracy:.2%}"]
         for name, share, accuracy in zip(found["exits"], found["exit_shares"], found["exit_accuracies"], strict=True)

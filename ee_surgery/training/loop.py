@@ -89,8 +89,8 @@ def train(
         class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
             class numbers, names or WordNet ids.
     Raises:
-        ConfigError: an objective or a mixing that is not for the model's task; `joint` with answers of the original as labels, or an original that is frozen as a whole; an
-            accelerator that splits models up (FSDP, DeepSpeed), that accumulates gradients otherwise, or that does not
+        ConfigError: an objective or a mixing that is not for the model's task; `joint` with answers of the original as
+            labels, or an original that is frozen as a whole; an accelerator that splits models up (FSDP, DeepSpeed), that accumulates gradients otherwise, or that does not
             see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
         DataError: batches of unknown form, no labels where they are needed, labels that are no classes of the model or

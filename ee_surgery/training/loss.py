@@ -49,8 +49,8 @@ def batch_loss(
     Args:
         exits: answers of the branches, with gradients.
         original: logits of the original or, with `new_head`, of the head that stands in for the one it lacks, (B, C).
-        labels: see `Task.check_target`; samples that it ignores count nowhere. Not read with `teach="original"`, not needed
-            by an objective that reads none (`kd`).
+        labels: see `Task.check_target`; samples that it ignores count nowhere. Not read with `teach="original"`, not
+            needed by an objective that reads none (`kd`).
         costs: see `relative_costs`.
         joint: the original learns too.
         progress: share of the training that is done.

@@ -151,7 +151,7 @@ def test_a_binary_head_wrapped_into_two_logits_and_the_logarithm_of_probabilitie
 
 
 def test_regressions_of_transformers_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ee.CaptureError, match='problem_type=\'regression\'.*task="classification".*"multi_label"'):
+    with pytest.raises(ee.CaptureError, match=r"problem_type='regression'.*task=.classification.*multi_label"):
         ee.augment(_vit(num_labels=5, problem_type="regression"), 2)
     assert ee.augment(_vit(num_labels=5, problem_type="single_label_classification"), 1).num_classes == 5
 
