@@ -380,9 +380,9 @@ class EarlyExitForImageClassification(_EarlyExitForClassification):
 
         Args:
             pixel_values: shape (B, 3, H, W), or whatever the base's main input is.
-            labels: class numbers (B,), or of a multi-label base multi-hot (B, C): the loss is returned. In training mode,
-                and wherever no operating point is set, it is that of all exits, as `train_config` says, and no samples
-                leave; else that of the answers.
+            labels: class numbers (B,), or multi-hot (B, C) for a multi-label base: the loss is returned. In training
+                mode, and wherever no operating point is set, it is that of all exits, as `train_config` says, and no
+                samples leave; else that of the answers.
             return_dict: False: a tuple.
             inputs: other inputs of the base, by name.
         Returns:

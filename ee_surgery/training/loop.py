@@ -90,8 +90,8 @@ def train(
             class numbers, names or WordNet ids.
     Raises:
         ConfigError: an objective or a mixing that is not for the model's task; `joint` with answers of the original as
-            labels, or an original that is frozen as a whole; an accelerator that splits models up (FSDP, DeepSpeed), that accumulates gradients otherwise, or that does not
-            see the other processes.
+            labels, or an original that is frozen as a whole; an accelerator that splits models up (FSDP, DeepSpeed),
+            that accumulates gradients otherwise, or that does not see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
         DataError: batches of unknown form, no labels where they are needed, labels that are no classes of the model or
             that the original surely knows nothing about (see `strangers`), or data that runs out.
