@@ -8,7 +8,8 @@ near), fill in the five abstract methods, and register the class:
 
     ee.augment(model, task="ordinal")
 
-What only some tasks can use (a branch, a calibrator, a loss) names them in `tasks`, see `require`.
+What only some tasks can use (a branch, a score, a calibrator, a loss) names them in `tasks`, see `require`; scores,
+losses and risks that say nothing are for one right class.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Task(ABC):
 
     @abstractmethod
     def check_target(self, target: Tensor, classes: int, rows: int) -> Tensor:
-        """Labels of a batch, checked, in the one form that all other methods take.
+        """Labels of a batch, checked, in the one form that all other methods take, and which it leaves as it is.
 
         Args:
             classes: C.
@@ -204,6 +205,10 @@ class Classification(Task):
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, C)."""
         return torch.softmax(logits, -1)
+
+    def certainty(self, logits: Tensor) -> Tensor:
+        """The largest probability, (B,)."""
+        return torch.softmax(logits, -1).amax(-1)  # asked at every exit: two calls less
 
     def labels_from(self, logits: Tensor) -> Tensor:
         """The class with the largest logit, int64 (B,)."""

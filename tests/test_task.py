@@ -246,6 +246,36 @@ REFUSED: dict[str, Callable[[ee.EarlyExitModel], Any]] = {
 }
 
 
+def test_what_a_user_wrote_for_one_right_class_is_refused_for_several_labels_until_it_says_otherwise() -> None:
+    def sure(logits: Tensor, confidence: Tensor | None, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[()]]:
+        return logits.softmax(-1).amax(-1), ()
+
+    def certain(
+        logits: Tensor, confidence: Tensor | None, state: tuple[Tensor, ...], task: ee.Task = CLASSIFICATION
+    ) -> tuple[Tensor, tuple[()]]:
+        return task.certainty(logits), ()
+
+    branched = MODELS["timm"]()
+    registered = [ee.SCORES, ee.OBJECTIVES]
+    before = [set(registry) for registry in registered]
+    try:
+        ee.SCORES.register("sure")(sure)
+        ee.SCORES.register("certain", tasks=None)(certain)
+        ee.OBJECTIVES.register("mine")(lambda a, config: F.cross_entropy(a.exits[0].logits, a.labels))
+        with pytest.raises(ee.ConfigError, match=r"'sure'.*'multi_label'"):
+            branched.operate(thresholds=0.5, score="sure")
+        with pytest.raises(ee.ConfigError, match=r"'mine'.*'multi_label'"):
+            ee.train(branched, _batches(), replace_config(objective="mine"))
+        records = ee.record(branched, _batches())
+        assert torch.equal(records.scores("certain"), records.scores("max_prob"))
+        branched.operate(thresholds=0.5, score="certain")
+        assert branched.predict(PIXELS).exit_index.max() == 0
+    finally:
+        for registry, known in zip(registered, before, strict=True):
+            for name in set(registry) - known:
+                del registry._items[name]
+
+
 @pytest.mark.parametrize("ask", REFUSED.values(), ids=REFUSED)
 def test_what_makes_no_sense_for_several_labels_is_refused_by_name(ask: Callable[[ee.EarlyExitModel], Any]) -> None:
     with pytest.raises(ee.ConfigError, match="'multi_label'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore, State, fitted, precise
-from ee_surgery.task import CLASSIFICATION, Task
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames
 
 _LIMIT = 15.0
 _RIDGE = 100.0  # in samples: how many it takes to move a weight on a standardised feature
@@ -50,6 +51,8 @@ def _odds(log_p: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False, repr=False)
 class ChanceOfBeingRight(FittedScore):
     """The estimated probability, as log-odds, that an exit is right, given its answer and the one before."""
+
+    tasks: ClassVar[TaskNames] = None
 
     weights: tuple[Tensor, ...]
     """One vector (D + 1,) an exit, the constant last; an entry for the original's own head may follow."""

@@ -51,8 +51,8 @@ class Risk:
     """Whether it needs labels."""
     whole_outcomes: bool = False
     """Whether its losses are on that scale only where every outcome is 0 or 1."""
-    tasks: TaskNames = None
-    """The tasks that it is for; None: all."""
+    tasks: TaskNames = ("classification",)
+    """The tasks that it is for; None: all, as it asks `records.task` and `records.outcomes`."""
 
 
 RISKS: Registry[Risk] = Registry("risk")
@@ -77,10 +77,10 @@ def _brier_gap(records: ExitRecords) -> _Floats:
     return (brier - brier[-1]).numpy()
 
 
-RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False))
-RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True))
-RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True))
-RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True, tasks=("classification",)))
+RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None))
+RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True, tasks=None))
+RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True, tasks=None))
+RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))
 
 
 def risk_control(

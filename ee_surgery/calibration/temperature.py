@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -12,13 +13,15 @@ from torch import Tensor
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import instance, word
 from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted, for_task
-from ee_surgery.task import CLASSIFICATION, Task
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames
 
 
 @fitted("temperature")
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaledScore(FittedScore):
     """A named score of logits divided by their exit's temperature, so that one threshold means the same everywhere."""
+
+    tasks: ClassVar[TaskNames] = None
 
     temperatures: tuple[float, ...]
     """One an exit; the original's own may follow."""

@@ -34,12 +34,13 @@ class Score(Protocol):
         ...
 
 
-SCORES: Registry[Score] = Registry("score", stateful=None, counts_exits=False, tasks=None)
+SCORES: Registry[Score] = Registry("score", stateful=None, counts_exits=False, tasks=("classification",))
 """Name -> score.
 
 Properties: `stateful=True` for one that hands a state on, whose closed exits must run all the same (found by asking it
 once where it is not stated); `counts_exits=True` for one whose values are numbers of exits, not shares in [0, 1];
-`tasks=("classification",)` for one that is for some tasks alone. A score with a parameter `task` is handed the model's.
+`tasks=None` for one that is for answers of any task, which is handed the model's if it has a parameter `task`, or the
+names of some.
 """
 
 
@@ -50,8 +51,8 @@ class FittedScore(ABC):
     """
 
     kind: ClassVar[str]
-    tasks: ClassVar[TaskNames] = None
-    """The tasks that it is for; None: all."""
+    tasks: ClassVar[TaskNames] = ("classification",)
+    """The tasks that it is for; None: all, and then it is handed the model's if `__call__` has a parameter `task`."""
 
     @property
     def stateful(self) -> bool:
@@ -169,11 +170,16 @@ def sound(score: Tensor, logits: Tensor) -> Tensor:
 
 
 def for_task(score: Callable[..., Any], task: Task) -> Callable[..., Any]:
-    """The score, its parameter `task` filled in; one without it takes logits as they come, whatever the task."""
+    """The score, its parameter `task` filled in where it has one."""
     if task == CLASSIFICATION:  # the default of those that have it, and one call less
         return score
-    call = score if inspect.isfunction(score) else type(score).__call__
-    return partial(score, task=task) if "task" in inspect.signature(call).parameters else score
+    call = type(score).__call__ if isinstance(score, FittedScore) else score
+    return partial(score, task=task) if _takes_task(call) else score
+
+
+@lru_cache(maxsize=256)
+def _takes_task(score: Callable[..., Any]) -> bool:
+    return "task" in inspect.signature(score).parameters
 
 
 def _stateful(name: str) -> bool:
@@ -191,7 +197,7 @@ def _hands_state_on(score: Score) -> bool:
         return True
 
 
-@SCORES.register("max_prob", stateful=False)
+@SCORES.register("max_prob", stateful=False, tasks=None)
 def max_prob(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:
@@ -199,7 +205,7 @@ def max_prob(
     return task.certainty(logits), ()
 
 
-@SCORES.register("margin", stateful=False)
+@SCORES.register("margin", stateful=False, tasks=None)
 def margin(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:
@@ -208,7 +214,7 @@ def margin(
     return task.weakest(top[..., 0] - top[..., 1]), ()
 
 
-@SCORES.register("entropy", stateful=False)
+@SCORES.register("entropy", stateful=False, tasks=None)
 def entropy(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:
@@ -222,7 +228,7 @@ def entropy(
     return task.reduce(1 - h / math.log(log_p.shape[-1])), ()
 
 
-@SCORES.register("learned", stateful=False)
+@SCORES.register("learned", stateful=False, tasks=None)
 def learned(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """Sigmoid of the branch's confidence unit, in [0, 1]. Source: EENets (arXiv:2409.05336), PTEENet."""
     if confidence is None:
@@ -232,7 +238,7 @@ def learned(logits: Tensor, confidence: Tensor | None = None, state: State = ())
     return torch.sigmoid(confidence), ()
 
 
-@SCORES.register("patience", stateful=True, counts_exits=True)
+@SCORES.register("patience", stateful=True, counts_exits=True, tasks=None)
 def patience(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:

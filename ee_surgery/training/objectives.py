@@ -68,16 +68,18 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", reads_labels=True, reads_original=True, tasks=None)
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective", reads_labels=True, reads_original=True, tasks=("classification",)
+)
 """Name -> loss.
 
 Properties: `reads_labels=False` for one that also works on unlabelled data; `reads_original=False` for one that does
 not read what a frozen original answers, which then need not run where its features are cached;
-`tasks=("classification",)` for one that is for some tasks alone.
+`tasks=None` for one that takes answers of any task, as through `answers.task.loss`, or the names of some.
 """
 
 
-@OBJECTIVES.register("sum_ce", reads_original=False)
+@OBJECTIVES.register("sum_ce", reads_original=False, tasks=None)
 def sum_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the exits that learn of their losses: cross-entropies, for one right class.
 
@@ -87,7 +89,7 @@ def sum_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return _means(_losses(answers), answers, config).sum()
 
 
-@OBJECTIVES.register("weighted_ce", reads_original=False)
+@OBJECTIVES.register("weighted_ce", reads_original=False, tasks=None)
 def weighted_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Weighted mean over the exits that learn of their losses (as `sum_ce`); see `exit_weights`."""
     losses = _means(_losses(answers), answers, config)
@@ -124,7 +126,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     return torch.tensor(weights) / sum(weights)
 
 
-@OBJECTIVES.register("final_only")
+@OBJECTIVES.register("final_only", tasks=None)
 def final_only(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Loss of the original's own answer (v6 of PTEENet): trains the original before any branch is there.
 
@@ -136,7 +138,7 @@ def final_only(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return answers.task.mean_loss(answers.original, answers.labels)
 
 
-@OBJECTIVES.register("kd", reads_labels=False)
+@OBJECTIVES.register("kd", reads_labels=False, tasks=None)
 def kd(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the branches of T^2 KL(softmax(z_K / T) || softmax(z_k / T)); reads no labels.
 
@@ -171,14 +173,14 @@ def mixture(answers: Answers) -> tuple[list[Tensor], list[Tensor]]:
     return log_p[::-1], costs[::-1]
 
 
-@OBJECTIVES.register("recursive", tasks=("classification",))
+@OBJECTIVES.register("recursive")
 def recursive(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """NLL of the mixture from the first exit on, plus lambda times its expected cost (v1 of the papers)."""
     log_p, costs = mixture(answers)
     return _means((_nll(log_p[0], answers.labels) + config.cost_weight * costs[0])[None], answers, config)[0]
 
 
-@OBJECTIVES.register("cumulative", tasks=("classification",))
+@OBJECTIVES.register("cumulative")
 def cumulative(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """The recursive loss started at every exit, summed over all K (v2, EENets; PTEENet divides it by K - 1)."""
     log_p, costs = mixture(answers)
@@ -186,7 +188,7 @@ def cumulative(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return _means(torch.stack(losses), answers, config).sum()
 
 
-@OBJECTIVES.register("normalized")
+@OBJECTIVES.register("normalized", tasks=None)
 def normalized(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """sum_k (mean c_k / sum_j mean c_j) (CE_k + lambda t_k), the original's confidence being 1 (v3 of EENets)."""
     sure = torch.stack([*(torch.sigmoid(u) for u in _confidences(answers)), torch.ones_like(answers.original[:, 0])])
@@ -195,7 +197,7 @@ def normalized(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return shares @ (losses + config.cost_weight * answers.costs.to(losses))
 
 
-@OBJECTIVES.register("tagged")
+@OBJECTIVES.register("tagged", tasks=None)
 def tagged(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Each sample is tagged with the exit where CE + lambda t is least, taught there, and c learns the tags (v4).
 
