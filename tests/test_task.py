@@ -201,6 +201,7 @@ def test_labels_may_be_probabilities_and_samples_may_be_ignored() -> None:
     records = ee.record(branched, _batches(labels))
     assert len(records) == len(PIXELS) // 2
     assert torch.equal(records.target, MULTI_HOT[1::2])
+    assert not ee.evaluate(branched, _batches(0 * MULTI_HOT)).measures  # no label occurs, so there is no precision
     assert ee.evaluate(branched, _batches(labels)).samples == len(PIXELS) // 2
     exits, original = branched.answers(PIXELS)
     costs, config = relative_costs(branched), replace_config(distill=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -42,7 +43,7 @@ class Evaluation:
     measure: str = "accuracy"
     """What `accuracy` is of this model's task, see `Task.measure`: of several labels, the mean share that is right."""
     measures: Mapping[str, float] = field(default_factory=dict)
-    """What else the task measures on labelled data, and with `original_` before it that of the original."""
+    """What else the task measures on labelled data, where it is defined; `original_` and the name: of the original."""
 
     def __str__(self) -> str:
         what = self.measure if self.labelled else "agreement"
@@ -105,24 +106,7 @@ def evaluate(
                 whole.append((*answers, told))
     all_or_none(labelled, len(found))
     known.settle()
-    table = torch.cat(found)
-    rows = labelled_rows(table[:, 3] > 0)
-    correct, base, same, _, exit_index, macs = table[rows].unbind(1)
-    exits = (*branched.exits, "original")
-    left = [exit_index == k for k in range(len(exits))]
-    result = Evaluation(
-        accuracy=_mean(correct),
-        original_accuracy=_mean(base),
-        agreement=_mean(same),
-        macs_fraction=_mean(macs),
-        exits=exits,
-        exit_shares=tuple(_mean(rows) for rows in left),
-        exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
-        samples=len(correct),
-        labelled=labelled > 0,
-        measure=task.measure,
-        measures=_measures(task, [torch.cat(parts)[rows] for parts in zip(*whole, strict=True)]) if whole else {},
-    )
+    result = _summed_up(torch.cat(found), (*branched.exits, "original"), labelled > 0, task, whole)
     point = None if branched.policy is None else branched.operating_point
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
     for name in ("measure", "measures"):  # of the task; left out where there are none, as before there were tasks
@@ -132,12 +116,36 @@ def evaluate(
     return result
 
 
-def _measures(task: Task, whole: Sequence[Tensor]) -> dict[str, float]:
-    routed, original, target = whole
-    found: dict[str, float] = {}
-    for name, of in task.measures.items():
-        found |= {name: of(routed, target), f"original_{name}": of(original, target)}
-    return found
+def _summed_up(
+    table: Tensor, exits: tuple[str, ...], labelled: bool, task: Task, whole: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Evaluation:
+    """What was found, sample by sample, as means.
+
+    Args:
+        table: outcome, the original's, agreement, whether it counts, exit and cost of each sample, (N, 6).
+        whole: logits, the original's, and labels, batch by batch; where the task has `measures`.
+    """
+    rows = labelled_rows(table[:, 3] > 0)
+    outcome, base, same, _, exit_index, macs = table[rows].unbind(1)
+    left = [exit_index == k for k in range(len(exits))]
+    measures: dict[str, float] = {}
+    if whole:
+        routed, original, target = (torch.cat(parts)[rows] for parts in zip(*whole, strict=True))
+        for name, of in task.measures.items():
+            measures |= {name: of(routed, target), f"original_{name}": of(original, target)}
+    return Evaluation(
+        accuracy=_mean(outcome),
+        original_accuracy=_mean(base),
+        agreement=_mean(same),
+        macs_fraction=_mean(macs),
+        exits=exits,
+        exit_shares=tuple(_mean(here) for here in left),
+        exit_accuracies=tuple(_mean(outcome[here]) if here.any() else None for here in left),
+        samples=len(outcome),
+        labelled=labelled,
+        measure=task.measure,
+        measures={name: value for name, value in measures.items() if math.isfinite(value)},
+    )
 
 
 def _mean(values: Tensor) -> float:
