@@ -54,6 +54,8 @@ class Task(ABC):
     """The smallest C that makes sense."""
     problem_types: ClassVar[tuple[str, ...]] = ()
     """`config.problem_type` of the transformers models that answer like this."""
+    states: ClassVar[str | None] = None
+    """The one that an adapter states where its base does not; None: a softmax over the classes, if any."""
     hub_tags: ClassVar[Mapping[str, str]] = {"image": "image-classification", "text": "text-classification"}
     """`pipeline_tag` on the Hub, by what the model reads."""
     decided: ClassVar[str] = "output.logits"
@@ -307,6 +309,7 @@ class MultiLabel(Task):
     decided = "output.logits > 0"
     measures = {"mean_average_precision": mean_average_precision}  # noqa: RUF012
     problem_types = ("multi_label_classification",)
+    states = "multi_label_classification"
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Of being absent and present, (B, C, 2)."""

@@ -391,9 +391,11 @@ def test_records_without_logits_find_the_same_thresholds_and_refuse_what_needs_t
 
 
 def test_other_outcomes_are_refused() -> None:
-    for outcomes in (None, torch.rand(60), torch.full((3, 60), 2.0), torch.full((3, 60), torch.nan)):
-        with pytest.raises(ee.DataError, match=r"in \[0, 1\]"):
-            ee.ExitRecords(("a", "b"), None, (1, 2, 4), (0, 0), outcomes=outcomes)  # pyright: ignore[reportArgumentType]
+    for task, bad in (("multi_label", [None, torch.rand(60), torch.full((3, 60), 2.0), torch.full((3, 60), torch.nan)]),
+                      ("classification", [torch.full((3, 60), 0.5)])):  # fmt: skip
+        for outcomes in bad:
+            with pytest.raises(ee.DataError, match=r"in \[0, 1\]|must be 0 or 1"):
+                ee.ExitRecords(("a", "b"), None, (1, 2, 4), (0, 0), outcomes=outcomes, task=ee.TASKS[task])  # pyright: ignore[reportArgumentType]
 
 
 # --- adapters and transformers

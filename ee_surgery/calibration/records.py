@@ -122,7 +122,7 @@ class ExitRecords:
         flag("chained", self.chained, DataError)
         object.__setattr__(self, "task", as_task(self.task))
         if self.logits is None:
-            k, n, classes = self._check_outcomes(), self.outcomes.shape[1], None
+            (k, n), classes = self._check_recorded(), None
         else:
             _check_logits(self.logits, self.task)
             k, n, classes = self.logits.shape
@@ -141,34 +141,32 @@ class ExitRecords:
             raise DataError("Records of no samples: the data that was handed in is empty.")
         if list(self.trunk_macs) != sorted(self.trunk_macs) or not self.trunk_macs[-1]:
             raise DataError(f"trunk_macs must rise to the cost of the whole original, got {self.trunk_macs}.")
+        outcomes = self.outcomes
         if self.logits is not None:
-            object.__setattr__(self, "outcomes", self._worked_out(self.logits))
+            outcomes = torch.stack([self.task.outcome(row, self.target) for row in self.logits])
+        object.__setattr__(self, "outcomes", self._checked_outcomes(outcomes, k, n))
 
-    def _check_outcomes(self) -> int:
-        """K, of records without logits."""
+    def _check_recorded(self) -> tuple[int, int]:
+        """K and N, of records without logits."""
         if not isinstance(self.outcomes, Tensor) or self.outcomes.ndim != 2:
-            refuse("outcomes", "numbers in [0, 1] of shape (exits, samples), as there are no logits", self.outcomes,
-                   DataError)  # fmt: skip
-        object.__setattr__(self, "outcomes", self.outcomes.double())
-        if not bool(((self.outcomes >= 0) & (self.outcomes <= 1)).all()):
-            raise DataError("outcomes must be numbers in [0, 1].")
+            wanted = "numbers in [0, 1] of shape (exits, samples), as there are no logits"
+            refuse("outcomes", wanted, self.outcomes, DataError)
         k, n = self.outcomes.shape
         for name, rows in self.recorded.items():
             _check_rows(f"recorded[{name!r}]", rows, k if name == CERTAINTY else k - 1, n)
-        return k
+        return k, n
 
-    def _worked_out(self, logits: Tensor) -> Tensor:
-        """Outcomes (K, N) of logits.
+    def _checked_outcomes(self, outcomes: Tensor, k: int, n: int) -> Tensor:
+        """Outcomes (K, N) as float64, fit for means and, where they are whole, for tests of counts.
 
         Raises:
             DataError: outside [0, 1], or between 0 and 1 where the task says that there is nothing between.
         """
-        found = torch.stack([self.task.outcome(row, self.target) for row in logits]).double()
-        whole = ((found == 0) | (found == 1)).all() if self.task.whole else True
-        if found.shape != logits.shape[:2] or not bool(((found >= 0) & (found <= 1)).all()) or not whole:
+        whole = ((outcomes == 0) | (outcomes == 1)).all() if self.task.whole else True
+        if outcomes.shape != (k, n) or not bool(((outcomes >= 0) & (outcomes <= 1)).all()) or not whole:
             wanted = "0 or 1, as it says whole = True" if self.task.whole else "a number in [0, 1]"
             raise DataError(f"An outcome of the task {self.task.name!r} must be {wanted}, one for each sample.")
-        return found
+        return outcomes.double()
 
     def __len__(self) -> int:
         return self.outcomes.shape[1]

@@ -39,7 +39,6 @@ from ee_surgery.pipeline import from_pretrained
 from ee_surgery.share.adapter import CONFIG, without_tensors
 from ee_surgery.share.provenance import forget_measured
 from ee_surgery.share.schema import ConfigForm, parse
-from ee_surgery.task import CLASSIFICATION
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loss import batch_loss, relative_costs
 
@@ -138,10 +137,9 @@ class _EarlyExitForClassification(PreTrainedModel):
     def of(cls, branched: EarlyExitModel, train_config: TrainConfig | None = None) -> _EarlyExitForClassification:
         """Wrap a branched model, which is shared, not copied."""
         model = cls(EarlyExitConfig.of(branched), branched)
-        own = getattr(getattr(branched.backbone, "config", None), "problem_type", None)
-        # what pipelines make of the logits; without a word they take one right class
-        stated = branched.task.problem_types[:1] if branched.task != CLASSIFICATION else ()
-        model.config.problem_type = own if own in branched.task.problem_types or not stated else stated[0]
+        own, task = getattr(getattr(branched.backbone, "config", None), "problem_type", None), branched.task
+        # what a pipeline makes of the logits
+        model.config.problem_type = own if own in task.problem_types else task.states
         if train_config is not None:
             model.train_config = train_config
         return model

@@ -171,8 +171,6 @@ def sound(score: Tensor, logits: Tensor) -> Tensor:
 
 def for_task(score: Callable[..., Any], task: Task) -> Callable[..., Any]:
     """The score, its parameter `task` filled in where it has one."""
-    if task == CLASSIFICATION:  # the default of those that have it, and one call less
-        return score
     call = type(score).__call__ if isinstance(score, FittedScore) else score
     return partial(score, task=task) if _takes_task(call) else score
 
