@@ -24,6 +24,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
 from ee_surgery.share.weights import Weights
+from ee_surgery.task import Task, require
 
 
 @torch.inference_mode(False)  # weights that are made in inference mode can never learn
@@ -36,6 +37,7 @@ def attach(
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
     output: OutputKey | None = None,
+    task: str | Task | type[Task] | None = None,
     seed: int = 0,
 ) -> EarlyExitModel:
     """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
@@ -47,21 +49,25 @@ def attach(
         opaque: see `inspect`.
         num_classes: see `inspect`.
         output: see `inspect`.
+        task: see `inspect`.
         seed: of the branches' first weights; the global random state is left alone.
     Raises:
         CaptureError: weights of the model have no data (meta, offloaded).
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
         BranchError: a branch does not fit its features, or their number is not that of the exits.
+        ConfigError: a branch that is not for the model's task.
     """
     instance("plan", plan, ExitPlan, hint="place(graph, exits) makes one.")
     seed, given = count("seed", seed, low=0), known(branch)
     if isinstance(model, ModelGraph):
         graph = model
     else:
-        graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
+        graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
     check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
     if isinstance(branch, (str, BranchSpec)):
         given *= len(plan.points)
+    for spec in given:
+        _check_task(spec, graph)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
     for point in plan.points:
@@ -89,6 +95,8 @@ def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec]
     """
     classes = graph.backbone.num_classes
     branches: list[Branch] = []
+    for spec in specs:
+        _check_task(spec, graph)
     with _seeded(0):
         for depth, (spec, point) in enumerate(zip(specs, plan.points, strict=True)):
             prefix = f"exits.{depth}."
@@ -102,6 +110,17 @@ def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec]
         bank = BranchBank(branches, _head(graph))
     weights.fill(bank)
     return EarlyExitModel(graph, plan, specs, bank)
+
+
+def _check_task(spec: BranchSpec, graph: ModelGraph) -> None:
+    """Refuse a branch that cannot give answers of the model's task.
+
+    Raises:
+        ConfigError: so it is.
+        UnknownNameError: no branch of that name.
+    """
+    if spec.name != "auto":
+        require(f"The branch {spec.name!r}", BRANCHES[spec.name].tasks, graph.backbone.task)
 
 
 def _measured(spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str) -> dict[str, Tensor]:

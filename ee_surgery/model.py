@@ -39,6 +39,7 @@ from ee_surgery.share.card import CardInfo, save_card
 from ee_surgery.share.hub import push_folder
 from ee_surgery.share.probe import Probe
 from ee_surgery.share.processor import find_processor, picture_transform, processor_settings, save_processor
+from ee_surgery.task import Task
 
 _UNSAID: Any = object()  # beside None, which means never leaving
 _GOES_WITH = {"score": "thresholds", "risk_of": "risk"}
@@ -97,6 +98,11 @@ class EarlyExitModel(nn.Module):
         """How many classes it tells apart."""
         return self._backbone.num_classes
 
+    @property
+    def task(self) -> Task:
+        """What its answers are."""
+        return self._backbone.task
+
     def receipt(self) -> Receipt:
         """Compare the original with when it was augmented: SHA-256 of every parameter and buffer, and its function."""
         return Receipt(self._before, self._backbone.digests(), tuple(self._backbone.altered), self.own_base)
@@ -115,7 +121,7 @@ class EarlyExitModel(nn.Module):
         """An independent model: a copy of the original with copies of the branches."""
         mine = self._backbone
         classes = mine.num_classes if mine.headless else None
-        known = {"opaque": mine.opaque, "num_classes": classes, "output": mine.output}
+        known = {"opaque": mine.opaque, "num_classes": classes, "output": mine.output, "task": mine.task}
         graph = inspect(deepcopy(self.original), mine.sample, **known)
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
         other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches))
@@ -217,6 +223,7 @@ class EarlyExitModel(nn.Module):
         if point is not None:
             hint = "Numbers go by name: thresholds=, max_accuracy_drop= or budget=."
             policy = instance("point", point, OperatingPoint, OperatingPointError, hint).policy
+            policy = replace(policy, task=self.task)
             policy.check(self.num_classes, self.branches.units, self.branches.chained)
         self._setting = point, None if policy is None or policy.closed else policy
         return point
@@ -343,6 +350,7 @@ class EarlyExitModel(nn.Module):
             opaque=self._backbone.opaque,
             head_classes=self.num_classes if self._backbone.headless else None,
             output=self._backbone.output,
+            task=self.task.name,
             points=self.plan.points,
             specs=self.specs,
             rule=self.plan.rule,

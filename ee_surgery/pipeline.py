@@ -37,6 +37,7 @@ from ee_surgery.share.hub import fetch
 from ee_surgery.share.probe import make_inputs
 from ee_surgery.share.processor import load_preprocessing, load_processor
 from ee_surgery.share.provenance import as_stated
+from ee_surgery.task import Task, as_task
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -58,6 +59,7 @@ def augment(
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
     output: OutputKey | None = None,
+    task: str | Task | type[Task] | None = None,
     train: Data | None = None,
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
@@ -87,6 +89,8 @@ def augment(
         num_classes: for a model without a classification head: how many classes a head shall tell apart, which is
             put on its features and trained with the branches.
         output: which part of the answer the logits are, by index or name, where more than one could be; see `inspect`.
+        task: what its answers are: `classification` (one right class), `multi_label`, or one of your own in `TASKS`; as
+            a transformers model says when left out; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
@@ -115,7 +119,7 @@ def augment(
         PLACEMENTS[placement]  # a name that is known
     if branch is not None:
         known(branch)
-    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
+    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
     config = config or (TrainConfig() if method is None else method.config)
     calibrator = "search" if method is None else method.method
     if searched:
@@ -240,6 +244,7 @@ def from_pretrained(
         folder = fetch(str(source), revision=revision, **hub)
     model = None if model is None else unwrapped(model)
     config, weights, frontier = load_adapter(folder)
+    as_task(config.task)  # a name that is known, before anything is downloaded
     given = model
     if model is None:
         model = make_base(config, folder, **hub)
@@ -257,7 +262,8 @@ def from_pretrained(
         sample = make_inputs(config.inputs, config.options)
     if unknown := sorted(set(config.opaque) - {name for name, _ in model.named_modules()}):
         raise AdapterError(f"{folder} keeps modules {unknown[:5]} whole, which {type(model).__name__} does not have.")
-    backbone = Backbone(model, sample, config.opaque, config.head_classes, config.output if output is None else output)
+    place = config.output if output is None else output
+    backbone = Backbone(model, sample, config.opaque, config.head_classes, place, config.task)
     calibrated = frontier is not None or config.operating_point is not None
     name = folder.resolve().name if local else str(source)
     provenance = as_stated(config.provenance, name, calibrated=calibrated)

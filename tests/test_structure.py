@@ -18,7 +18,7 @@ from tests import ROOT
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "text", "errors", "registry", "checks", "tables", "files", "receipt",
+    "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share",
     "model", "attach", "data", "training", "evaluation", "search",
     "presets", "pipeline", "integrations", "demo", "cli",

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate
+from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate, pick_task
 from ee_surgery.backbone.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
 from ee_surgery.backbone.pictures import Shape, timm_settings
 from ee_surgery.backbone.refusals import check_weights, sample_refusal, takes, variants
@@ -27,6 +27,7 @@ from ee_surgery.backbone.wrappers import library_model, unwrapped
 from ee_surgery.checks import count, names, refuse
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError
 from ee_surgery.registry import suggest
+from ee_surgery.task import Task
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
 Sample: TypeAlias = Inputs | tuple[Tensor, ...]
@@ -133,11 +134,14 @@ class Backbone:
             on them shall tell apart.
         output: which part of the answer the logits are, by index or name (or several of them, from the outside in),
             where more than one could be.
+        task: what the answers are, by name in `TASKS` or as a class that is registered there: `classification` (one
+            right class), `multi_label`. Left out: as `config.problem_type` of a transformers model says, or one right
+            class.
     Raises:
         DataError: `sample` is missing for a model that does not say what it takes, or is no batch.
-        ConfigError: there is no tensor at `output`, or fewer than two classes.
+        ConfigError: there is no tensor at `output`, fewer classes than the task needs, or no such task.
         CaptureError: the model's answer holds no logits of shape (B, C), several tensors that could be, or numbers that
-            are no logits of a softmax over classes.
+            are no logits of the task.
     """
 
     def __init__(
@@ -147,14 +151,19 @@ class Backbone:
         opaque: Sequence[str] = (),
         num_classes: int | None = None,
         output: OutputKey | None = None,
+        task: str | Task | type[Task] | None = None,
     ) -> None:
         self.model = model = unwrapped(model)
-        if num_classes is not None:
-            num_classes = count("num_classes", num_classes, low=2, hint="A softmax tells two classes apart.")
         self.named = library_model(model)
         """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
         self.library: Library = _library(self.named)
         self.model_id, self.revision = _model_id(self.named, self.library)
+        self.headless = num_classes is not None
+        self.task = pick_task(task, self.named, self.model_id, self.headless)
+        """What its answers are."""
+        if num_classes is not None:
+            hint = f"The task is {self.task.name!r}."
+            num_classes = count("num_classes", num_classes, low=self.task.least, hint=hint)
         check_weights(model, self.model_id)
         self._lock = threading.Lock()
         self._states = [State(model)]  # the one in force last
@@ -174,13 +183,12 @@ class Backbone:
         self.sample = as_sample(self.sample, self.batch_dims)
         rows = batch_size(self.sample, self.batch_dims)
         answered = self._first_answer(own=sample is not None)
-        self.headless = num_classes is not None
         declared = declared_classes(self.named)
         self._place = locate(answered, self.model_id, rows, output, self.headless, declared)
         logits = self._place.read(answered)
         assert logits is not None
         if not self.headless:
-            check_logits(logits, rows, self.named, self.model_id)
+            check_logits(logits, rows, self.named, self.model_id, self.task)
         self.num_classes = int(logits.shape[1]) if num_classes is None else num_classes
         self._flat = not self.headless and self._one_is_flat()
 

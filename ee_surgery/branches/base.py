@@ -17,6 +17,7 @@ from ee_surgery.errors import BranchError, ConfigError, SurgeryError
 from ee_surgery.graph.cost import module_macs
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
+from ee_surgery.task import TaskNames
 
 Option = int | float | str | bool
 
@@ -98,6 +99,8 @@ class Branch(nn.Module, ABC):
     """Is made with `graph=`, and reads every tensor that crosses the exit in place of the features alone."""
     any_layout: ClassVar[bool] = False
     """Takes features of every layout. Where False, a preset puts a `token` branch where the features are no map."""
+    tasks: ClassVar[TaskNames] = None
+    """The tasks that it is for; None: all, as its logits are what they make of them."""
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool, width: int) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class Branch(nn.Module, ABC):
         """
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> ExitLogits:
-        """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
+        """Logits of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
         features = self.in_own_type(features)
         return self.answer(self.vector(features) if mask is None else self.vector(features, mask))
 

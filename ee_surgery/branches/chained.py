@@ -21,6 +21,7 @@ from ee_surgery.branches.base import (
 )
 from ee_surgery.checks import flag
 from ee_surgery.graph.exit_points import ExitPoint
+from ee_surgery.task import TaskNames
 
 
 class Ensemble(nn.Module):
@@ -59,6 +60,7 @@ class ZtwBranch(Branch):
 
     any_layout: ClassVar[bool] = True
     chained: ClassVar[bool] = True
+    tasks: ClassVar[TaskNames] = ("classification",)  # it averages log-probabilities of classes
 
     def __init__(
         self, point: ExitPoint, num_classes: int, confidence: bool = False, ensemble: bool = True, before: int = 0

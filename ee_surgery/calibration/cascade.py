@@ -11,7 +11,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 
 
-def tail_accuracy(score: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def tail_accuracy(score: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Accuracy over the samples that score at least d, for every d that occurs.
 
     >>> score, correct = torch.tensor([0.9, 0.5, 0.5, 0.2]), torch.tensor([True, True, False, False])
@@ -19,14 +19,14 @@ def tail_accuracy(score: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tenso
     [[1.0, 0.6666666666666666, 0.5], [1.0, 3.0, 4.0]]
 
     Args:
-        score: (N,), `correct`: bool (N,), of one exit.
+        score: (N,), `outcome`: (N,) in [0, 1] or bool, of one exit.
     Returns:
         The distinct finite scores d in falling order (M,), the accuracy of each tail (M,) as float64, and how
         many samples are in it (M,). Samples of equal score stay together.
     """
     order = score.argsort(descending=True, stable=True)
     ranked = score[order]
-    right = correct[order].double().cumsum(0)
+    right = outcome[order].double().cumsum(0)
     count = torch.arange(1, len(score) + 1, dtype=torch.float64)
     last = torch.ones(len(score), dtype=torch.bool)
     last[:-1] = ranked[1:] != ranked[:-1]
@@ -49,20 +49,20 @@ def accuracy_drop_rule(
     """
     instance("records", records, ExitRecords)
     drop, min_tail = accuracy_drop("drop", drop), number("min_tail", min_tail, low=0, high=1)
-    rows = zip(records.scores(score), records.correct[:-1], strict=True)
-    thresholds = tuple(lowest_good(row, correct, drop, min_tail * len(records)) for row, correct in rows)
+    rows = zip(records.scores(score), records.outcomes[:-1], strict=True)
+    thresholds = tuple(lowest_good(row, outcome, drop, min_tail * len(records)) for row, outcome in rows)
     return replay_point(records, ThresholdPolicy(thresholds, score), f"accuracy_drop_rule({drop:g})")
 
 
-def lowest_good(score: Tensor, correct: Tensor, drop: float, min_tail: float, standard: float | None = None) -> float:
+def lowest_good(score: Tensor, outcome: Tensor, drop: float, min_tail: float, standard: float | None = None) -> float:
     """The lowest threshold whose tail is within `drop` of the standard; `inf` where there is none.
 
     Args:
-        score, correct: (N,), of one exit.
+        score, outcome: (N,), of one exit.
         min_tail: fewest samples that count as a tail.
         standard: an accuracy; that of the best tail when left out.
     """
-    candidates, accuracy, count = tail_accuracy(score, correct)
+    candidates, accuracy, count = tail_accuracy(score, outcome)
     enough = count >= max(1, min_tail)
     candidates, accuracy = candidates[enough], accuracy[enough]
     if len(candidates) == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from ee_surgery.checks import accuracy_drop, count, instance
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
+from ee_surgery.task import TaskNames, require
 
 
 @fitted("classwise")
 @dataclass(frozen=True, eq=False, repr=False)
 class ClassThresholds(FittedScore):
     """By how much the largest softmax probability is above the threshold of its class; leave from 0 on."""
+
+    tasks: ClassVar[TaskNames] = ("classification",)
 
     thresholds: Tensor
     """(K - 1, C); `inf` where a class never leaves."""
@@ -45,8 +49,9 @@ def class_thresholds(records: ExitRecords, drop: float, min_tail: int = 20) -> O
     """
     instance("records", records, ExitRecords)
     drop, min_tail = accuracy_drop("drop", drop), count("min_tail", min_tail)
-    scores, answers = records.scores("max_prob"), records.logits.argmax(-1)
-    classes = records.logits.shape[-1]
+    require("The calibrator 'classwise'", ClassThresholds.tasks, records.task)
+    logits = records.recorded_logits()
+    scores, answers, classes = records.scores("max_prob"), logits.argmax(-1), logits.shape[-1]
     taus = torch.full((len(records.exits), classes), NEVER)
     for k, (row, correct) in enumerate(zip(scores, records.correct[:-1], strict=True)):
         standard = _best(row, correct)

@@ -18,6 +18,7 @@ from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted, precise
+from ee_surgery.task import TaskNames, require
 
 _RHO, _ALPHA_KL, _ALPHA_COST, _BETA = 0.5, 1e-3, 1e-2, 1.0
 _LR, _WEIGHT_DECAY, _STEPS, _PERIOD, _BATCH = 1e-2, 1e-2, 160, 10, 1024
@@ -35,6 +36,8 @@ def _inputs(logits: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False, repr=False)
 class EENetScore(FittedScore):
     """q_k = w_k . [p_k, max p_k, 1 - H(p_k) / log C, q_1 .. q_{k-1}], earlier scores clipped to [0, 1]."""
+
+    tasks: ClassVar[TaskNames] = ("classification",)
 
     weights: tuple[Tensor, ...]
     """One an exit, (C + 2 + k,)."""
@@ -57,11 +60,11 @@ class _Scheduler:
     """Both functions of all K exits, as tables padded to the widest exit so that one product serves them all."""
 
     def __init__(self, records: ExitRecords, generator: torch.Generator) -> None:
-        known = torch.stack([_inputs(torch.nan_to_num(z)) for z in records.logits])
+        known = torch.stack([_inputs(torch.nan_to_num(z)) for z in records.recorded_logits()])
         k, n, d = known.shape
         self.k, self.own = k, d
         self.known = torch.cat([known, known.new_zeros(k, n, k)], 2)  # (K, N, D): room for the scores before
-        self.correct = records.correct.float()
+        self.outcomes = records.outcomes.float()
         widths = torch.tensor([d + i for i in range(k)])
         hidden = (widths * _RHO).int()
         units = (torch.arange(int(hidden.max())) < hidden[:, None]).float()  # (K, H)
@@ -120,6 +123,7 @@ def eenet_scheduler(
         two rates of Adam for few steps, from scores that start as the largest probability.
     """
     instance("records", records, ExitRecords)
+    require("The calibrator 'eenet'", EENetScore.tasks, records.task)
     budget, seed, steps = positive("budget", budget), count("seed", seed, low=0), count("steps", steps)
     if not numbers("rates", rates, above=0):
         raise ConfigError("rates is empty: give at least one.")
@@ -153,7 +157,7 @@ def _train(
             # clipped scores have no gradient where they left [0, 1]: a hundredth of a slope brings them back
             q = model.scores(rows)
             q = (q.clamp(0, 1) + 0.01 * (q - q.detach())).clamp(1e-6, 1 - 1e-6)
-            loss = (weights * F.binary_cross_entropy(q, model.correct[:, rows], reduction="none")).sum() / k
+            loss = (weights * F.binary_cross_entropy(q, model.outcomes[:, rows], reduction="none")).sum() / k
             optimizer = score_step
         else:
             log_pi = model.shares(rows)

@@ -21,6 +21,7 @@ from ee_surgery.errors import DataError, OperatingPointError
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.tables import table
+from ee_surgery.task import CLASSIFICATION, TASKS, require
 from ee_surgery.text import visible
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Frontier(Sequence[OperatingPoint]):
     """False where accuracy means agreement with the original."""
     risks: tuple[RiskTable, ...] = ()
     """What can be certified, a table a risk; filled by `calibrate`."""
+    task: str = CLASSIFICATION.name
+    """What the answers are, by its name in `TASKS`."""
 
     @classmethod
     def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
@@ -72,7 +75,9 @@ class Frontier(Sequence[OperatingPoint]):
             policy: old name of `method`.
         """
         instance("records", records, ExitRecords)
-        return cls.of(records, CALIBRATORS[renamed("policy=", policy, "method=", method)](records))
+        name = renamed("policy=", policy, "method=", method)
+        require(f"The calibrator {name!r}", CALIBRATORS.property(name, "tasks"), records.task)
+        return cls.of(records, CALIBRATORS[name](records))
 
     @classmethod
     def of(cls, records: ExitRecords, points: Iterable[OperatingPoint]) -> Frontier:
@@ -87,6 +92,7 @@ class Frontier(Sequence[OperatingPoint]):
             exit_accuracies=tuple(records.accuracies),
             exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
             labelled=records.labels is not None,
+            task=records.task.name,
         )
 
     def at(
@@ -150,18 +156,27 @@ class Frontier(Sequence[OperatingPoint]):
     def __iter__(self) -> Iterator[OperatingPoint]:
         return iter(self.points)
 
+    @property
+    def measure(self) -> str:
+        """What `accuracy` is of this task where there were labels; see `Task.measure`."""
+        return TASKS.get(self.task, CLASSIFICATION).measure
+
+    @property
+    def _what(self) -> str:
+        return self.measure if self.labelled else "agreement"
+
     def __str__(self) -> str:
-        what = "accuracy" if self.labelled else "agreement"
-        lines = [f"{what:>9}  expected    MACs   share leaving at each exit"]
+        width = max(9, len(self._what))
+        lines = [f"{self._what:>{width}}  expected    MACs   share leaving at each exit"]
         for point in self.milestones():
             shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
-            numbers = f"{point.accuracy:9.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
+            numbers = f"{point.accuracy:{width}.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
             lines.append(f"{numbers}   {shares}  ({visible(point.score)})")
         return "\n".join(lines)
 
     def table(self) -> Table:
         """The operating points at some round accuracy drops."""
-        what = "accuracy" if self.labelled else "agreement"
+        what = self._what
         rows = [
             [
                 f"{p.accuracy:.2%}",
@@ -200,13 +215,16 @@ class Frontier(Sequence[OperatingPoint]):
             WriteError: the file cannot be written.
         """
         exits = list(zip(self.exits, self.exit_macs, self.exit_accuracies, strict=True))[:-1]
-        what = "accuracy" if self.labelled else "agreement with the original"
+        what = self.measure if self.labelled else "agreement with the original"
         return plot_frontier(self.points, exits, self.base_accuracy, what, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, and the tensors of fitted scores."""
+        # older versions read a frontier as before where there is nothing new to say
+        task = {} if self.task == CLASSIFICATION.name else {"task": self.task}
         return {
             "format_version": FORMAT_VERSION,
+            **task,
             "points": [point.to_dict() for point in self.points],
             "base_accuracy": self.base_accuracy,
             "exits": list(self.exits),
@@ -236,6 +254,7 @@ class Frontier(Sequence[OperatingPoint]):
                 exit_macs=tuple(data["exit_macs"]),
                 labelled=data["labelled"],
                 risks=tuple(RiskTable.from_dict(table) for table in data.get("risks", [])),
+                task=data.get("task", CLASSIFICATION.name),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"A damaged frontier: {error!r}.") from error

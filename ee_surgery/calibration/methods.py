@@ -27,11 +27,12 @@ from ee_surgery.registry import Registry
 
 Calibrator: TypeAlias = Callable[..., list[OperatingPoint]]
 
-CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False)
+CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False, tasks=None)
 """Name -> function from records to operating points, in no order. `Frontier.trace` keeps the best of them.
 
 Properties: `takes_score=True` for one that is called as `(records, score)` for each of the scores it may use, and so
-goes with `calibrate(scores=...)`; others bring a score of their own.
+goes with `calibrate(scores=...)`; others bring a score of their own. `tasks=("classification",)` for one that is for
+some tasks alone.
 """
 
 CALIBRATORS.register("search", takes_score=True)(search)
@@ -53,7 +54,7 @@ def one_threshold(
 
 @CALIBRATORS.register("shared")
 def shared(records: ExitRecords) -> list[OperatingPoint]:
-    """One threshold on the largest softmax probability (Shallow-Deep Networks, Zero Time Waste)."""
+    """One threshold on the largest probability (Shallow-Deep Networks, Zero Time Waste)."""
     return one_threshold(records, "max_prob")
 
 
@@ -65,7 +66,7 @@ def most_confident(records: ExitRecords) -> list[OperatingPoint]:
 
 @CALIBRATORS.register("scaled")
 def scaled(records: ExitRecords) -> list[OperatingPoint]:
-    """One threshold on the largest softmax probability after temperature scaling (arXiv:1706.04599)."""
+    """One threshold on the largest probability after temperature scaling (arXiv:1706.04599)."""
     return one_threshold(records, scale_temperatures(records), rule="scaled")
 
 
@@ -103,7 +104,7 @@ def cascade(records: ExitRecords) -> list[OperatingPoint]:
     return [accuracy_drop_rule(records, drop) for drop in _DROPS]
 
 
-@CALIBRATORS.register("classwise")
+@CALIBRATORS.register("classwise", tasks=("classification",))
 def classwise(records: ExitRecords) -> list[OperatingPoint]:
     """The same rule for each exit and predicted class."""
     return [class_thresholds(records, drop) for drop in _DROPS]
@@ -115,7 +116,7 @@ def geometric(records: ExitRecords) -> list[OperatingPoint]:
     return list(_within(records, 40, geometric_budget))
 
 
-@CALIBRATORS.register("eenet")
+@CALIBRATORS.register("eenet", tasks=("classification",))
 def eenet(records: ExitRecords) -> list[OperatingPoint]:
     """The learned scheduler of EENet (arXiv:2301.07099), for budgets; at the rate that does best for a middle one."""
     middle = (_cheapest(records) + 1) / 2

@@ -31,6 +31,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES
 from ee_surgery.registry import Registry
+from ee_surgery.task import Task, TaskNames, fits
 
 FORMAT_VERSION = 1
 SPLIT = 0.3
@@ -48,33 +49,37 @@ class Risk:
     scale: Scale
     labelled: bool
     """Whether it needs labels."""
+    whole_outcomes: bool = False
+    """Whether its losses are on that scale only where every outcome is 0 or 1."""
+    tasks: TaskNames = ("classification",)
+    """The tasks that it is for; None: all, as it asks `records.task` and `records.outcomes`."""
 
 
 RISKS: Registry[Risk] = Registry("risk")
 
 
 def _disagreement(records: ExitRecords) -> _Floats:
-    answers = records.logits.argmax(-1)
-    return (answers != answers[-1]).double().numpy()
+    logits = records.recorded_logits()
+    return torch.stack([~records.task.agrees(row, logits[-1]) for row in logits]).double().numpy()
 
 
 def _accuracy_gap(records: ExitRecords) -> _Floats:
-    right = records.correct.double()
-    return (right[-1] - right).numpy()
+    return (records.outcomes[-1] - records.outcomes).numpy()
 
 
 def _brier_gap(records: ExitRecords) -> _Floats:
     rows = []
-    for logits in records.logits:
-        p = torch.softmax(logits.double(), -1)
+    for logits in records.recorded_logits():
+        p = records.task.probabilities(logits.double())
         p[torch.arange(len(records)), records.target] -= 1
         rows.append(p.square().sum(-1).nan_to_num(nan=2.0))  # logits that are not finite are the worst answer
     brier = torch.stack(rows)
     return (brier - brier[-1]).numpy()
 
 
-RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False))
-RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True))
+RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None))
+RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True, tasks=None))
+RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True, tasks=None))
 RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))
 
 
@@ -96,7 +101,8 @@ def risk_control(
         eps: the risk accepted on new data, in (0, 1), in units of the loss; 0.01 is one percentage point.
         delta: chance in (0, 1) that the promise is wrong, over the draw of the records.
         risk: `disagreement` with the original's answer (needs no labels), `accuracy_gap` (wrong where the original is
-            right, less right where it is wrong) or `brier_gap`; any name in `RISKS`.
+            right, less right where it is wrong), `brier_gap`, or `outcome_gap`, which is `accuracy_gap` for tasks whose
+            outcomes lie between 0 and 1; any name in `RISKS`.
         method: None takes an exact test for whole losses (`ltt-binomial`, or `ltt-paired` for -1, 0 and 1), else
             `wsr`, which bets. `ltt-trinomial` joins two binomial bounds, `ltt-hb` needs only the mean. `crc` promises
             only the expected risk; each sample's largest loss so far on the path stands for its loss.
@@ -225,6 +231,13 @@ class RiskTable:
             return cls(**{**values, "points": tuple(OperatingPoint.from_dict(point) for point in data["points"])})
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"A damaged risk table: {error!r}.") from error
+
+
+def risk_tables(records: ExitRecords) -> tuple[RiskTable, ...]:
+    """What can be certified of these records later, without them: a table for each risk that counts tell."""
+    named = ("disagreement", "accuracy_gap")
+    known = [n for n in named if _suits(RISKS[n], records.task) and not (RISKS[n].labelled and records.labels is None)]
+    return tuple(risk_table(records, name) for name in known) if records.logits is not None else ()
 
 
 def risk_table(records: ExitRecords, risk: str = "disagreement", score: str = "max_prob") -> RiskTable:
@@ -378,10 +391,17 @@ def _levels(eps: float, delta: float) -> tuple[float, float]:
     return number("eps", eps, **limits), number("delta", delta, **limits)
 
 
+def _suits(risk: Risk, task: Task) -> bool:
+    return fits(risk.tasks, task) and (task.whole or not risk.whole_outcomes)
+
+
 def _risk(name: str, records: ExitRecords) -> Risk:
     risk = RISKS[name]
+    if not _suits(risk, records.task):
+        others = ", ".join(repr(other) for other, r in RISKS.items() if _suits(r, records.task))
+        raise ConfigError(f"The risk {name!r} is not defined for the task {records.task.name!r}. These are: {others}.")
     if risk.labelled and records.labels is None:
-        free = ", ".join(repr(other) for other, r in RISKS.items() if not r.labelled)
+        free = ", ".join(repr(other) for other, r in RISKS.items() if not r.labelled and _suits(r, records.task))
         raise DataError(f"The risk {name!r} needs labels, and these records have none. Without labels: {free}.")
     return risk
 

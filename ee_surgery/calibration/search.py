@@ -41,7 +41,9 @@ class Candidate:
 
 
 def fit(records: ExitRecords, score: str) -> ThresholdSearch:
-    """A search over the records, estimated chances of being right standing for outcomes."""
+    """A search over the records, estimated chances of being right standing for outcomes where there are logits."""
+    if records.logits is None:
+        return ThresholdSearch(records, score)
     chance = ChanceOfBeingRight.fit(records)
     return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))
 

@@ -39,7 +39,7 @@ class ThresholdSearch:
         self.fallback: Fallback = "last"
         # Where a later exit reads the answers of earlier ones, those run and cost even when closed.
         self.always = records.chained or ScoreOf(score).stateful
-        self.outcomes = records.correct.double().numpy() if outcomes is None else outcomes
+        self.outcomes = records.outcomes.numpy() if outcomes is None else outcomes
         self.trunk = np.array(records.trunk_macs) / records.base_macs
         self.branch = np.array([*records.branch_macs, 0]) / records.base_macs
         self.scores = records.scores(score).double().numpy()
@@ -50,10 +50,10 @@ class ThresholdSearch:
         self.ends = np.ones_like(self.ranked, dtype=bool)
         self.ends[:, :-1] = self.ranked[:, 1:] < self.ranked[:, :-1]
         self.ends &= np.isfinite(self.ranked)
-        self.correct = records.correct.double().numpy()
+        self.correct = records.outcomes.numpy()
         self.position = np.empty_like(self.order)
         np.put_along_axis(self.position, self.order, np.broadcast_to(np.arange(self.n), self.order.shape), 1)
-        # who has nothing finite to say is less certain than the original, whatever that says
+        # samples with non-finite branch logits rank below the original's certainty
         self.certainty = records.certainty.double().numpy().copy()
         self.certainty[-1] = np.maximum(self.certainty[-1], -1)
         self._surest: dict[tuple[bool, ...], NDArray[np.intp]] = {}

@@ -14,9 +14,7 @@ from torch import Tensor
 from ee_surgery.backbone.base import Backbone
 from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
 from ee_surgery.model import EarlyExitModel
-
-IGNORED = -100
-"""Label of a sample that counts nowhere: `ignore_index` of `torch.nn.functional.cross_entropy`."""
+from ee_surgery.task import CLASSIFICATION, IGNORED
 
 ClassMap: TypeAlias = Sequence[int | str] | Mapping[int, int | str]
 """Label of the data -> class of the model: its number, its name or its WordNet id."""
@@ -29,67 +27,13 @@ _MANY = 8  # classes, most of which are not off by the same number without a rea
 
 
 def check_labels(labels: Tensor, num_classes: int, rows: int) -> Tensor:
-    """Labels as class numbers, int64 (B,), or as class probabilities, floating (B, C).
-
-    Args:
-        labels: integers of any width, (B,) or (B, 1); one-hot integers or probabilities (B, C). A sample labelled
-            -100, or with a row of zeros, is ignored.
-        num_classes: C.
-        rows: B.
-    Raises:
-        DataError: they are neither; what was seen is named.
-    """
-    if labels.ndim == 0 or len(labels) != rows:
-        raise DataError(f"{rows} inputs but labels of shape {tuple(labels.shape)} in one batch.")
-    if labels.ndim == 2 and labels.shape[1] == num_classes > 1 and not labels.is_complex():
-        return _distributions(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)  # (B, 1) beside (B,) answers would compare every sample with every other
-    wanted = f"Labels must be class numbers below {num_classes} (or probabilities of shape (B, C)); got "
-    if labels.ndim != 1:
-        raise DataError(f"{wanted}a tensor of shape {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        seen = f", {labels[:3].tolist()} ..." if len(labels) else ""
-        raise DataError(f"{wanted}{labels.dtype}{seen}. Where these are class numbers, give labels.long().")
-    labels = labels.long()
-    counted = labels[labels != IGNORED]
-    if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < num_classes:
-        low, high = int(counted.min()), int(counted.max())
-        raise DataError(f"{wanted}{low} to {high}. {_advice(low, high, num_classes)}")
-    return labels
-
-
-def _distributions(labels: Tensor) -> Tensor:
-    """Rows (B, C) as probabilities, or as class numbers where they are integers."""
-    total = labels.double().sum(1)
-    whole = not labels.is_floating_point()
-    one = (total - 1).abs() <= (0 if whole else 1e-2)
-    good = torch.isfinite(total) & (one | (total == 0)) & (labels >= 0).all(1)
-    if not bool(good.all()):
-        row = labels[int((~good).nonzero()[0])]
-        raise DataError(
-            f"Labels of shape {tuple(labels.shape)} must be one-hot or probabilities, each row of sum 1; a row is "
-            f"{row[:5].tolist()} ... with sum {row.sum().item():g}. Several classes for one sample are not supported."
-        )
-    return torch.where(total == 0, IGNORED, labels.long().argmax(1)) if whole else labels.float()
-
-
-def _advice(low: int, high: int, num_classes: int) -> str:
-    if low == 1 and high == num_classes:
-        return "Counted from 1? The first class is 0: give labels - 1."
-    if low < 0:
-        return f"A sample without a label is labelled {IGNORED}, and counts nowhere."
-    return "Labels of other classes than the model's: say which is which with class_map=."
-
-
-def ignored(labels: Tensor) -> Tensor:
-    """Which samples count nowhere, of checked labels; bool (B,)."""
-    return labels == IGNORED if labels.ndim == 1 else labels.sum(1) == 0
+    """Labels of one right class, see `Classification.check_target`."""
+    return CLASSIFICATION.check_target(labels, num_classes, rows)
 
 
 def hard(labels: Tensor) -> Tensor:
     """Checked labels as class numbers, int64 (B,): of probabilities the most probable class."""
-    return labels if labels.ndim == 1 else labels.argmax(1).masked_fill(ignored(labels), IGNORED)
+    return CLASSIFICATION.hard(labels)
 
 
 class Labels:
@@ -99,24 +43,28 @@ class Labels:
         class_map: which class of the model each label of the data is; the same number when left out. Where it is given,
             labels that the original knows nothing about are warned of, not refused: it was said that they are right.
     Raises:
-        ConfigError: the map names a class that the model has not, or that is not told from another.
+        ConfigError: the map names a class that the model has not, or that is not told from another; or the labels of
+            the model's task are no class numbers, which a map could be of.
     """
 
     def __init__(self, branched: EarlyExitModel, class_map: ClassMap | None = None) -> None:
         self.backbone: Backbone = branched._backbone
-        self.classes = branched.num_classes
+        self.classes, self.task = branched.num_classes, branched.task
+        if class_map is not None and not self.task.class_numbers:
+            raise ConfigError(f"class_map= maps class numbers, and labels of the task {self.task.name!r} are none.")
         self.table = None if class_map is None else class_numbers(class_map, self.backbone)
-        self.compares = branched.branches.head is None  # a new head knows what it has learned so far
+        # a new head knows what it has learned so far
+        self.compares = branched.branches.head is None and self.task.class_numbers
         self.told = False
         self.answers: list[Tensor] = []
         self.truth: list[Tensor] = []
         self.seen = 0
 
     def __call__(self, labels: Tensor, rows: int) -> Tensor:
-        """Checked labels of a batch of `rows` samples, as the model's classes; see `check_labels`."""
+        """Checked labels of a batch of `rows` samples, as the model's classes; see `Task.check_target`."""
         if self.table is None:
-            return check_labels(labels, self.classes, rows)
-        labels = check_labels(labels, len(self.table), rows)
+            return self.task.check_target(labels, self.classes, rows)
+        labels = self.task.check_target(labels, len(self.table), rows)
         table = self.table.to(labels.device)
         if labels.ndim == 2:
             return labels.new_zeros(rows, self.classes).index_add_(1, table.clamp_min(0), labels)
@@ -138,9 +86,9 @@ class Labels:
         """
         if not self.compares:
             return
-        counts = ~ignored(labels)
+        counts = ~self.task.ignored(labels)
         self.answers.append(answers[counts].cpu())
-        self.truth.append(hard(labels)[counts].cpu())
+        self.truth.append(self.task.hard(labels)[counts].cpu())
         curious, self.seen = self.curious, self.seen + len(self.truth[-1])
         if curious and self.seen:
             self._look(_CLASSES)

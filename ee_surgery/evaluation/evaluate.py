@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 from ee_surgery.checks import instance
 from ee_surgery.data.batches import Data, loader, place
 from ee_surgery.data.distributed import ShardedBatches
-from ee_surgery.data.labels import ClassMap, Labels, hard
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.evaluation.record import all_or_none, home, labelled_rows, processes
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating_point import describe
+from ee_surgery.task import Task
 from ee_surgery.text import visible
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ class Evaluation:
     original_accuracy: float
     """Of the original on the same samples; 1.0 when there were no labels."""
     agreement: float
-    """Share of the samples given the same class as by the original."""
+    """Share of the samples given the same class as by the original; of several labels, of these."""
     macs_fraction: float
     """Mean MACs, branches visited included, by the original's."""
     exits: tuple[str, ...]
@@ -40,9 +43,13 @@ class Evaluation:
     """Of the samples that left at each exit; None where none did."""
     samples: int
     labelled: bool
+    measure: str = "accuracy"
+    """What `accuracy` is of this model's task, see `Task.measure`: of several labels, the mean share that is right."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What else the task measures on labelled data, where it is defined; `original_` and the name: of the original."""
 
     def __str__(self) -> str:
-        what = "accuracy" if self.labelled else "agreement"
+        what = self.measure if self.labelled else "agreement"
         rows = [
             f"  {visible(name):32} {share:6.1%}  {'-' if accuracy is None else format(accuracy, '.2%')}"
             for name, share, accuracy in zip(self.exits, self.exit_shares, self.exit_accuracies, strict=True)
@@ -51,7 +58,7 @@ class Evaluation:
             f"{what} {self.accuracy:.2%} (original {self.original_accuracy:.2%}, same class {self.agreement:.2%}) at "
             f"{self.macs_fraction:.1%} of its MACs, {self.samples} samples; share and {what} at each exit:"
         )
-        return "\n".join([head, *rows])
+        return "\n".join([head, *rows, *(f"  {name}: {value:.2%}" for name, value in self.measures.items())])
 
 
 def evaluate(
@@ -74,7 +81,9 @@ def evaluate(
         DataError: as for `record`.
     """
     instance("branched", branched, EarlyExitModel)
+    task = branched.task
     found: list[Tensor] = []
+    whole: list[tuple[Tensor, Tensor, Tensor]] = []  # logits, routed and of the original, and labels: for `measures`
     labelled = 0
     working = processes(branched, accelerator)
     where = home(branched)
@@ -83,35 +92,63 @@ def evaluate(
         x = place(shard.inputs, *where)
         output = branched.predict(x)
         with branched.exits_disabled():
-            original = branched.predict(x).logits.argmax(-1)
-        target = original if shard.labels is None else hard(shard.labels).to(where[0])
-        of_sample = (output.logits.argmax(-1), original, target, output.exit_index, output.macs_fraction)
+            original = branched.predict(x).logits
+        said = task.labels_from(original)
+        target = said if shard.labels is None else task.hard(shard.labels.to(where[0]))
+        of_sample = (
+            task.outcome(output.logits, target), task.outcome(original, target), task.outcome(output.logits, said),
+            ~task.ignored(target), output.exit_index, output.macs_fraction,
+        )  # fmt: skip
         found.append(working.rows(torch.stack([value.float() for value in of_sample], 1), shard.total).cpu())
         if shard.labels is not None:
             labelled += 1
-            known.compare(*found[-1][:, 1:3].long().unbind(1))
+            told = working.rows(target, shard.total).cpu()
+            known.compare(working.rows(said, shard.total).cpu(), told)
+            if task.measures:
+                answers = (working.rows(logits, shard.total).cpu() for logits in (output.logits, original))
+                whole.append((*answers, told))
     all_or_none(labelled, len(found))
     known.settle()
-    table = torch.cat(found)
-    answer, original, target, exit_index, macs = table[labelled_rows(table[:, 2])].unbind(1)
-    correct, base, same = answer == target, original == target, answer == original
-    exits = (*branched.exits, "original")
+    result = _summed_up(torch.cat(found), (*branched.exits, "original"), labelled > 0, task, whole)
+    point = None if branched.policy is None else branched.operating_point
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
+    for name in ("measure", "measures"):  # of the task; left out where there are none, as before there were tasks
+        if not result.measures:
+            del plain[name]
+    branched.provenance["evaluation"] = {**plain, "operating_point": describe(point)}
+    return result
+
+
+def _summed_up(
+    table: Tensor, exits: tuple[str, ...], labelled: bool, task: Task, whole: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Evaluation:
+    """What was found, sample by sample, as means.
+
+    Args:
+        table: outcome, the original's, agreement, whether it counts, exit and cost of each sample, (N, 6).
+        whole: logits, the original's, and labels, batch by batch; where the task has `measures`.
+    """
+    rows = labelled_rows(table[:, 3] > 0)
+    outcome, base, same, _, exit_index, macs = table[rows].unbind(1)
     left = [exit_index == k for k in range(len(exits))]
-    result = Evaluation(
-        accuracy=_mean(correct),
+    measures: dict[str, float] = {}
+    if whole:
+        routed, original, target = (torch.cat(parts)[rows] for parts in zip(*whole, strict=True))
+        for name, of in task.measures.items():
+            measures |= {name: of(routed, target), f"original_{name}": of(original, target)}
+    return Evaluation(
+        accuracy=_mean(outcome),
         original_accuracy=_mean(base),
         agreement=_mean(same),
         macs_fraction=_mean(macs),
         exits=exits,
-        exit_shares=tuple(_mean(rows) for rows in left),
-        exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
-        samples=len(correct),
-        labelled=labelled > 0,
+        exit_shares=tuple(_mean(here) for here in left),
+        exit_accuracies=tuple(_mean(outcome[here]) if here.any() else None for here in left),
+        samples=len(outcome),
+        labelled=labelled,
+        measure=task.measure,
+        measures={name: value for name, value in measures.items() if math.isfinite(value)},
     )
-    point = None if branched.policy is None else branched.operating_point
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
-    branched.provenance["evaluation"] = {**plain, "operating_point": describe(point)}
-    return result
 
 
 def _mean(values: Tensor) -> float:

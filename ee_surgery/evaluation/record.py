@@ -11,9 +11,10 @@ from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import instance
 from ee_surgery.data.batches import Data, loader, place
 from ee_surgery.data.distributed import Processes, ShardedBatches
-from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.task import IGNORED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +28,7 @@ def record(
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
 ) -> ExitRecords:
-    """Run every exit on every sample, nobody leaving, and keep the logits.
+    """Run every exit on every sample, nobody leaving, and keep what they answer.
 
     With an accelerator, its processes share the work: call it in all of them. Each ends with all records, in the order
     of the data. Without one, this process does all of it, whatever the others do.
@@ -46,7 +47,7 @@ def record(
     logits: list[Tensor] = []
     confidence: list[Tensor] = []
     labels: list[Tensor] = []
-    working = processes(branched, accelerator)
+    working, task = processes(branched, accelerator), branched.task
     where = home(branched)
     known = Labels(branched, class_map)
     for shard in ShardedBatches(loader(data, batch_size), working, known):
@@ -58,12 +59,12 @@ def record(
             found = torch.stack(units, 1).float()
             confidence.append(working.rows(found, shard.total).transpose(0, 1).cpu())
         if shard.labels is not None:
-            labels.append(working.rows(hard(shard.labels).to(where[0]), shard.total).cpu())
-            known.compare(logits[-1][-1].argmax(-1), labels[-1])
+            labels.append(working.rows(task.hard(shard.labels).to(where[0]), shard.total).cpu())
+            known.compare(task.labels_from(logits[-1][-1]), labels[-1])
     all_or_none(len(labels), len(logits))
     known.settle()
     told = torch.cat(labels) if labels else None
-    rows = slice(None) if told is None else labelled_rows(told)
+    rows = slice(None) if told is None else labelled_rows(~task.ignored(told))
     return ExitRecords(
         exits=tuple(branched.exits),
         logits=torch.cat(logits, 1)[:, rows],
@@ -72,6 +73,7 @@ def record(
         labels=None if told is None else told[rows],
         confidence=torch.cat(confidence, 1)[:, rows] if confidence else None,
         chained=branched.branches.chained,
+        task=task,
     )
 
 
@@ -83,11 +85,11 @@ def all_or_none(labelled: int, batches: int) -> None:
         raise DataError(f"{labelled} of {batches} batches have labels: give them for all samples or for none.")
 
 
-def labelled_rows(labels: Tensor) -> Tensor:
-    """The numbers of the samples that count."""
-    rows = (labels != IGNORED).nonzero().squeeze(1)
+def labelled_rows(counts: Tensor) -> Tensor:
+    """The numbers of the samples that count, of a flag for each."""
+    rows = counts.nonzero().squeeze(1)
     if not len(rows):
-        raise DataError(f"All {len(labels)} samples are labelled {IGNORED}, which is ignored.")
+        raise DataError(f"All {len(counts)} samples are labelled {IGNORED}, which is ignored.")
     return rows
 
 

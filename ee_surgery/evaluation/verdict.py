@@ -11,7 +11,7 @@ from torch import nn
 from ee_surgery.calibration.records import replay_point
 from ee_surgery.checks import instance, numbers, shown
 from ee_surgery.data.batches import Data, batches
-from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.errors import ConfigError, DataError, OperatingPointError
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.inspection import inspect
@@ -125,14 +125,18 @@ def _measure(
 ) -> tuple[float, float]:
     """Accuracy, and MACs by the original's."""
     sample = branched.sample
-    graph = inspect(other, sample if len(sample) > 1 else next(iter(sample.values())))  # its own name for the input
+    task = branched.task
+    own = sample if len(sample) > 1 else next(iter(sample.values()))  # it has its own name for the input
+    graph = inspect(other, own, task=type(task))
     home = next(iter(branched.branches.parameters()))
-    right = total = 0
+    right, total = 0.0, 0
     for inputs, labels in batches(data, batch_size, home.device, home.dtype):
         assert labels is not None  # as in the records
-        labels = hard(known(labels, len(labels)))
+        labels = known(labels, len(labels))
+        counts = ~task.ignored(labels)
         arguments = graph.backbone.arguments(inputs)
         with torch.no_grad():
-            answers = graph.backbone.logits(graph.backbone(arguments)).argmax(-1)
-        right, total = right + int((answers == labels).sum()), total + int((labels != IGNORED).sum())
+            answers = graph.backbone.logits(graph.backbone(arguments))
+        right += float(task.outcome(answers, labels)[counts].double().sum())
+        total += int(counts.sum())
     return right / total, graph.macs / branched.trunk_macs[-1]

@@ -18,6 +18,7 @@ from ee_surgery.graph.features import NOTHING, Features, choose
 from ee_surgery.graph.last_call import refuse_probabilities
 from ee_surgery.graph.liveness import Liveness, analyse, live_out
 from ee_surgery.graph.shortcut import shortest
+from ee_surgery.task import Task
 
 
 def inspect(
@@ -27,6 +28,7 @@ def inspect(
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
     output: OutputKey | None = None,
+    task: str | Task | type[Task] | None = None,
 ) -> ModelGraph:
     """Read a model as a graph and find where samples may leave it. The model is not changed.
 
@@ -37,11 +39,12 @@ def inspect(
         opaque: names of modules to keep whole, see `Backbone`: the way out where torch.export cannot read one.
         num_classes: for a model that answers with features: how many classes a new head shall tell apart.
         output: which part of the answer the logits are, by index or name, where more than one could be; see `Backbone`.
+        task: what its answers are: `classification`, `multi_label` or one of your own in `TASKS`; see `Backbone`.
     Raises:
         CaptureError: the model cannot be exported with a symbolic batch.
         DataError: no sample given and none can be derived.
     """
-    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output)
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output, task)
     graph = read(backbone, backbone.sample)
     return replace(graph, shortcuts=shortest(graph))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ee_surgery.backbone.answers import LATER, PROBABILITIES
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.nodes import op_name
+from ee_surgery.task import PROBABILITIES
 
 _SIGMOID = frozenset({"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "log_sigmoid", "log_sigmoid_forward"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
@@ -19,7 +19,7 @@ _THROUGH = frozenset(
 
 
 def refuse_probabilities(program: Capture, model_id: str) -> None:
-    """Refuse a model that ends in a sigmoid or a softmax: exits work on logits of a softmax over classes.
+    """Refuse a model that ends in a sigmoid or a softmax: exits work on the logits that go into it.
 
     Raises:
         CaptureError: it does, with the way out.
@@ -29,9 +29,9 @@ def refuse_probabilities(program: Capture, model_id: str) -> None:
         node = node.all_input_nodes[0]
     if op_name(node) in _SIGMOID:
         raise CaptureError(
-            f"{model_id} ends in a sigmoid ({op_name(node)}): each class on its own, not a softmax over classes. "
-            f"{LATER} If exactly one class is right, wrap the model in a module that answers with what goes into the "
-            "sigmoid."
+            f"{model_id} ends in a sigmoid ({op_name(node)}), and answers with probabilities: wrap the model in a "
+            "module that answers with what goes into the sigmoid. If several classes may be right, each on its own, say "
+            "task='multi_label' as well."
         )
     if op_name(node) in _SOFTMAX:
         raise CaptureError(f"{model_id} ends in a softmax, and answers with probabilities: {PROBABILITIES}")

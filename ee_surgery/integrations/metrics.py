@@ -51,12 +51,12 @@ class ExitMetrics:
         Raises:
             DataError: predictions other than this model's, such as ones changed by `preprocess_logits_for_metrics`.
         """
-        self._collected.append((self._logits(evaluated.predictions), _classes(evaluated.label_ids)))
+        self._collected.append((self._logits(evaluated.predictions), self._labels(evaluated.label_ids)))
         if not compute_result:
             return {}
         logits, labels = (torch.cat(parts) for parts in zip(*self._collected, strict=True))
         self._collected.clear()
-        known = labels >= 0
+        known = (labels >= 0).reshape(len(labels), -1).all(1)
         if not known.any():
             raise DataError("None of the samples that were evaluated has a label.")
         return self._metrics(logits[known], labels[known])
@@ -73,9 +73,13 @@ class ExitMetrics:
             )
         return torch.as_tensor(found).detach().cpu().float()
 
+    def _labels(self, given: Any) -> Tensor:
+        """In the form of `Task.labels_from`: class numbers (N,), also of labels as probabilities (N, C)."""
+        return self.branched.task.hard(torch.as_tensor(given).cpu())
+
     def _metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         if logits.ndim == 2:
-            return {"accuracy": (logits.argmax(-1) == labels).double().mean().item()}
+            return {"accuracy": self.branched.task.outcome(logits, labels).double().mean().item()}
         branched = self.branched
         records = ExitRecords(
             exits=tuple(branched.exits),
@@ -84,6 +88,7 @@ class ExitMetrics:
             branch_macs=branched.branch_macs,
             labels=labels,
             chained=branched.branches.chained,
+            task=branched.task,
         )
         *exits, original = records.accuracies
         found = {f"accuracy_exit_{k}": accuracy for k, accuracy in enumerate(exits)}
@@ -93,9 +98,3 @@ class ExitMetrics:
             point = Frontier.search(records.take(some)).at(max_accuracy_drop=self.max_accuracy_drop)
             found["macs_saved"] = 1 - point.macs_fraction
         return found
-
-
-def _classes(labels: Any) -> Tensor:
-    """Class numbers (N,), also of labels as probabilities (N, C)."""
-    found = torch.as_tensor(labels).cpu()
-    return found.argmax(-1) if found.ndim == 2 else found

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -138,7 +137,9 @@ class _EarlyExitForClassification(PreTrainedModel):
     def of(cls, branched: EarlyExitModel, train_config: TrainConfig | None = None) -> _EarlyExitForClassification:
         """Wrap a branched model, which is shared, not copied."""
         model = cls(EarlyExitConfig.of(branched), branched)
-        model.config.problem_type = getattr(getattr(branched.backbone, "config", None), "problem_type", None)
+        own, task = getattr(getattr(branched.backbone, "config", None), "problem_type", None), branched.task
+        # what a pipeline makes of the logits
+        model.config.problem_type = own if own in task.problem_types else task.states
         if train_config is not None:
             model.train_config = train_config
         return model
@@ -258,7 +259,9 @@ class _EarlyExitForClassification(PreTrainedModel):
             fields = self._all_exits(main, named, labels)
         else:
             found = self.branched.predict(*main, **named)
-            loss = None if labels is None else F.cross_entropy(found.logits.float(), labels.to(found.logits.device))
+            loss = None
+            if labels is not None:
+                loss = self.branched.task.mean_loss(found.logits.float(), labels.to(found.logits.device))
             fields = {"loss": loss, "logits": found.logits, "exit_index": found.exit_index, "score": found.score}
             fields["macs"] = found.macs
         if not self.training:
@@ -282,7 +285,9 @@ class _EarlyExitForClassification(PreTrainedModel):
         features, original = self.branched.features(*main, **named)
         exits, original = self.branched.split(bank(features), original)
         costs = relative_costs(self.branched).to(original.device)
-        loss = batch_loss(exits, original, labels, costs, config, new_head=bank.head is not None)
+        loss = batch_loss(
+            exits, original, labels, costs, config, new_head=bank.head is not None, task=self.branched.task
+        )
         last = torch.full((len(original),), len(bank), device=original.device)
         fields = {"loss": loss, "logits": original.detach(), "exit_index": last}
         if self.training:
@@ -373,8 +378,9 @@ class EarlyExitForImageClassification(_EarlyExitForClassification):
 
         Args:
             pixel_values: shape (B, 3, H, W), or whatever the base's main input is.
-            labels: class numbers (B,): the loss is returned. In training mode, and wherever no operating point is set,
-                it is that of all exits, as `train_config` says, and no samples leave; else that of the answers.
+            labels: class numbers (B,), or multi-hot (B, C) for a multi-label base: the loss is returned. In training
+                mode, and wherever no operating point is set, it is that of all exits, as `train_config` says, and no
+                samples leave; else that of the answers.
             return_dict: False: a tuple.
             inputs: other inputs of the base, by name.
         Returns:

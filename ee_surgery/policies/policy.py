@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ee_surgery.checks import choice, numbers
 from ee_surgery.errors import OperatingPointError, SurgeryError
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State, precise, sound
+from ee_surgery.task import CLASSIFICATION, Task
 
 NEVER = math.inf
 
@@ -48,14 +49,16 @@ class ThresholdPolicy:
     """A registered name, or a score that was fitted on records."""
     fallback: Fallback = "last"
     """Whose answer a sample gets that never reached a threshold: the original's, or that of whichever exit on its
-    way had the largest softmax probability, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
+    way was the most certain, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
+    task: Task = field(default=CLASSIFICATION, repr=False)
+    """What the answers are: a model runs every policy with its own task."""
 
     def __post_init__(self) -> None:
         thresholds = numbers("thresholds", self.thresholds, infinite=True, hint="Use inf to close an exit.")
         object.__setattr__(self, "thresholds", thresholds)
         choice("fallback", self.fallback, get_args(Fallback))
         # Looked up once: decide runs at every exit. Scores are float32, so thresholds are compared as float32.
-        object.__setattr__(self, "_score", ScoreOf(self.score))
+        object.__setattr__(self, "_score", ScoreOf(self.score, self.task))
         object.__setattr__(self, "_taus", torch.tensor(self.thresholds, dtype=torch.float32).tolist())
 
     def visits(self, chained: bool = False) -> tuple[bool, ...]:
@@ -126,7 +129,7 @@ class ThresholdPolicy:
             ) from error
 
 
-def certainty(logits: Tensor) -> Tensor:
-    """What `most_confident` compares exits by: the largest softmax probability; -inf where not finite, (B,)."""
-    top = torch.softmax(precise(logits), -1).amax(-1)
+def certainty(logits: Tensor, task: Task = CLASSIFICATION) -> Tensor:
+    """What `most_confident` compares exits by, see `Task.certainty`; -inf where not finite, (B,)."""
+    top = task.certainty(precise(logits))
     return torch.nan_to_num(sound(top, logits), nan=-torch.inf)

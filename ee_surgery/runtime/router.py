@@ -102,7 +102,7 @@ class Router:
                 decision = self.policy.decide(k, answer.logits, answer.confidence, state)
                 state, log_probs = decision.state, answer.log_probs
                 if self.keeps_best:
-                    best = _better(best, answer.logits)
+                    best = self._better(best, answer.logits)
                 gone = decision.leaves.nonzero().squeeze(1)
                 if len(gone) > 0:
                     results = results or self._results(answer.logits, batch)
@@ -121,7 +121,7 @@ class Router:
             live = stage(*live)
         else:  # somebody came through to the original's own head
             last = self._last(live)
-            last = _better(best, last) if self.keeps_best else last
+            last = self._better(best, last) if self.keeps_best else last
             results = results or self._results(last, batch)
             results[0][slice(None) if rows is None else rows] = last.to(results[0].dtype)
         logits, score, exit_index = results
@@ -137,7 +137,7 @@ class Router:
         """Logits, score and exit of a batch of which nobody has left early."""
         score = torch.full((batch,), torch.nan, device=like.device)
         exit_index = torch.full((batch,), self.last, device=like.device)
-        return like.new_empty((batch, like.shape[1])), score, exit_index
+        return self.policy.task.empty(like, batch), score, exit_index
 
     def _one(self, inputs: Sequence[Tensor]) -> ExitOutput:
         """One sample: it leaves or it does not, so nothing is indexed."""
@@ -153,11 +153,18 @@ class Router:
                     return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs, self.original_macs)
                 log_probs = answer.log_probs
                 if self.keeps_best:
-                    best = _better(best, answer.logits)
+                    best = self._better(best, answer.logits)
             live = stage(*live)
         index, score = self._index[self.last].clone(), self._unasked.clone()
-        last = _better(best, self._last(live)) if self.keeps_best else self._last(live)
+        last = self._better(best, self._last(live)) if self.keeps_best else self._last(live)
         return ExitOutput(last, index, score, self.costs, self.original_macs)
+
+    def _better(self, best: Tensor | None, logits: Tensor) -> Tensor:
+        """Row by row, whichever of two answers (B, C) is more certain; the earlier one of equals."""
+        if best is None:
+            return logits
+        better = certainty(logits, self.policy.task) > certainty(best, self.policy.task)
+        return torch.where(better[:, None], logits, best.to(logits.dtype))
 
 
 class Altered(Exception):
@@ -171,10 +178,3 @@ def _checked(stage: Stage, unchanged: Callable[[], bool]) -> Callable[..., tuple
         return stage(*live)
 
     return run
-
-
-def _better(best: Tensor | None, logits: Tensor) -> Tensor:
-    """Row by row, whichever of two answers (B, C) is more certain; the earlier one of equals."""
-    if best is None:
-        return logits
-    return torch.where((certainty(logits) > certainty(best))[:, None], logits, best.to(logits.dtype))

@@ -356,8 +356,9 @@ def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
     rising = accumulate([*(trunk[each.exits[0]] for each in records), first.base_macs], max)
     return ExitRecords(
         exits=tuple(name for each in records for name in each.exits),
-        logits=torch.stack([*(each.logits[0] for each in records), first.logits[-1]]),
+        logits=torch.stack([*(each.recorded_logits()[0] for each in records), first.recorded_logits()[-1]]),
         trunk_macs=tuple(rising),
         branch_macs=tuple(each.branch_macs[0] for each in records),
         labels=first.labels,
+        task=first.task,
     )

@@ -58,6 +58,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT, check_size, read_json
 from ee_surgery.share.probe import InputSpec, Probe
 from ee_surgery.share.weights import POLICY, TENSOR, Weights
+from ee_surgery.task import CLASSIFICATION
 
 CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "frontier.json", "base.safetensors"
 CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
@@ -122,6 +123,8 @@ class AdapterConfig:
     """What timm's `create_transform` takes, for a timm base."""
     output: int | str | tuple[int | str, ...] | None = None
     """Which part of the base's answer the logits are, where the user had to say."""
+    task: str = "classification"
+    """What the base answers, by its name in `TASKS`."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the branches come from; see `EarlyExitModel.provenance`."""
     probe: Probe | None = None
@@ -147,6 +150,7 @@ class AdapterConfig:
         own_base: bool,
         preprocessing: dict[str, Any] | None,
         output: int | str | tuple[int | str, ...] | None,
+        task: str,
         provenance: dict[str, Any],
     ) -> AdapterConfig:
         """Gather the parts of a branched model."""
@@ -172,6 +176,7 @@ class AdapterConfig:
             own_base=own_base,
             preprocessing=preprocessing,
             output=output,
+            task=task,
             provenance=provenance,
         )
 
@@ -179,6 +184,8 @@ class AdapterConfig:
         """Plain data for `config.json`."""
         point, self_without = self.operating_point, replace(self, operating_point=None, files={})
         data = {**asdict(self_without), "operating_point": point.to_dict() if point else None}
+        if self.task == CLASSIFICATION.name:  # left out: versions that know no other task read it as before
+            del data["task"]
         if self.preprocessing is not None:  # for AutoImageProcessor, which looks here and so for timm's own models
             data |= {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": self.preprocessing}
         return {"model_type": "ee_surgery", "format_version": FORMAT_VERSION, **data}
@@ -203,6 +210,7 @@ class AdapterConfig:
             own_base=data["own_base"],
             preprocessing=data["preprocessing"],
             output=tuple(output) if isinstance(output, list) else output,
+            task=data["task"],
             provenance=data["provenance"],
             probe=Probe.from_dict(data["probe"]) if data["probe"] else None,
             files=listed(data),

@@ -29,6 +29,7 @@ from ee_surgery.registry import suggest
 from ee_surgery.share import card_text as text
 from ee_surgery.share.adapter import CARD, PLOT, PROCESSOR, RESULTS, AdapterConfig, change_adapter, load_adapter
 from ee_surgery.share.provenance import CALIBRATION, EVALUATION, TRAINING, stated_by
+from ee_surgery.task import CLASSIFICATION, Task
 from ee_surgery.text import LINE, markdown, visible
 
 _LARGEST = 4 << 20  # bytes of a card
@@ -152,7 +153,7 @@ def save_card(
         change.stray.add(name)
     if frontier is not None and importlib.util.find_spec("matplotlib") is not None:
         frontier.plot().savefig(change.place(PLOT), dpi=150, format="png")
-    if entries := _leaderboard(info, None if stated_by(measured) else measured):
+    if entries := _leaderboard(info, None if stated_by(measured) else measured, text.task_of(config)):
         results = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         change.place(RESULTS).write_text(results, encoding="utf-8")
     if foreign:
@@ -255,6 +256,8 @@ def _well_formed(found: Mapping[str, Any]) -> bool:
         and several("exit_shares", share)
         and several("exit_accuracies", lambda value: value is None or share(value))
         and len(found["exits"]) == len(found["exit_shares"]) == len(found["exit_accuracies"])
+        and isinstance(measures := found.get("measures", {}), Mapping)
+        and all(map(share, measures.values()))
     )
 
 
@@ -276,16 +279,18 @@ def _front_matter(
         datasets=list(info.datasets) or None,
         language=list(info.language) or None,
         model_name=None if measured is None else visible(name),
-        eval_results=None if measured is None else _results(info, measured, task or "other"),
+        eval_results=None
+        if measured is None
+        else _results(info, measured, task or "other", text.task_of(config).measure),
         **(own if found else {}),
     )
 
 
-def _results(info: CardInfo, measured: Mapping[str, Any], task: str) -> list[EvalResult]:
+def _results(info: CardInfo, measured: Mapping[str, Any], task: str, measure: str) -> list[EvalResult]:
     """For `model-index`, which asks for a name of the data: unknown where nobody said it."""
     labelled = measured["labelled"]
     metrics = {
-        "accuracy": ("accuracy" if labelled else "agreement", text.accuracy_name(labelled)),
+        "accuracy": (measure.replace(" ", "_") if labelled else "agreement", text.accuracy_name(labelled, measure)),
         "macs_fraction": ("macs_fraction", "mean MACs, fraction of the original's"),
     }
     return [
@@ -310,8 +315,15 @@ def _data(info: CardInfo, measured: Mapping[str, Any]) -> str:
     return ", ".join(markdown(word) for word in (name, info.eval_split) if word)
 
 
-def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None) -> list[EvalResultEntry]:
-    if measured is None or not measured["labelled"] or not info.eval_dataset or not info.eval_task:
+def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None, task: Task) -> list[EvalResultEntry]:
+    """The accuracy for a benchmark; of other measures, nothing says whether they are the benchmark's."""
+    if (
+        task.measure != CLASSIFICATION.measure
+        or measured is None
+        or not measured["labelled"]
+        or not info.eval_dataset
+        or not info.eval_task
+    ):
         return []
     notes = f"early exit at {measured['macs_fraction']:.2%} of the original's mean MACs, {measured['samples']} samples"
     return [EvalResultEntry(info.eval_dataset, info.eval_task, measured["accuracy"], notes=notes)]
@@ -342,7 +354,9 @@ def _render(
         summary=text.summary(config),
         snippet=text.snippet(config, frontier, where),
         usage=text.usage(config, frontier, where, processor=change.holds(PROCESSOR)),
-        measured=None if measured is None else text.measured(measured, _data(info, measured)) | said(EVALUATION),
+        measured=None
+        if measured is None
+        else text.measured(measured, _data(info, measured), text.task_of(config)) | said(EVALUATION),
         frontier=None if frontier is None else text.trade_offs(frontier, PLOT if plot else None) | said(CALIBRATION),
         exits=text.exits(config, frontier),
         point=text.operating_point(config.operating_point, frontier) | said(CALIBRATION),

@@ -16,6 +16,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.probe import InputSpec
 from ee_surgery.share.provenance import CALIBRATION, EVALUATION, LOADED_FROM, STATED_BY, TRAINING, stated_by
+from ee_surgery.task import CLASSIFICATION, TASKS, Task
 from ee_surgery.text import cell, code, markdown, visible
 
 _SETTINGS = 100  # how many are shown
@@ -42,10 +43,21 @@ def found_by_name(base: Identity, own_base: bool) -> bool:
 
 def pipeline_tag(config: AdapterConfig) -> str | None:
     """What the Hub calls the task, as far as the inputs tell."""
+    kind, tags = inputs_kind(config), task_of(config).hub_tags
+    return None if kind is None else tags.get(kind)
+
+
+def inputs_kind(config: AdapterConfig) -> str | None:
+    """`image` or `text`, where the inputs tell."""
     main = next(iter(config.inputs.values()))
     if config.base.library == "timm" or "Image" in config.base.architecture or len(main.shape) == 4:
-        return "image-classification"
-    return "text-classification" if len(main.shape) == 2 and main.dtype.startswith("int") else None
+        return "image"
+    return "text" if len(main.shape) == 2 and main.dtype.startswith("int") else None
+
+
+def task_of(config: AdapterConfig) -> Task:
+    """What the base answers; one right class where its task is not known here."""
+    return TASKS.get(config.task, CLASSIFICATION)
 
 
 def _base_name(base: Identity) -> str:
@@ -94,7 +106,7 @@ def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str
     else:
         lines.append(f"inputs = {_random(config.inputs[first])}  # yours, prepared as for the base")
         lines.append("output = branched.predict(inputs)")
-    lines.append("print(output.logits.argmax(-1), output.exit_index, output.macs_fraction)")
+    lines.append(f"print({task_of(config).decided}, output.exit_index, output.macs_fraction)")
     return "\n".join(lines)
 
 
@@ -122,11 +134,11 @@ def _random(spec: InputSpec) -> str:
 
 def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processor: bool) -> str:
     """How inputs are prepared, what comes back, and when samples leave; `processor`: whether one is saved along."""
-    lines, pictures = [], pipeline_tag(config) == "image-classification"
+    lines, pictures = [], inputs_kind(config) == "image"
     if pictures and (processor or config.preprocessing is not None):
         lines.append("`branched.transform()` makes such inputs of PIL pictures.")
         if found_by_name(config.base, config.own_base):
-            pipe = f'transformers.pipeline("image-classification", model={_literal(where)})'
+            pipe = f"transformers.pipeline({_literal(pipeline_tag(config))}, model={_literal(where)})"
             lines.append(f"With `ee_surgery` imported, {code(pipe)} loads it too.")
     elif config.base.library == "transformers" and config.base.hub_id:
         cls, what = ("AutoImageProcessor", "pictures") if pictures else ("AutoTokenizer", "texts")
@@ -145,9 +157,9 @@ def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processo
     return " ".join([*lines, when])
 
 
-def measured(found: Mapping[str, Any], data: str) -> dict[str, str]:
+def measured(found: Mapping[str, Any], data: str, task: Task) -> dict[str, str]:
     """What `evaluate` found; `data`: on which, in Markdown."""
-    kind = accuracy_name(found["labelled"])
+    kind = accuracy_name(found["labelled"], task.measure)
     text = (
         f"By running it as it is stored here, on {found['samples']} samples ({data}): {kind} "
         f"**{found['accuracy']:.2%}** at **{found['macs_fraction']:.2%}** of the original's mean MACs, branches "
@@ -155,9 +167,13 @@ def measured(found: Mapping[str, Any], data: str) -> dict[str, str]:
     )
     if found["labelled"]:
         text += (
-            f" The original has {found['original_accuracy']:.2%} on them; {found['agreement']:.2%} get the class that "
-            "it gives them."
+            f" The original has {found['original_accuracy']:.2%} on them; {found['agreement']:.2%} agreement with its "
+            "answers."
         )
+        more = found.get("measures", {})
+        for name in (name for name in task.measures if more.keys() >= {name, f"original_{name}"}):
+            routed, original = more[name], more[f"original_{name}"]
+            text += f" {name.replace('_', ' ').capitalize()}: {routed:.2%}, of the original {original:.2%}."
     rows = [
         [code(name), f"{share:.2%}", "" if accuracy is None else f"{accuracy:.2%}"]
         for name, share, accuracy in zip(found["exits"], found["exit_shares"], found["exit_accuracies"], strict=True)
@@ -167,7 +183,7 @@ def measured(found: Mapping[str, Any], data: str) -> dict[str, str]:
 
 def trade_offs(frontier: Frontier, plot: str | None) -> dict[str, str | None]:
     """The points at some round accuracy drops, and where they are drawn."""
-    what = accuracy_name(frontier.labelled)
+    what = accuracy_name(frontier.labelled, frontier.measure)
     original = f" (the original: {frontier.base_accuracy:.2%})" if frontier.labelled else ""
     text = (
         f"Found on {frontier.points[0].samples} held-out calibration samples{original}. Rows: the points at some round "
@@ -194,7 +210,7 @@ def exits(config: AdapterConfig, frontier: Frontier | None) -> dict[str, str]:
     rows.append(["`original`", "", "its own" if config.head_classes is None else "a new head", "100.00%", ""])
     text = f"The original takes {config.base_macs:,} MACs a sample."
     if frontier is not None:
-        head.append(f"{accuracy_name(frontier.labelled)} alone, on the calibration samples")
+        head.append(f"{accuracy_name(frontier.labelled, frontier.measure)} alone, on the calibration samples")
         for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
             row.append(f"{accuracy:.2%}")
     return {"text": text, "table": _table(head, rows)}
@@ -210,7 +226,9 @@ def operating_point(point: OperatingPoint | None, frontier: Frontier | None) -> 
         "who never left gets the answer of": {"last": "the last exit", "most_confident": "the most confident exit"}[
             point.fallback
         ],
-        accuracy_name(frontier is None or frontier.labelled): _number(point.accuracy, ".2%"),
+        "accuracy" if frontier is None else accuracy_name(frontier.labelled, frontier.measure): _number(
+            point.accuracy, ".2%"
+        ),
         "expected on new data": _number(point.expected_accuracy, ".2%"),
         "drop from the original, points": _number(100 * point.accuracy_drop, ".2f"),
         "mean MACs by the original's": _number(point.macs_fraction, ".2%"),
@@ -283,9 +301,9 @@ def limits(config: AdapterConfig, frontier: Frontier | None) -> list[str]:
 # --- small parts
 
 
-def accuracy_name(labelled: bool) -> str:
+def accuracy_name(labelled: bool, measure: str = CLASSIFICATION.measure) -> str:
     """What a share of right answers is called: without labels, the original's answers stood for them."""
-    return "accuracy" if labelled else "agreement with the original"
+    return measure if labelled else "agreement with the original"
 
 
 def _number(value: float, form: str) -> str:

@@ -19,6 +19,7 @@ from ee_surgery.errors import AdapterError
 from ee_surgery.graph.features import Layout
 from ee_surgery.policies.policy import Fallback
 from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT
+from ee_surgery.task import CLASSIFICATION, TASKS
 
 _MOST_CLASSES = 100_000
 _MOST_ELEMENTS = 1 << 24  # of an input tensor: four samples of 3 x 1182 x 1182
@@ -165,6 +166,7 @@ class FrontierForm(_Form):
     exit_macs: list[Annotated[float, Field(ge=0, le=1000)]]
     labelled: bool
     risks: Annotated[list[RiskForm], Field(max_length=20)] = []
+    task: Name = CLASSIFICATION.name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -258,7 +260,7 @@ class ConfigForm(_Form):
     inputs: Annotated[dict[Name, InputForm], Field(min_length=1, max_length=16)]
     options: Annotated[dict[Annotated[Name, Field(pattern=r"^[A-Za-z]\w*$")], Option], Field(max_length=50)]
     opaque: Annotated[list[Name], Field(max_length=1000)]
-    head_classes: Annotated[int, Field(ge=2, le=_MOST_CLASSES)] | None
+    head_classes: Annotated[int, Field(ge=1, le=_MOST_CLASSES)] | None
     placement: Name
     base_macs: Annotated[int, Field(ge=1, le=1 << 62)]
     exits: Annotated[list[ExitForm], Field(min_length=1, max_length=1000)]
@@ -269,6 +271,7 @@ class ConfigForm(_Form):
     preprocessing: Plain | None = None
     output: int | Name | Annotated[list[int | Name], Field(min_length=1, max_length=10)] | None = None
     provenance: Plain = {}
+    task: Name = CLASSIFICATION.name
     probe: ProbeForm | None = None
     files: Annotated[dict[Name, Sha256], Field(max_length=100)] = {}
     digest: Sha256 | None = None
@@ -280,6 +283,9 @@ class ConfigForm(_Form):
             raise ValueError(f"the same exit twice: {twice[:5]}")
         if costs != sorted(costs) or costs[-1] > self.base_macs:
             raise ValueError(f"exits are out of order: MACs up to each are {costs[:10]} of {self.base_macs}")
+        least = TASKS[self.task].least if self.task in TASKS else 1
+        if self.head_classes is not None and self.head_classes < least:
+            raise ValueError(f"a head of {self.head_classes} classes, and the task {self.task!r} has {least} or more")
         point = self.operating_point
         if point is not None and len(point.thresholds) != len(names):
             raise ValueError(f"{len(point.thresholds)} thresholds for {len(names)} exits")

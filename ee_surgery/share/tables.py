@@ -31,7 +31,7 @@ def adapter_table(config: AdapterConfig, frontier: Frontier | None) -> Table:
     ]
     rows.append(["original", "", "", "100.0%", ""])
     if frontier is not None:
-        columns["accuracy alone" if frontier.labelled else "agreement alone"] = "right"
+        columns[f"{frontier.measure} alone" if frontier.labelled else "agreement alone"] = "right"
         for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
             row.append(f"{accuracy:.2%}")
     name = f"{visible(base.hub_id or base.model_id)} ({visible(base.library)})"

@@ -22,7 +22,7 @@ from torch import Tensor
 from ee_surgery.backbone.inputs import Inputs
 from ee_surgery.data.batches import count, place
 from ee_surgery.data.distributed import Processes, Shard, ShardedBatches
-from ee_surgery.data.labels import Labels, hard, ignored
+from ee_surgery.data.labels import Labels
 from ee_surgery.errors import TrainingError
 from ee_surgery.files import atomic_write, explained
 from ee_surgery.model import EarlyExitModel
@@ -91,7 +91,7 @@ class FeatureSource:
         self.branched, self.batches, self.config, self.processes = branched, batches, config, processes
         self.joint, self.labels, self.say = joint, labels, say
         self.home = next(branched.branches.parameters()).device, dtype
-        self.mixing = Mixing(config, branched.num_classes)
+        self.mixing = Mixing(config, branched.num_classes, branched.task)
         self.keeps: bool | None = None if config.views and not joint and config.epochs > config.views else False
         """Whether features are kept; None until the first batch tells."""
         self.folder: Path | None = None
@@ -169,7 +169,7 @@ class FeatureSource:
     def _counted(self, shard: Shard) -> int:
         if shard.labels is None:
             return shard.total
-        return int(self.processes.total((~ignored(shard.labels))[: shard.own].sum()))
+        return int(self.processes.total((~self.branched.task.ignored(shard.labels))[: shard.own].sum()))
 
     def _path(self, view: int, number: int) -> Path:
         if self.folder is None:
@@ -252,11 +252,11 @@ def compare(branched: EarlyExitModel, shard: Shard, labels: Labels, processes: P
     """
     if shard.labels is None:
         return
+    task = branched.task
     with branched.exits_disabled():
-        answers = branched.predict(shard.inputs).logits.argmax(-1)
-    labels.compare(
-        processes.rows(answers, shard.total), processes.rows(hard(shard.labels).to(answers.device), shard.total)
-    )
+        answers = task.labels_from(branched.predict(shard.inputs).logits)
+    truth = task.hard(shard.labels).to(answers.device)
+    labels.compare(processes.rows(answers, shard.total), processes.rows(truth, shard.total))
 
 
 def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: float = 1.0) -> bool:

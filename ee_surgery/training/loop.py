@@ -24,12 +24,13 @@ from ee_surgery.branches.base import PreparedBranch
 from ee_surgery.checks import flag, instance
 from ee_surgery.data.batches import Data, is_samples, loader, place
 from ee_surgery.data.distributed import GlobalBatchNorm, Processes, ShardedBatches
-from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard, ignored
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingError
 from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.provenance import forget_measured
+from ee_surgery.task import IGNORED, require
 from ee_surgery.training import checkpoint
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.ema import AveragedWeights
@@ -37,6 +38,7 @@ from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.features import Batch, BranchBatch, FeatureSource, compare, needs_original
 from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
+from ee_surgery.training.objectives import OBJECTIVES
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.precision import resolve_precision
 from ee_surgery.training.report import Epoch, TrainReport, describe, start_trackers
@@ -74,7 +76,8 @@ def train(
     Args:
         data: a Dataset of samples, or a DataLoader or iterable of batches; `(inputs, labels)`, dicts, or, with
             `teach="original"`, inputs alone. The same in all processes. Labels are class numbers of any integer
-            type, or class probabilities (B, C); samples labelled -100 count nowhere.
+            type, or class probabilities (B, C); of a multi-label model multi-hot, (B, C). Samples labelled -100 count
+            nowhere.
         validation: what each exit's accuracy is reported on after every epoch; by default a random
             `config.validation` of a map-style `data`, which then is not trained on.
         accelerator: your own, perhaps with trackers (`log_with=`), which then get loss, learning rate and
@@ -86,9 +89,9 @@ def train(
         class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
             class numbers, names or WordNet ids.
     Raises:
-        ConfigError: `joint` with answers of the original as labels, or an original that is frozen as a whole; an
-            accelerator that splits models up (FSDP, DeepSpeed), that accumulates gradients otherwise, or that does not
-            see the other processes.
+        ConfigError: an objective or a mixing that is not for the model's task; `joint` with answers of the original as
+            labels, or an original that is frozen as a whole; an accelerator that splits models up (FSDP, DeepSpeed),
+            that accumulates gradients otherwise, or that does not see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
         DataError: batches of unknown form, no labels where they are needed, labels that are no classes of the model or
             that the original surely knows nothing about (see `strangers`), or data that runs out.
@@ -102,6 +105,7 @@ def train(
 
         instance("accelerator", accelerator, Accelerator)
     before = checkpoint.random_state()
+    require(f"The objective {config.objective!r}", OBJECTIVES.property(config.objective, "tasks"), branched.task)
     if joint:
         if config.teach == "original":
             raise ConfigError('teach="original" has a teacher that does not learn: not with joint=True.')
@@ -348,6 +352,7 @@ class _Run:
             new_head=self.branched.branches.head is not None,
             joint=self.joint,
             progress=self._progress(),
+            task=self.branched.task,
         )
 
     def _answers(self, branch_batch: BranchBatch) -> tuple[list[ExitLogits], Tensor]:
@@ -391,15 +396,15 @@ class _Run:
         """On the validation split where there is one: answers to what the branches learned from are too sure."""
         log_p: list[Tensor] = []
         truth: list[Tensor] = []
-        seen = 0
+        seen, task = 0, self.branched.task
         for shard in self.batches if self.validation is None else self.validation:
             answers, original = self.branched.answers(place(shard.inputs, self.accelerator.device, self.dtype))
             own = answers[-1].log_probs
             assert own is not None
             labels = self.processes.rows(
-                original.argmax(-1) if shard.labels is None else shard.labels.to(own.device), shard.total
+                task.labels_from(original) if shard.labels is None else shard.labels.to(own.device), shard.total
             )
-            counts = ~ignored(labels)
+            counts = ~task.ignored(labels)
             log_p.append(self.processes.rows(own.float(), shard.total)[counts])
             truth.append(labels[counts])
             seen += len(truth[-1])
@@ -454,13 +459,16 @@ class _Run:
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
             return ()
-        counts = torch.zeros(len(self.branched.exits) + 2, dtype=torch.long, device=self.accelerator.device)
+        task = self.branched.task
+        sums = torch.zeros(len(self.branched.exits) + 2, device=self.accelerator.device)  # outcomes; samples
         for shard in self.validation:
-            answers = self.branched.all_exits(place(shard.inputs, self.accelerator.device, self.dtype)).argmax(-1)
-            truth = answers[-1] if shard.labels is None else hard(shard.labels).to(answers.device)
-            counts[:-1] += (answers == truth)[:, : shard.own].sum(1)
-            counts[-1] += (truth != IGNORED)[: shard.own].sum()
-        *right, seen = self.processes.total(counts).tolist()
+            logits = self.branched.all_exits(place(shard.inputs, self.accelerator.device, self.dtype))
+            truth = task.labels_from(logits[-1]) if shard.labels is None else task.hard(shard.labels).to(logits.device)
+            counts = ~task.ignored(truth)
+            outcomes = torch.stack([task.outcome(row, truth) for row in logits]) * counts
+            sums[:-1] += outcomes[:, : shard.own].sum(1)
+            sums[-1] += counts[: shard.own].sum()
+        *right, seen = self.processes.total(sums).tolist()
         return tuple(count / seen for count in right) if seen else ()
 
     def _bar(self) -> Progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from ee_surgery.backbone.inputs import Inputs
 from ee_surgery.data.labels import IGNORED
 from ee_surgery.errors import DataError
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames, require
 from ee_surgery.training.config import TrainConfig
 
 
@@ -19,10 +22,15 @@ class Mixing:
 
     Args:
         classes: C.
+        task: what the labels are.
+    Raises:
+        ConfigError: pictures are to be mixed, and labels of the task cannot be.
     Source: CutMix (Yun et al., ICCV 2019, arXiv:1905.04899), Mixup (Zhang et al., ICLR 2018, arXiv:1710.09412).
     """
 
-    def __init__(self, config: TrainConfig, classes: int) -> None:
+    tasks: ClassVar[TaskNames] = ("classification",)
+
+    def __init__(self, config: TrainConfig, classes: int, task: Task = CLASSIFICATION) -> None:
         self.share, self.classes, self.ways = config.mix_share, classes, []
         if not config.cutmix and not config.mixup:
             return
@@ -33,6 +41,8 @@ class Mixing:
             for way, alpha in ((v2.CutMix, config.cutmix), (v2.MixUp, config.mixup))
             if alpha > 0
         ]
+        if self.ways:
+            require("Mixing pictures (cutmix=, mixup=)", self.tasks, task)
 
     def __call__(self, inputs: Inputs, labels: Tensor | None) -> tuple[Inputs, Tensor | None]:
         """Inputs as they came or mixed, and class probabilities (B, C); no labels stay no labels.
