@@ -103,7 +103,7 @@ class Labels:
     """
 
     def __init__(self, branched: EarlyExitModel, class_map: ClassMap | None = None) -> None:
-        self.backbone: Backbone = branched._backbone
+        self.backbone: Backbone = branched.engine.backbone
         self.classes = branched.num_classes
         self.table = None if class_map is None else class_numbers(class_map, self.backbone)
         self.compares = branched.branches.head is None  # a new head knows what it has learned so far

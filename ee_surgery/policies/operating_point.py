@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class OperatingPoint:
     certificate: Certificate | None = None
     """What `risk_control` promises of this point."""
 
-    @property
+    @cached_property  # the same object each time: runs are prepared for it
     def policy(self) -> ThresholdPolicy:
         """The policy to run."""
         return ThresholdPolicy(self.thresholds, self.score, self.fallback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ class ThresholdPolicy:
             return tuple(opened)
         return tuple(any(opened[k:]) for k in range(len(opened)))
 
-    @property
+    @cached_property
     def closed(self) -> bool:
         """True when nothing can leave early."""
         return all(tau == NEVER for tau in self.thresholds)

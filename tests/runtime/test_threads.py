@@ -75,7 +75,7 @@ def test_calls_of_known_sizes_and_the_original_are_served_while_another_size_is_
         torch.testing.assert_close(capturing.result(60).logits, same_size.result(60).logits)
     assert all(module.training for module in model.modules())
     assert branched.receipt().unchanged
-    assert len(branched._engine.programs) == 2
+    assert len(branched.engine.programs) == 2
 
 
 def test_an_original_in_train_mode_answers_as_in_eval_mode_and_keeps_its_statistics_and_flags() -> None:
