@@ -39,7 +39,14 @@ class EarlyExitModel(SharedModel):
     its buffers or its training flags. Until an operating point is set, the output is the original's own.
     """
 
-    def __init__(self, graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], branches: BranchBank) -> None:
+    def __init__(
+        self,
+        graph: ModelGraph,
+        plan: ExitPlan,
+        specs: Sequence[BranchSpec],
+        branches: BranchBank,
+        backend: str = "python",
+    ) -> None:
         super().__init__()
         self.add_module("original", graph.backbone.model)  # its name in the state_dict; `backbone` everywhere else
         self.plan = plan
@@ -53,7 +60,7 @@ class EarlyExitModel(SharedModel):
         weights = next(graph.backbone.model.parameters(), None)
         if weights is not None:
             self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
-        self.engine = Engine(graph, plan, branches)
+        self.engine = Engine(graph, plan, branches, backend)
         """What runs it: programs by input signature, the backend of their stages, observers of routed runs."""
         self.trunk_macs = self.engine.trunk_macs
         """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
@@ -81,8 +88,9 @@ class EarlyExitModel(SharedModel):
         known = {"opaque": mine.opaque, "num_classes": classes, "output": mine.output}
         graph = inspect(deepcopy(self.backbone), mine.sample, **known)
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
-        other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches))
-        return other._continue(self, self.state.copy())
+        other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches), self.engine.backend)
+        other.state, other.engine.observers = self.state.copy(), self.engine.observers
+        return other
 
     def with_exits(self, exits: Sequence[str]) -> EarlyExitModel:
         """A model on the same original that has some of these branches only, the very same ones.
@@ -104,17 +112,10 @@ class EarlyExitModel(SharedModel):
         kept = [self.exits.index(point.name) for point in points]
         plan = ExitPlan(self.plan.model_id, self.plan.rule, points)
         bank = BranchBank([self.branches[k] for k in kept], self.branches.head)
-        other = EarlyExitModel(graph, plan, [self.specs[k] for k in kept], bank)
+        other = EarlyExitModel(graph, plan, [self.specs[k] for k in kept], bank, self.engine.backend)
+        other.state, other.engine.observers = self.state.unmeasured(), self.engine.observers
         other._before = self._before
-        return other._continue(self, self.state.unmeasured())
-
-    def _continue(self, other: EarlyExitModel, state: AdapterState) -> EarlyExitModel:
-        """Take over what another model was told: its state, and how it runs."""
-        self.state = state
-        self.engine.observers = other.engine.observers
-        if self.engine.backend != other.engine.backend:
-            self.engine.backend = other.engine.backend
-        return self
+        return other
 
     # --- when to leave
 
