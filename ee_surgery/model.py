@@ -52,6 +52,8 @@ class EarlyExitModel(SharedModel):
         self.plan = plan
         self.specs = tuple(specs)
         self.branches = branches
+        self.sample = graph.backbone.sample
+        """Inputs of the size it was augmented with: four samples, by name."""
         self.num_classes = graph.backbone.num_classes
         """How many classes it tells apart."""
         self.state = AdapterState(preprocessing=graph.backbone.preprocessing)

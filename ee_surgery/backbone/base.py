@@ -270,6 +270,10 @@ class Backbone:
             return Batch(arguments, self.batch_dims)
         return Batch.of(arguments, self.batch_dims)
 
+    def own_batch(self) -> Batch:
+        """Its four samples, where the model is now and in its precision."""
+        return self.batch(self._placed(self.sample))
+
     @property
     def reads_tokens(self) -> bool:
         """True for a model over token ids: texts, or images as sequences of clusters."""

@@ -124,7 +124,7 @@ def _measure(
     branched: EarlyExitModel, other: nn.Module, data: Data, batch_size: int, known: Labels
 ) -> tuple[float, float]:
     """Accuracy, and MACs by the original's."""
-    sample = branched.engine.backbone.sample
+    sample = branched.sample
     graph = inspect(other, sample if len(sample) > 1 else next(iter(sample.values())))  # its own name for the input
     home = next(iter(branched.branches.parameters()))
     right = total = 0

@@ -48,7 +48,7 @@ def inspect(
 
 def read(backbone: Backbone, batch: Batch | None = None) -> ModelGraph:
     """The graph of a backbone for inputs as in a batch of at least two samples; as its own sample when left out."""
-    program = capture(backbone, batch or backbone.batch(backbone.sample))
+    program = capture(backbone, batch or backbone.own_batch())
     if not backbone.headless:
         refuse_probabilities(program, backbone.model_id)
     liveness = analyse(program)

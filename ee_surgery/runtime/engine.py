@@ -87,7 +87,7 @@ class Engine:
         self._lock = threading.Lock()
         self.programs: OrderedDict[Key, Entry] = OrderedDict()
         self._latest: Entry | None = None
-        sample = self.backbone.batch(self.backbone.sample)
+        sample = self.backbone.own_batch()
         first = self._compile(graph, sample, backend)
         self._keep((graph.capture.state, backend, sample.key), first)
         self.trunk_macs = first.program.trunk_macs
@@ -105,8 +105,10 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """What makes the stages run: a name in `BACKENDS`. Setting it captures the sample again; other input signatures
-        follow on first use."""
+        """What makes the stages run: a name in `BACKENDS`.
+
+        Setting it captures the sample again and verifies the stages; other input signatures follow on first use.
+        """
         return self._backend
 
     @backend.setter
@@ -114,7 +116,7 @@ class Engine:
         BACKENDS[name]
         before, self._backend = self._backend, name
         try:
-            self.entry(self.backbone.batch(self.backbone.sample))
+            self.entry(self.backbone.own_batch())
         except Exception:
             self._backend = before
             raise

@@ -105,7 +105,7 @@ def test_with_all_blocks_it_is_the_original(entry: Entry) -> None:
 @pytest.mark.parametrize("special", TEXTS[:4], ids=str)
 def test_texts_take_their_mask_along(special: object) -> None:
     branched = special.augment(1, branch=shortcut(budget=0.9))  # pyright: ignore[reportAttributeAccessIssue]
-    x = {name: tensor for name, tensor in branched.engine.backbone.sample.items() if isinstance(tensor, torch.Tensor)}
+    x = {name: tensor for name, tensor in branched.sample.items() if isinstance(tensor, torch.Tensor)}
     short = branched.all_exits(**x)
     if "attention_mask" in x:
         x["attention_mask"] = x["attention_mask"].clone()

@@ -15,6 +15,12 @@ def branched() -> ee.EarlyExitModel:
     return ee.attach(graph("cifar-resnet20"), ee.place(graph("cifar-resnet20"), 3), "pool")
 
 
+def test_fewer_exits_of_a_model_that_was_moved_since(branched: ee.EarlyExitModel) -> None:
+    moved = branched.copy().double()
+    x = BY_NAME["cifar-resnet20"].sample(2).double()
+    assert torch.equal(moved.with_exits(moved.exits[1:2]).all_exits(x)[0], moved.all_exits(x)[1])
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 def test_observers_see_every_sample_leave_once_and_change_nothing(branched: ee.EarlyExitModel, batch: int) -> None:
     x = BY_NAME["cifar-resnet20"].sample(batch)
