@@ -21,7 +21,8 @@ from torch import Tensor
 
 import ee_surgery as ee
 from benchmarks.models import build, sample
-from ee_surgery.backbone.inputs import select, tensors
+from ee_surgery.backbone.inputs import tensors
+from ee_surgery.graph.backends.base import bind
 from ee_surgery.graph.segments import compact, cut
 
 EXPECTED = "expected.safetensors"
@@ -91,7 +92,8 @@ def full(name: str, report: Report, folder: Path) -> None:
     inputs = backbone.sample
     with torch.no_grad():
         eager = backbone.logits(backbone(inputs))
-        (whole,) = cut(graph.capture, graph.liveness, model, [])[0](*tensors(inputs).values())
+        (segment,) = cut(graph.capture, graph.liveness, [])
+        (whole,) = bind("python", segment, lambda name: model)(*tensors(inputs).values())
         report.add(captured_difference=(whole - eager).abs().max().item())
         assert relative(eager, whole) < TOLERANCE, "captured graph and eager differ"
 
@@ -103,10 +105,11 @@ def full(name: str, report: Report, folder: Path) -> None:
 
         rows = torch.tensor([3, 0, 2, 1, 2])
         keeps = [torch.tensor([4, 0, 1, 2]), torch.tensor([2, 0, 3]), torch.tensor([1, 2])]
-        program, live, _ = branched.prepare(select(inputs, backbone.batch_dims, rows))
-        live = program.stages[0](*live)
-        for keep, stage in zip(keeps, program.stages[1:], strict=False):
-            rows, live = rows[keep], stage(*compact(live, stage.axes, keep))
+        given = backbone.batch(inputs).select(rows)
+        program = branched.engine.program(given)
+        live = program.stages[0](*given.tensors)
+        for keep, stage, segment in zip(keeps, program.stages[1:], program.segments[1:], strict=False):
+            rows, live = rows[keep], stage(*compact(live, segment.axes, keep))
         report.add(staged_difference=relative(eager[rows], live[0]))
         assert report.row["staged_difference"] < TOLERANCE, "staged run and whole model differ"
         with branched.exits_disabled():
@@ -142,12 +145,13 @@ def _points_anywhere(graph: ee.ModelGraph, eager: Tensor) -> tuple[int, list[str
     folded = [p for p in graph.points if graph.features(p).axis.folded]
     drawn = random.Random(0).sample(folded, min(2, len(folded)))
     drawn += random.Random(0).sample(graph.points, min(3, len(graph.points)))
-    keep, given = torch.tensor([1]), select(backbone.sample, backbone.batch_dims, torch.tensor([0, 3]))
+    keep, given = torch.tensor([1]), backbone.batch(backbone.sample).select([0, 3])
     wrong = []
     with torch.no_grad():
         for point in drawn:
-            first, rest = cut(graph.capture, graph.liveness, backbone.model, [point.index])
-            (logits,) = rest(*compact(first(*tensors(given).values()), rest.axes, keep))
+            segments = cut(graph.capture, graph.liveness, [point.index])
+            first, rest = (bind("python", segment, lambda name: backbone.model) for segment in segments)
+            (logits,) = rest(*compact(first(*given.tensors), segments[1].axes, keep))
             if not relative(eager[[3]], logits) < TOLERANCE:
                 wrong.append(point.name)
     return len(drawn), wrong

@@ -110,7 +110,7 @@ def make_subjects(root: Path) -> dict[str, Subject]:
         pixels = big if name == "own base" else x
         method = "eenet" if name == "scheduler" else "search"
         with torch.no_grad():
-            answered = branched.original(pixels)
+            answered = branched.backbone(pixels)
             answered = getattr(answered, "logits", answered).argmax(1)
         labels = torch.where(torch.rand(len(pixels)) < 0.8, answered, y[: len(pixels)])  # something to trade off
         frontier = ee.calibrate(branched, [(pixels, labels)], method=method)

@@ -125,7 +125,7 @@ def _stage_against_modules(rounds: int) -> float:
     model = CifarResNet(56).eval()
     branched = ee.augment(model, ["layer1"], sample=torch.randn(3, 3, 32, 32))
     x = torch.randn(1, 3, 32, 32)
-    stage = branched.program(x).stages[0]
+    stage = branched.engine.program(x).stages[0]
 
     def modules() -> Tensor:
         return model.layer1(F.relu(model.bn1(model.conv1(x))))

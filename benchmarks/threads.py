@@ -4,7 +4,8 @@
     python -m benchmarks.threads --threads 4 --calls 50
 
 Two models serve routed calls from all threads at once: a CIFAR ResNet on images of changing sizes and a BERT on texts
-of changing lengths. Meanwhile another thread moves the operating points; one puts the ResNet's original into train mode
+of changing lengths, in batches of changing sizes and now and then of another dtype. Meanwhile another thread moves the
+operating points, with its own exits disabled half of the time; one puts the ResNet's original into train mode
 and back, as its owner would who fine-tunes elsewhere; one runs the BERT's original on its own; one evaluates; one
 augments further models, two at a time; some calls disable the exits for themselves; and asyncio hands calls to a pool.
 New sizes keep coming, so that programs are captured, and dropped, beside running calls.
@@ -23,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,14 +68,25 @@ class Subject:
     expected: dict[int, Expected]
     known: list[int]
     """Sizes that most calls come in."""
+    dtypes: tuple[torch.dtype, ...]
+    """That the same inputs may come in, the usual one first."""
+
+
+class _AnyDtype(CifarResNet):
+    """Takes pictures of any floating dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) to logits, in the dtype of the weights."""
+        return super().forward(x.to(self.conv1.weight.dtype))
 
 
 def image_subject(sizes: list[int]) -> Subject:
     """A CIFAR ResNet-20 of random weights with two exits."""
     torch.manual_seed(0)
-    model = CifarResNet(20).eval()
+    model = _AnyDtype(20).eval()
     branched = ee.augment(model, 2, branch="pool", sample=torch.randn(4, 3, 32, 32))
-    return _subject("ResNet-20", branched, {size: torch.randn(POOL, 3, size, size) for size in sizes})
+    pictures = {size: torch.randn(POOL, 3, size, size).half().float() for size in sizes}  # exact in all dtypes
+    return _subject("ResNet-20", branched, pictures, (torch.float32, torch.float64, torch.float16))
 
 
 def text_subject(lengths: list[int]) -> Subject:
@@ -88,17 +101,19 @@ def text_subject(lengths: list[int]) -> Subject:
     for length in lengths:
         mask = (torch.arange(length) < torch.randint(length // 2, length + 1, (POOL, 1))).long()
         inputs[length] = {"input_ids": torch.randint(1, 100, (POOL, length)) * mask, "attention_mask": mask}
-    return _subject("BERT", branched, inputs)
+    return _subject("BERT", branched, inputs, (torch.int64, torch.int32))
 
 
-def _subject(name: str, branched: ee.EarlyExitModel, inputs: dict[int, Inputs]) -> Subject:
+def _subject(
+    name: str, branched: ee.EarlyExitModel, inputs: dict[int, Inputs], dtypes: tuple[torch.dtype, ...]
+) -> Subject:
     for parameter in branched.branches.parameters():  # or all answers would be about equally sure
         nn.init.normal_(parameter, std=0.5)
     serial = branched.copy()
     first = ee.record(serial, [next(iter(inputs.values()))]).scores("max_prob")
     thresholds = [None if q is None else [row.quantile(q).item() for row in first] for q in POINTS]
     expected = {size: _expect(serial, given, thresholds) for size, given in inputs.items()}
-    return Subject(name, branched, thresholds, expected, list(inputs)[:2])
+    return Subject(name, branched, thresholds, expected, list(inputs)[:2], dtypes)
 
 
 def _expect(serial: ee.EarlyExitModel, inputs: Inputs, thresholds: list[list[float] | None]) -> Expected:
@@ -138,10 +153,11 @@ class Traffic:
     Args:
         subjects: what serves.
         calls: of each thread.
+        rare: share of the calls with another size, and of those with another dtype.
     """
 
-    def __init__(self, subjects: list[Subject], threads: int, calls: int, seed: int = 0) -> None:
-        self.subjects, self.threads, self.calls, self.seed = subjects, threads, calls, seed
+    def __init__(self, subjects: list[Subject], threads: int, calls: int, seed: int = 0, rare: float = 0.03) -> None:
+        self.subjects, self.threads, self.calls, self.seed, self.rare = subjects, threads, calls, seed, rare
         self.tally = Tally()
         self.over = threading.Event()
         # Per subject: the operating point, and how often it was moved; even while it rests.
@@ -171,12 +187,14 @@ class Traffic:
 
     def _call(self, which: int, choose: random.Random) -> None:
         subject = self.subjects[which]
-        size = choose.choice(subject.known if choose.random() < 0.97 else [*subject.expected])
+        size = choose.choice([*subject.expected] if choose.random() < self.rare else subject.known)
+        dtype = choose.choice(subject.dtypes[1:]) if choose.random() < self.rare else subject.dtypes[0]
         rows = torch.tensor(choose.sample(range(POOL), choose.choice([1, 1, 2, 5, POOL])))
         expected = subject.expected[size]
-        inputs = take(expected.inputs, rows)
+        inputs = _cast(take(expected.inputs, rows), dtype)
         kind = choose.choice(["predict", "predict", "call", "disabled"])
-        self.tally.count(f"{subject.name}, {kind}", lambda: self._right(which, kind, inputs, expected, rows))
+        told = f"{subject.name}, {kind}" if dtype == subject.dtypes[0] else f"{subject.name}, {dtype}"
+        self.tally.count(told, lambda: self._right(which, kind, inputs, expected, rows))
 
     def _right(self, which: int, kind: str, inputs: Inputs, expected: Expected, rows: Tensor) -> bool:
         branched = self.subjects[which].branched
@@ -213,7 +231,8 @@ class Traffic:
             subject, point = self.subjects[which], choose.randrange(len(POINTS))
             self.points[which][1] += 1
             values = subject.thresholds[point]
-            subject.branched.operate(None if values is None else OperatingPoint.by_hand(values, "max_prob"))
+            with subject.branched.exits_disabled() if choose.random() < 0.5 else nullcontext():
+                subject.branched.operate(None if values is None else OperatingPoint.by_hand(values, "max_prob"))
             self.points[which][0] = point
             self.points[which][1] += 1
 
@@ -307,6 +326,12 @@ class Traffic:
                 await asyncio.sleep(0.02)
 
         asyncio.run(serve())
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype)
+    return {name: value.to(dtype) for name, value in inputs.items()}
 
 
 def _first_weights(branched: ee.EarlyExitModel) -> Tensor:

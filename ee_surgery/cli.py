@@ -364,7 +364,7 @@ def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
     """Pictures with the model's own preprocessing; folders named by class, WordNet id or number, or in class order."""
     from torchvision.datasets import ImageFolder
 
-    backbone = model._backbone if isinstance(model, ee.EarlyExitModel) else Backbone(model)
+    backbone = model.engine.backbone if isinstance(model, ee.EarlyExitModel) else Backbone(model)
     try:
         pictures = ImageFolder(folder, transform=_preprocess(model, backbone), loader=_picture)
     except OSError as error:

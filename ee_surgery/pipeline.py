@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,15 +11,14 @@ from torch import nn
 
 from ee_surgery.attach import attach, attach_stored
 from ee_surgery.backbone.answers import OutputKey
-from ee_surgery.backbone.base import Backbone, Sample
-from ee_surgery.backbone.wrappers import unwrapped
+from ee_surgery.backbone.base import Sample
 from ee_surgery.branches import BranchSpec, known
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
-from ee_surgery.checks import count, flag, instance, path
+from ee_surgery.checks import count, flag, instance
 from ee_surgery.data.batches import Data, halves
 from ee_surgery.data.labels import ClassMap
-from ee_surgery.errors import AdapterError, ConfigError, FingerprintError, SurgeryWarning
+from ee_surgery.errors import AdapterError, ConfigError
 from ee_surgery.evaluation.calibrate import calibrate as calibrate_exits
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
@@ -31,13 +28,9 @@ from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.presets import PRESETS
 from ee_surgery.search.exit_search import TRIED, prune_exits, search_exits
-from ee_surgery.share.adapter import AdapterConfig, load_adapter, load_base
-from ee_surgery.share.base import make_base
-from ee_surgery.share.hub import fetch
-from ee_surgery.share.probe import make_inputs
-from ee_surgery.share.processor import load_preprocessing, load_processor
-from ee_surgery.share.provenance import as_stated
-from ee_surgery.task import Task, as_task
+from ee_surgery.share.adapter import AdapterConfig
+from ee_surgery.share.save_load import load
+from ee_surgery.task import Task
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -237,51 +230,22 @@ def from_pretrained(
         AdapterError: a file is missing, damaged or larger than it may be, or the base cannot be made from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
-    folder = path("source", source, hint="A folder that save_pretrained wrote, or a repository such as user/name.")
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    local = folder.is_dir()
-    if not local:
-        folder = fetch(str(source), revision=revision, **hub)
-    model = None if model is None else unwrapped(model)
-    config, weights, frontier = load_adapter(folder)
-    as_task(config.task)  # a name that is known, before anything is downloaded
-    given = model
-    if model is None:
-        model = make_base(config, folder, **hub)
-    if config.own_base:
-        if not own_base:
-            warnings.warn(
-                f"{source} is another model than {config.base.hub_id or config.base.model_id!r}: it brings the weights "
-                "of its base along, and these answer. own_base=True says that this is expected.",
-                SurgeryWarning,
-                stacklevel=2,
-            )
-        model = model if given is None else deepcopy(model)
-        load_base(folder, model, config.files)
-    if sample is None:
-        sample = make_inputs(config.inputs, config.options)
-    if unknown := sorted(set(config.opaque) - {name for name, _ in model.named_modules()}):
-        raise AdapterError(f"{folder} keeps modules {unknown[:5]} whole, which {type(model).__name__} does not have.")
-    place = config.output if output is None else output
-    backbone = Backbone(model, sample, config.opaque, config.head_classes, place, config.task)
-    calibrated = frontier is not None or config.operating_point is not None
-    name = folder.resolve().name if local else str(source)
-    provenance = as_stated(config.provenance, name, calibrated=calibrated)
-    if (differ := _difference(config, backbone)) is not None:
-        if not other_base:
-            raise FingerprintError(" ".join(differ))
-        told = f"{differ[0]} other_base=True: what was measured does not hold, calibrate again."
-        warnings.warn(told, SurgeryWarning, stacklevel=2)
-        provenance.pop("evaluation", None)
-        provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
-    graph = read(backbone, backbone.sample)
-    plan = ExitPlan(backbone.model_id, config.placement, _points(graph, config, same=differ is None))
-    branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], weights)
-    branched.own_base = config.own_base
-    branched.provenance = provenance
-    branched.preprocessing = load_preprocessing(folder, config.preprocessing) or branched.preprocessing
-    branched.processor = load_processor(folder, config.files, backbone)
-    branched.frontier = frontier
+    found = load(
+        source,
+        model,
+        sample=sample,
+        output=output,
+        revision=revision,
+        other_base=other_base,
+        own_base=own_base,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    config, graph = found.config, read(found.backbone)
+    plan = ExitPlan(found.backbone.model_id, config.placement, _points(graph, config, same=found.same))
+    branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], found.weights)
+    branched.state = found.state
     branched.operate(config.operating_point)
     return branched
 
@@ -305,24 +269,3 @@ def _points(graph: ModelGraph, config: AdapterConfig, same: bool) -> tuple[ExitP
     if any(a.index >= b.index for a, b in pairwise(points)):
         raise AdapterError(f"The exits of the adapter are not in the order of the model: {[p.name for p in points]}.")
     return points
-
-
-def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | None:
-    """How a base is not the one that an adapter belongs to, in weights or in what it computes, and what to do."""
-    base, identity = config.base, backbone.identity()
-    if identity.fingerprint != base.fingerprint:
-        return (
-            f"These branches belong to {base.model_id} with fingerprint {base.fingerprint}; the model given is "
-            f"{identity.model_id} with fingerprint {identity.fingerprint}.",
-            "Load the very same weights (same checkpoint, dtype and number of classes).",
-        )
-    answers = config.probe and config.probe.difference(backbone, config.inputs, config.options)
-    if not answers:
-        return None
-    saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
-    return (
-        f"The {identity.model_id} given has the weights of the one that these branches belong to (fingerprint "
-        f"{base.fingerprint}), but computes something else: {answers}.",
-        "Something that is no tensor differs: an activation, pooling, stride or dilation, an epsilon, the number of "
-        f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
-    )

@@ -394,7 +394,7 @@ def test_a_checkpoint_of_another_model_is_refused(written: bytes, tmp_path: Path
     with pytest.raises(ee.TrainingError, match=r"other settings \(exits: .*another checkpoint_dir"):
         ee.train(other, batches(), replace(QUICK, checkpoint_dir=str(tmp_path)))
     other = small()
-    next(other.original.parameters()).data.mul_(2)
+    next(other.backbone.parameters()).data.mul_(2)
     other.rebase()
     with pytest.raises(ee.TrainingError, match=r"other settings \(fingerprint: .*another checkpoint_dir"):
         ee.train(other, batches(), replace(QUICK, checkpoint_dir=str(tmp_path)))
@@ -497,11 +497,11 @@ RUNS = {
 
 
 def _augment(model: ee.EarlyExitModel, folder: Path) -> Tensor:
-    return ee.augment(model.original, ["2", "4"], sample=torch.zeros(3, 3, 8, 8)).all_exits(batches()[0][0])
+    return ee.augment(model.backbone, ["2", "4"], sample=torch.zeros(3, 3, 8, 8)).all_exits(batches()[0][0])
 
 
 def _new_size(model: ee.EarlyExitModel, folder: Path) -> Tensor:
-    model._engine.programs.clear()
+    model.engine.programs.clear()
     return model.predict(torch.ones(5, 3, 9, 9)).logits
 
 
@@ -514,13 +514,13 @@ def _load(model: ee.EarlyExitModel, folder: Path) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trap, "n", 0)
             model.save_pretrained(folder)
-    return ee.from_pretrained(folder, model.original).predict(batches()[0][0]).logits
+    return ee.from_pretrained(folder, model.backbone).predict(batches()[0][0]).logits
 
 
 CAPTURES = {
     "augment": Verb(_augment),
     "keep a module whole": Verb(
-        lambda model, folder: ee.augment(model.original, ["2", "4"], opaque=["5"], sample=torch.zeros(3, 3, 8, 8)).exits
+        lambda model, folder: ee.augment(model.backbone, ["2", "4"], opaque=["5"], sample=torch.zeros(3, 3, 8, 8)).exits
     ),
     "another size": Verb(_new_size),
     "copy": Verb(_copy),
@@ -618,7 +618,7 @@ def test_a_training_that_fails_before_its_first_step_loses_nothing(bad: str) -> 
 
 def test_memory_that_runs_out_is_never_taken_for_an_answer() -> None:
     """Neither for a model that takes no batch of one, nor for one that cannot be captured, nor for another base."""
-    model = small().original
+    model = small().backbone
     with Trap.at() as calls:
         ee.augment(model, ["2", "4"], sample=torch.randn(3, 3, 8, 8))
     errors = []
@@ -649,6 +649,6 @@ def test_memory_does_not_grow_over_calls_of_changing_sizes_and_settings(monkeypa
         call(side)
     for _ in range(200):
         call(random.choice([13, 14]))
-    assert len(model._engine.programs) == 2
+    assert len(model.engine.programs) == 2
     grown = {kind: count - before[kind] for kind, count in kinds().items() if count - before[kind] >= 3}
     assert not grown  # three captures

@@ -925,7 +925,7 @@ def test_what_is_not_finite_never_leaves_routed_as_replayed(
     point = replace(ee.OperatingPoint.by_hand((tau, tau), score), fallback=fallback)
     poisoned.operate(point)
     replay = records.replay(point.policy)
-    features = poisoned.features_alone(pictures)
+    features = poisoned.engine.features_alone(pictures)
     reads = (0, 1, 2, 3, 4, 5) if score == "learned" else (0, 1, 2)
     for k, (read, *_) in enumerate(features):
         bad = torch.isin(_kind(read), torch.tensor(reads))

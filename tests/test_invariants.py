@@ -28,7 +28,7 @@ def test_never_exit_equals_the_original_bit_for_bit(entry: Entry) -> None:
     with torch.no_grad():
         expected, seen = original(entry.name)(x), model(x)
     assert type(seen) is type(expected)
-    logits = model._backbone.logits
+    logits = model.engine.backbone.logits
     assert torch.equal(logits(seen), logits(expected))
 
 
@@ -51,7 +51,7 @@ def test_receipt_is_unchanged_after_every_verb(entry: Entry) -> None:
     model.frontier = None
     receipt = model.receipt()
     assert receipt.unchanged, receipt
-    assert len(receipt.before) == len(list(model._backbone.tensors()))
+    assert len(receipt.before) == len(list(model.engine.backbone.tensors()))
     assert [module.training for module in model.backbone.modules()] == flags
 
 

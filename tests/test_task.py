@@ -203,9 +203,9 @@ def test_labels_may_be_probabilities_and_samples_may_be_ignored() -> None:
     assert torch.equal(records.target, MULTI_HOT[1::2])
     assert not ee.evaluate(branched, _batches(0 * MULTI_HOT)).measures  # no label occurs, so there is no precision
     assert ee.evaluate(branched, _batches(labels)).samples == len(PIXELS) // 2
-    exits, original = branched.answers(PIXELS)
+    exits, original = branched.engine.answers(PIXELS)
     costs, config = relative_costs(branched), replace_config(distill=0.5)
-    few, few_original = branched.answers(PIXELS[1::2])
+    few, few_original = branched.engine.answers(PIXELS[1::2])
     torch.testing.assert_close(
         batch_loss(exits, original, labels, costs, config, task=task),
         batch_loss(few, few_original, MULTI_HOT[1::2], costs, config, task=task),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate, pick_task
-from ee_surgery.backbone.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
+from ee_surgery.backbone.inputs import Arguments, Batch, Inputs, tensors
 from ee_surgery.backbone.pictures import Shape, timm_settings
 from ee_surgery.backbone.refusals import check_weights, sample_refusal, takes, variants
 from ee_surgery.backbone.samples import default_sample
@@ -176,12 +176,12 @@ class Backbone:
             ]
         )
         self.output = None if output is None else _steps(output)
-        self.sample = self._sample(sample)
+        given = Batch.of(self._sample(sample)).sample()
+        self.sample = given.arguments
         """Four samples, in their normal form."""
-        self.batch_dims = batch_dims(self.sample)
+        self.batch_dims = given.dims
         """Where each input tensor holds the batch."""
-        self.sample = as_sample(self.sample, self.batch_dims)
-        rows = batch_size(self.sample, self.batch_dims)
+        rows = given.size
         answered = self._first_answer(own=sample is not None)
         declared = declared_classes(self.named)
         self._place = locate(answered, self.model_id, rows, output, self.headless, declared)
@@ -267,17 +267,20 @@ class Backbone:
             raise DataError(f"{self.model_id} takes input tensors {self.input_names}; got {seen or 'none'}.")
         return {name: found[name] for name in sorted(found, key=lambda name: (name != main, name))}
 
-    def dims(self, arguments: Arguments) -> Mapping[str, int | None]:
-        """Where each tensor of these arguments holds its batch, those that the sample did not have included.
+    def batch(self, *inputs: Any, **named: Any) -> Batch:
+        """Inputs in their normal form, and where each tensor holds its samples.
 
         Raises:
-            DataError: they hold different numbers of samples.
+            DataError: as for `arguments`, or they hold different numbers of samples.
         """
+        arguments = self.arguments(*inputs, **named)
         if len(arguments) == 1 and self.input_names[0] in arguments:
-            return self.batch_dims
-        dims = {**batch_dims(arguments), **self.batch_dims}
-        batch_size(arguments, dims)
-        return dims
+            return Batch(arguments, self.batch_dims)
+        return Batch.of(arguments, self.batch_dims)
+
+    def own_batch(self) -> Batch:
+        """Its four samples, where the model is now and in its precision."""
+        return self.batch(self._placed(self.sample))
 
     @property
     def reads_tokens(self) -> bool:
@@ -383,11 +386,10 @@ class Backbone:
 
     def _one_is_flat(self) -> bool:
         """Whether the answer to one sample alone is (C,), as behind a `squeeze()` in the forward."""
-        device = next(iter(tensors(self.sample).values())).device
-        one = select(self.sample, self.batch_dims, torch.zeros(1, dtype=torch.long, device=device))
+        one = Batch(self.sample, self.batch_dims).select([0])
         try:
             with torch.no_grad():
-                logits = self._place.read(self(one))
+                logits = self._place.read(self(one.arguments))
         except OUT_OF_MEMORY:
             raise
         except Exception:  # a model that takes no batch of one

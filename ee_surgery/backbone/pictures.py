@@ -51,6 +51,12 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
+def processor_settings(processor: Any) -> dict[str, Any] | None:
+    """What a TimmWrapperImageProcessor says, which writes no file of its own; None for others."""
+    found = getattr(getattr(processor, "image_processor", processor), "data_config", None)
+    return None if found is None else plain_settings(found)
+
+
 def timm_shape(model: nn.Module, library: str, takes: Takes) -> Shape | None:
     """(C, H, W) of the pictures that a timm model takes, wrapped or not; None where it does not say."""
     inner = timm_model(model, library)

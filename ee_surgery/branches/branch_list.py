@@ -38,6 +38,10 @@ class BranchBank(nn.Module):
         assert isinstance(branch, Branch)
         return branch
 
+    def split(self, answers: list[ExitLogits], original: Tensor) -> tuple[list[ExitLogits], Tensor]:
+        """What a call gave, as the branches' answers and the last logits: the original's, or those of a new head."""
+        return (answers, original) if self.head is None else (answers[:-1], answers[-1].logits)
+
     def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
         """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each, the head's last."""
         answers: list[ExitLogits] = []

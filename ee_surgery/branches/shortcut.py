@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, PreparedBranch
 from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
+from ee_surgery.graph.backends.base import Run, bind
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
-from ee_surgery.graph.segments import Stage
-from ee_surgery.graph.shortcut import Key, Shortcut, key, named, pieces, within, write_shortcut
+from ee_surgery.graph.segments import Segment
+from ee_surgery.graph.shortcut import Key, find_shortcut, key, named, pieces, within
 
 BUDGET = 0.25
 """Share of the original's MACs that a shortcut may cost where nothing else is said."""
@@ -71,18 +72,20 @@ class ShortcutBranch(Branch):
         tables = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
-        for name in write_shortcut(graph, point, kept).learned:
+        for name in find_shortcut(graph, point, kept).learned:
             _put(self.weights, name, tables[name])
         self._ways: WeakValueDictionary[Key, _Way] = WeakValueDictionary()
 
     def prepare(self, graph: ModelGraph, point: ExitPoint) -> PreparedBranch:
-        """Write the way out for inputs as this graph was read for."""
-        found: Shortcut = write_shortcut(graph, point, named(pieces(graph, point), self.blocks))
+        """Make the way run for inputs as this graph was read for."""
+        found = find_shortcut(graph, point, named(pieces(graph, point), self.blocks))
         learned = set(found.learned)
-        stages = [
-            Stage(code, lambda name: self.weights if name in learned else graph.backbone.model) for code in found.codes
-        ]
-        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(stages)))
+
+        def owner(name: str) -> nn.Module:
+            return self.weights if name in learned else graph.backbone.model
+
+        stages = [bind("python", segment, owner) for segment in found.segments]
+        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(found.segments[0], stages)))
 
     def resolved_options(self) -> Mapping[str, Option]:
         """The blocks it keeps."""
@@ -94,21 +97,21 @@ class ShortcutBranch(Branch):
 
     def vector(self, *live: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Logits, which are the vector that a confidence unit reads: (B, C)."""
-        stages = self._stages(live)
-        if stages[0].mutates_input:
+        way = self._way(live)
+        if way.first.mutates:
             live = tuple(tensor.clone() for tensor in live)
-        for stage in stages:
+        for stage in way.stages:
             live = stage(*live, op_training=self.training)
         return live[0]
 
-    def _stages(self, live: tuple[Tensor, ...]) -> Sequence[Stage]:
+    def _way(self, live: tuple[Tensor, ...]) -> _Way:
         # from references, at once: another thread may be adding a size
         ways = [way for reference in self._ways.valuerefs() if (way := reference()) is not None]
         if len(ways) == 1:  # for one size of inputs only
-            return ways[0].stages
+            return ways[0]
         for way in ways:
-            if (found := self._ways.get(key(live, way.stages[0].axes))) is not None:
-                return found.stages
+            if (found := self._ways.get(key(live, way.first.axes))) is not None:
+                return found
         raise BranchError(
             f"A shortcut runs only behind its original, but is not ready for {[tuple(t.shape) for t in live]}."
         )
@@ -124,9 +127,11 @@ class ShortcutBranch(Branch):
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """The code for inputs of one size; kept by the models that run such inputs, and gone with the last of them."""
+    """What runs inputs of one size; kept by the models that run such inputs, and gone with the last of them."""
 
-    stages: Sequence[Stage]
+    first: Segment
+    """Takes what crosses the exit."""
+    stages: Sequence[Run]
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:

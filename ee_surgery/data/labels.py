@@ -48,7 +48,7 @@ class Labels:
     """
 
     def __init__(self, branched: EarlyExitModel, class_map: ClassMap | None = None) -> None:
-        self.backbone: Backbone = branched._backbone
+        self.backbone: Backbone = branched.engine.backbone
         self.classes, self.task = branched.num_classes, branched.task
         if class_map is not None and not self.task.class_numbers:
             raise ConfigError(f"class_map= maps class numbers, and labels of the task {self.task.name!r} are none.")

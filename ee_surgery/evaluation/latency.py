@@ -121,7 +121,7 @@ def measure(
     if not batches:
         raise DataError(f"{len(first)} inputs are no batch of {batch_size}.")
 
-    model = branched._backbone.state().model  # the original in eval mode, without our checks at every call
+    model = branched.engine.backbone.state().model  # the original in eval mode, without our checks at every call
 
     def original(batch: Inputs) -> object:
         return model(batch) if isinstance(batch, Tensor) else model(**batch)
@@ -168,11 +168,12 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
     The sum of their times is the ideal for that run: what it would take if deciding and compacting were free.
     """
     policy, chained = branched.policy, branched.branches.chained
-    program, live, batch = branched.prepare(x)
+    batch = branched.engine.backbone.batch(x)
+    program, live = branched.engine.entry(batch).program, batch.tensors
     found: dict[str, Callable[[], object]] = {}
     with torch.no_grad():
         exit_index = branched.predict(x).exit_index
-        rows = torch.arange(batch, device=live[0].device)
+        rows = torch.arange(batch.size, device=batch.device)
         log_probs: Tensor | None = None
         for k, stage in enumerate(program.stages):
             if len(rows) == 0:
@@ -188,7 +189,7 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
                     found[f"branch {k}"] = call
                     log_probs = call().log_probs if chained else None
                     log_probs = None if log_probs is None else log_probs.index_select(0, stay)
-                live, rows = compact(live, program.stages[k + 1].axes, stay), rows[stay]
+                live, rows = compact(live, program.segments[k + 1].axes, stay), rows[stay]
     return found
 
 

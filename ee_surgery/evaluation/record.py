@@ -51,7 +51,7 @@ def record(
     where = home(branched)
     known = Labels(branched, class_map)
     for shard in ShardedBatches(loader(data, batch_size), working, known):
-        answers, original = branched.answers(place(shard.inputs, *where))
+        answers, original = branched.engine.answers(place(shard.inputs, *where))
         found = torch.stack([*(answer.logits for answer in answers), original], 1).float()  # (B, K, C)
         logits.append(working.rows(found, shard.total).transpose(0, 1).cpu())
         units = [answer.confidence for answer in answers if answer.confidence is not None]

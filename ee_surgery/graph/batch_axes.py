@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,13 @@ class Axis:
             return tensor.index_select(self.dim, keep)
         parts, dim = self.split(tensor)
         return parts.index_select(dim, keep).flatten(dim - 1, dim + 1)
+
+    def concat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The samples of several tensors that differ in their batch alone, one after the other, folded as they were."""
+        if not self.folded:
+            return torch.cat([*tensors], self.dim)
+        parts = [self.split(tensor)[0] for tensor in tensors]
+        return torch.cat(parts, self.dim + 1).flatten(self.dim, self.dim + 2)
 
 
 def find_axes(capture: Capture, data_dependent: Set[fx.Node]) -> dict[fx.Node, Axis | str | None]:

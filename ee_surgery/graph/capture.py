@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from ee_surgery.backbone.base import Backbone, State
-from ee_surgery.backbone.inputs import Arguments, tensors
+from ee_surgery.backbone.inputs import Arguments, Batch, tensors
 from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture_errors import explained
@@ -79,28 +79,27 @@ class Capture:
     """Module paths around each call, outermost first; a module called again gets the suffix @1, @2."""
 
 
-def capture(backbone: Backbone, arguments: Arguments) -> Capture:
+def capture(backbone: Backbone, batch: Batch) -> Capture:
     """Read `backbone` as a graph whose batch is a symbol.
 
     The model itself is left alone: a twin is read, whose tensors export swaps for fake ones while other threads run the
     model. One capture at a time; others wait.
 
     Args:
-        arguments: inputs of the size, dtype and device to capture for, with at least two samples.
+        batch: inputs of the size, dtype and device to capture for, with at least two samples.
     Raises:
         CaptureError: the model cannot be exported, or only for one batch size.
     """
-    dims = backbone.dims(arguments)
-    inputs = tensors(arguments)
-    options = {name: value for name, value in arguments.items() if name not in inputs}
+    dims, inputs = batch.dims, tensors(batch.arguments)
+    options = {name: value for name, value in batch.arguments.items() if name not in inputs}
     dynamic = {name: None if dims[name] is None else {dims[name]: Dim.DYNAMIC} for name in inputs}
     state = backbone.state()
     with GLOBAL_STATE, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # export warns about its own deprecated internals
         model = twin(state.model)
         wrapper = _LogitsOnly(backbone, model, options, dims).eval()
-        with explained(backbone, model, arguments):
-            opaque = OpaqueCalls.record(backbone, state.model, arguments)
+        with explained(backbone, model, batch.arguments):
+            opaque = OpaqueCalls.record(backbone, state.model, batch)
             with opaque.patched(model), _indexed_masks(), _backends_kept(), caches_emptied():
                 program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
     untie(program)

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ee_surgery.backbone.answers import OutputKey
 from ee_surgery.backbone.base import Backbone, Sample
-from ee_surgery.backbone.inputs import Arguments
+from ee_surgery.backbone.inputs import Batch
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture import Capture, capture
 from ee_surgery.graph.cost import count
@@ -45,13 +45,13 @@ def inspect(
         DataError: no sample given and none can be derived.
     """
     backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output, task)
-    graph = read(backbone, backbone.sample)
+    graph = read(backbone)
     return replace(graph, shortcuts=shortest(graph))
 
 
-def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
-    """The graph of a backbone for inputs of the shape, dtype and device of these, at least two samples."""
-    program = capture(backbone, arguments)
+def read(backbone: Backbone, batch: Batch | None = None) -> ModelGraph:
+    """The graph of a backbone for inputs as in a batch of at least two samples; as its own sample when left out."""
+    program = capture(backbone, batch or backbone.own_batch())
     if not backbone.headless:
         refuse_probabilities(program, backbone.model_id)
     liveness = analyse(program)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_surgery.backbone.base import Backbone
-from ee_surgery.backbone.inputs import Arguments, batch_size, select
+from ee_surgery.backbone.inputs import Arguments, Batch
 from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import CaptureError
 from ee_surgery.registry import suggest
@@ -52,7 +52,7 @@ class OpaqueCalls:
     """Of each call: which of its flat arguments are tensors, the others, and the structure of all."""
 
     @classmethod
-    def record(cls, backbone: Backbone, model: nn.Module, arguments: Arguments) -> OpaqueCalls:
+    def record(cls, backbone: Backbone, model: nn.Module, batch: Batch) -> OpaqueCalls:
         """Run a twin of the model with all samples and with one fewer, and keep what its opaque modules answer.
 
         Raises:
@@ -64,10 +64,9 @@ class OpaqueCalls:
         for name in backbone.opaque:
             if name not in known:
                 raise CaptureError(f"{backbone.model_id} has no module {name!r} to keep whole. {suggest(name, known)}")
-        size = batch_size(arguments, backbone.dims(arguments))
-        device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
-        fewer = select(arguments, backbone.dims(arguments), torch.arange(size - 1, device=device))
-        many, few = (_observe(backbone, twin(model), given) for given in (arguments, fewer))
+        size = batch.size
+        fewer = batch.select([*range(size - 1)])
+        many, few = (_observe(backbone, twin(model), given.arguments) for given in (batch, fewer))
         return cls(model, [_compare(name, a, b, size) for (name, *a), (_, *b) in zip(many, few, strict=True)])
 
     @contextmanager

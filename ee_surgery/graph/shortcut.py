@@ -18,7 +18,7 @@ from ee_surgery.errors import BranchError
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.opaque import is_opaque
-from ee_surgery.graph.segments import Code, calls, emit_python, statistics
+from ee_surgery.graph.segments import Segment, statistics
 from ee_surgery.registry import suggest
 
 
@@ -135,9 +135,10 @@ def key(tensors: Sequence[Tensor], axes: Sequence[Axis | None]) -> Key:
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """A way from an exit to the logits, written out for inputs of one size, dtype and device."""
+    """A way from an exit to the logits, for inputs of one size, dtype and device."""
 
-    codes: tuple[Code, ...]
+    segments: tuple[Segment, ...]
+    """What runs without a jump between."""
     macs: int
     key: Key
     """Of the tensors that cross the exit."""
@@ -145,26 +146,24 @@ class Shortcut:
     """Names in the model of what it has copies of: parameters, and the running statistics of BatchNorms."""
 
 
-def write_shortcut(graph: ModelGraph, point: ExitPoint, kept: Sequence[Piece]) -> Shortcut:
-    """Write the way from an exit through these pieces.
+def find_shortcut(graph: ModelGraph, point: ExitPoint, kept: Sequence[Piece]) -> Shortcut:
+    """The way from an exit through these pieces.
 
     Raises:
         BranchError: a piece calls a module that is kept whole: it has no graph to copy.
     """
     live, position = graph.live, graph.capture.position
-    codes: list[Code] = []
-    found: list[fx.Node] = []
+    segments: list[Segment] = []
     for start, stop in _joined(kept):
         given = live[start - 1]
         wanted = live[stop - 1] if stop < len(graph.capture.nodes) else [graph.capture.output]
-        part = calls(graph.capture, graph.liveness, given, wanted, start, stop)
-        codes.append(emit_python(part, given, wanted, graph.capture, graph.liveness, learning=True))
-        found += part
+        segments.append(Segment.of(graph.capture, graph.liveness, given, wanted, start, stop, learning=True))
+    found = [node for segment in segments for node in segment.calls]
     if any(is_opaque(node) for node in found):
         raise BranchError(f"No shortcut from {point.name!r}: it would need a copy of a module that is kept whole.")
     macs = sum(graph.call_macs[position[node]] for node in dict.fromkeys(found))
     crossing = [node.meta["val"] for node in live[point.index]]
-    return Shortcut(tuple(codes), macs, key(crossing, codes[0].axes), _learned(found, graph))
+    return Shortcut(tuple(segments), macs, key(crossing, segments[0].axes), _learned(found, graph))
 
 
 def _joined(kept: Sequence[Piece]) -> list[tuple[int, int]]:

@@ -37,7 +37,6 @@ from ee_surgery.files import atomic_write
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.pipeline import from_pretrained
 from ee_surgery.share.adapter import CONFIG, without_tensors
-from ee_surgery.share.provenance import forget_measured
 from ee_surgery.share.schema import ConfigForm, parse
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loss import batch_loss, relative_costs
@@ -232,7 +231,7 @@ class _EarlyExitForClassification(PreTrainedModel):
     def _apply(self, fn: Any, recurse: bool = True) -> _EarlyExitForClassification:
         # Devices and dtypes hold for the original too, which is not among this module's own.
         super()._apply(fn, recurse)
-        self.branched.original._apply(fn, recurse)
+        self.branched.backbone._apply(fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> _EarlyExitForClassification:
@@ -268,7 +267,7 @@ class _EarlyExitForClassification(PreTrainedModel):
             index = fields["exit_index"]
             self._counts = self._counts.to(index.device)
             self._counts.index_add_(0, index, torch.ones_like(index))
-        given = self.branched._backbone.answer(fields["logits"])
+        given = self.branched.engine.backbone.answer(fields["logits"])
         own = isinstance(given, ModelOutput) and "logits" in given and hasattr(given, "loss")
         output = _with_exits(type(given) if own else self.answers_with)(**fields)
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -282,8 +281,8 @@ class _EarlyExitForClassification(PreTrainedModel):
                               "its model: use ee_surgery.train.")  # fmt: skip
         if self.training:
             self._forget_what_was_measured()
-        features, original = self.branched.features(*main, **named)
-        exits, original = self.branched.split(bank(features), original)
+        features, original = self.branched.engine.features(*main, **named)
+        exits, original = bank.split(bank(features), original)
         costs = relative_costs(self.branched).to(original.device)
         loss = batch_loss(
             exits, original, labels, costs, config, new_head=bank.head is not None, task=self.branched.task
@@ -303,9 +302,7 @@ class _EarlyExitForClassification(PreTrainedModel):
         config, branched = self.train_config, self.branched
         told = {name: getattr(config, name) for name in ("objective", "teach", "distill", "temperature")}
         branched.provenance["training"] = {"by": "a training loop of transformers", **told}
-        forget_measured(branched.provenance)
-        branched.frontier = None
-        branched.operate(None)
+        branched.state.forget_measured()
 
     @property
     def exit_counts(self) -> dict[str, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ee_surgery.errors import OperatingPointError
 from ee_surgery.policies.certificate import Certificate
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
+from ee_surgery.task import Task
 from ee_surgery.text import visible
 
 
@@ -45,10 +47,21 @@ class OperatingPoint:
     certificate: Certificate | None = None
     """What `risk_control` promises of this point."""
 
-    @property
+    @cached_property  # the same object each time: runs are prepared for it
     def policy(self) -> ThresholdPolicy:
-        """The policy to run."""
+        """The policy to run, for one right class."""
         return ThresholdPolicy(self.thresholds, self.score, self.fallback)
+
+    def policy_for(self, task: Task) -> ThresholdPolicy:
+        """The policy to run for the answers of a model; the same object each time."""
+        if task == self.policy.task:
+            return self.policy
+        found = self._policies.get(task)
+        return found or self._policies.setdefault(task, replace(self.policy, task=task))
+
+    @cached_property
+    def _policies(self) -> dict[Task, ThresholdPolicy]:
+        return {}
 
     @classmethod
     def by_hand(

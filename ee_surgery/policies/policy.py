@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -72,7 +73,7 @@ class ThresholdPolicy:
             return tuple(opened)
         return tuple(any(opened[k:]) for k in range(len(opened)))
 
-    @property
+    @cached_property
     def closed(self) -> bool:
         """True when nothing can leave early."""
         return all(tau == NEVER for tau in self.thresholds)

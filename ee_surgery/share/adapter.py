@@ -33,7 +33,8 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from ee_surgery.backbone.base import Identity
-from ee_surgery.backbone.inputs import Arguments, tensors
+from ee_surgery.backbone.inputs import tensors
+from ee_surgery.backbone.pictures import processor_settings
 from ee_surgery.branches.base import BranchSpec
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import shown
@@ -53,10 +54,11 @@ from ee_surgery.files import (
     sealed,
     sha256,
 )
-from ee_surgery.graph.exit_points import ExitPoint
 from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.runtime.engine import Engine
 from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT, check_size, read_json
 from ee_surgery.share.probe import InputSpec, Probe
+from ee_surgery.share.state import AdapterState
 from ee_surgery.share.weights import POLICY, TENSOR, Weights
 from ee_surgery.task import CLASSIFICATION
 
@@ -134,50 +136,34 @@ class AdapterConfig:
 
     @classmethod
     def of(
-        cls,
-        *,
-        identity: Identity,
-        inputs: Arguments,
-        opaque: Sequence[str],
-        head_classes: int | None,
-        points: Sequence[ExitPoint],
-        specs: Sequence[BranchSpec],
-        rule: str,
-        trunk_macs: Sequence[int],
-        branch_macs: Sequence[int],
-        operating_point: OperatingPoint | None,
-        label_names: list[str] | None,
-        own_base: bool,
-        preprocessing: dict[str, Any] | None,
-        output: int | str | tuple[int | str, ...] | None,
-        task: str,
-        provenance: dict[str, Any],
+        cls, engine: Engine, specs: Sequence[BranchSpec], state: AdapterState, digests: Mapping[str, str]
     ) -> AdapterConfig:
-        """Gather the parts of a branched model."""
-        exits = tuple(
-            AdapterExit(point.name, point.node, point.shape, point.layout, spec, trunk, own)
-            for point, spec, trunk, own in zip(points, specs, trunk_macs[:-1], branch_macs, strict=True)
-        )
+        """Gather what describes a branched model.
+
+        Args:
+            digests: of the original's tensors, when it got its branches.
+        """
+        backbone, plan = engine.backbone, engine.plan
+        costs = zip(plan.points, specs, engine.trunk_macs[:-1], engine.branch_macs, strict=True)
         packages = ("ee-surgery", "torch", "timm", "transformers")
-        versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        given = {name: InputSpec.of(tensor) for name, tensor in tensors(inputs).items()}
+        inputs = {name: InputSpec.of(tensor) for name, tensor in tensors(backbone.sample).items()}
         return cls(
-            base=identity,
-            inputs=given,
-            options={name: value for name, value in inputs.items() if name not in given},
-            opaque=tuple(opaque),
-            head_classes=head_classes,
-            placement=rule,
-            base_macs=trunk_macs[-1],
-            exits=exits,
-            operating_point=operating_point,
-            label_names=label_names,
-            versions=versions,
-            own_base=own_base,
-            preprocessing=preprocessing,
-            output=output,
-            task=task,
-            provenance=provenance,
+            base=backbone.identity(digests),
+            inputs=inputs,
+            options={name: value for name, value in backbone.sample.items() if name not in inputs},
+            opaque=backbone.opaque,
+            head_classes=backbone.num_classes if backbone.headless else None,
+            placement=plan.rule,
+            base_macs=engine.trunk_macs[-1],
+            exits=tuple(AdapterExit(p.name, p.node, p.shape, p.layout, *rest) for p, *rest in costs),
+            operating_point=state.operating_point,
+            label_names=backbone.label_names,
+            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            own_base=state.own_base,
+            preprocessing=processor_settings(state.processor) or state.preprocessing,
+            output=backbone.output,
+            task=backbone.task.name,
+            provenance=state.provenance,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -359,7 +345,7 @@ def load_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]
             f"{folder} was saved by a version that kept no digests of its files, so that damage and a mixture of two "
             "adapters cannot be told. Save it again.",
             SurgeryWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return config, weights, frontier
 

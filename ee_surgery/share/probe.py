@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ee_surgery.backbone.base import Backbone
-from ee_surgery.backbone.inputs import select, tensors
+from ee_surgery.backbone.inputs import tensors
 from ee_surgery.errors import OUT_OF_MEMORY
 
 _SAMPLES, _NUMBERS = 2, 32  # a sample; what changes a network changes most of its logits
@@ -116,9 +116,8 @@ class Probe:
 def _probe_inputs(
     backbone: Backbone, specs: Mapping[str, InputSpec], options: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    arguments = backbone.arguments(make_inputs(specs, options, seed))
-    dims = backbone.dims(arguments)
-    arguments = select(arguments, dims, torch.arange(_SAMPLES))
+    batch = backbone.batch(make_inputs(specs, options, seed)).select([*range(_SAMPLES)])
+    arguments, dims = batch.arguments, batch.dims
     weights = next((p for p in backbone.model.parameters() if p.is_floating_point()), None)
     for name, value in tensors(arguments).items():
         if value.is_floating_point():

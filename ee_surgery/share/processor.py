@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ee_surgery.backbone.base import Backbone
 from ee_surgery.backbone.picture_settings import check_preprocessing
-from ee_surgery.backbone.pictures import build_processor, named_processor, plain_settings, timm_model
+from ee_surgery.backbone.pictures import build_processor, named_processor, timm_model
 from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.files import FolderChange, read_object
 from ee_surgery.share.adapter import CONFIG, PROCESSOR, PROCESSOR_FILES, find_file
@@ -117,12 +117,6 @@ def find_processor(backbone: Backbone, *, cached: bool) -> Any:
         return None
 
 
-def processor_settings(processor: Any) -> dict[str, Any] | None:
-    """What a TimmWrapperImageProcessor says, which writes no file of its own; None for others."""
-    found = getattr(getattr(processor, "image_processor", processor), "data_config", None)
-    return None if found is None else plain_settings(found)
-
-
 def save_processor(change: FolderChange, processor: Any, backbone: Backbone) -> None:
     """Write the files of an image processor or a tokenizer into an adapter folder; nothing for None.
 
@@ -165,7 +159,7 @@ def load_processor(folder: Path, files: Mapping[str, str], backbone: Backbone) -
         return build_processor(read_object(path, _LIMIT), backbone.named)
     except Exception as error:  # the branches are fine without
         warnings.warn(
-            f"{folder / PROCESSOR} cannot be read and is left out: {visible(error)}", SurgeryWarning, stacklevel=3
+            f"{folder / PROCESSOR} cannot be read and is left out: {visible(error)}", SurgeryWarning, stacklevel=4
         )
         return None
 
@@ -181,6 +175,6 @@ def load_preprocessing(folder: Path, settings: object) -> dict[str, Any] | None:
             f"{folder / CONFIG}: `preprocessing` cannot be used and is left out, so that pictures are prepared as the "
             f"base says: {visible(error)}",
             SurgeryWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None

@@ -210,9 +210,9 @@ class FeatureSource:
 
     def _run(self, shard: Shard, reads_original: bool) -> BranchBatch:
         if reads_original:
-            features, original = self.branched.features(shard.inputs)
+            features, original = self.branched.engine.features(shard.inputs)
         else:
-            features = self.branched.features_alone(shard.inputs)
+            features = self.branched.engine.features_alone(shard.inputs)
             original = torch.zeros(count(shard.inputs), self.branched.num_classes, device=self.home[0])
         return BranchBatch(None, features, original, shard.labels, shard.total, shard.own)
 

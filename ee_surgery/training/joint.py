@@ -39,7 +39,7 @@ class JointModel(nn.Module):
 
     def __init__(self, branched: EarlyExitModel) -> None:
         super().__init__()
-        self.model = branched.original
+        self.model = branched.backbone
         self.bank = branched.branches
         self._branched = [branched]  # in a list: not a submodule
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -60,7 +60,7 @@ class JointModel(nn.Module):
             features.append((read,) if mask is None else (read, arguments[mask]))
         if self.bank.head is not None:
             features.append((logits,))
-        return branched.split(self.bank(features), logits)
+        return self.bank.split(self.bank(features), logits)
 
     def train(self, mode: bool = True) -> JointModel:
         """Training mode for what learns; what does not stays in eval mode."""
@@ -88,15 +88,17 @@ class JointModel(nn.Module):
         with ExitStack() as hooks:
             for path in dict.fromkeys(name.partition("@")[0] for name in branched.exits):
                 hooks.callback(self.model.get_submodule(path).register_forward_hook(hook(path)).remove)
-            return branched.logits_of(arguments), seen
+            backbone = branched.engine.backbone  # called in the mode that its modules are in, with gradients
+            return backbone.logits(backbone.call(arguments)), seen
 
     def _locate(self, branched: EarlyExitModel) -> tuple[list[int], list[str | None]]:
         """Which output of each module its branch reads, and which input is the mask: compared in eval mode."""
         weight = next(branched.branches.parameters())
-        sample = branched.normal(place(branched.sample, weight.device, weight.dtype))
-        features, _ = branched.features(**sample)
+        backbone = branched.engine.backbone
+        sample = backbone.arguments(place(backbone.sample, weight.device, weight.dtype))
+        features, _ = branched.engine.features(sample)
         with torch.no_grad():
-            branched.original.eval()
+            self.model.eval()
             _, seen = self._watch(sample)
         taps: list[int] = []
         masks: list[str | None] = []

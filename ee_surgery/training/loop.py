@@ -29,7 +29,6 @@ from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingErr
 from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
-from ee_surgery.share.provenance import forget_measured
 from ee_surgery.task import IGNORED, require
 from ee_surgery.training import checkpoint
 from ee_surgery.training.config import TrainConfig
@@ -362,11 +361,11 @@ class _Run:
         with self.accelerator.autocast(), one_batch:
             if self.joint:
                 assert branch_batch.inputs is not None
-                return self.learner(self.branched.normal(branch_batch.inputs))
+                return self.learner(self.branched.engine.backbone.arguments(branch_batch.inputs))
             features = branch_batch.features
             if self.halves:
                 features = [tuple(place(tensor, None, torch.float32) for tensor in read) for read in features]  # pyright: ignore[reportArgumentType]
-            return self.branched.split(self.learner(features), branch_batch.original)
+            return self.branched.branches.split(self.learner(features), branch_batch.original)
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -377,9 +376,7 @@ class _Run:
 
     def _drop_measured(self) -> None:
         """Thresholds, and what was measured, were of the weights before."""
-        self.branched.operate(None)
-        self.branched.frontier = None
-        forget_measured(self.branched.provenance)
+        self.branched.state.forget_measured()
 
     def _say(self, line: str) -> None:
         if self.config.progress:
@@ -398,7 +395,7 @@ class _Run:
         truth: list[Tensor] = []
         seen, task = 0, self.branched.task
         for shard in self.batches if self.validation is None else self.validation:
-            answers, original = self.branched.answers(place(shard.inputs, self.accelerator.device, self.dtype))
+            answers, original = self.branched.engine.answers(place(shard.inputs, self.accelerator.device, self.dtype))
             own = answers[-1].log_probs
             assert own is not None
             labels = self.processes.rows(
@@ -554,11 +551,11 @@ def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
 
 def _float_ways(branched: EarlyExitModel) -> list[PreparedBranch]:
     """What shortcuts need to run in float32 behind a base in half precision: their code was written for its types."""
-    mine = branched._backbone
+    mine = branched.engine.backbone
     if not any(branch.reads_all for branch in branched.branches):
         return []
-    sample = place(branched.sample, None, torch.float32)  # pyright: ignore[reportArgumentType]
-    graph = inspect(deepcopy(branched.original).float(), sample, opaque=mine.opaque)
+    sample = place(mine.sample, None, torch.float32)  # pyright: ignore[reportArgumentType]
+    graph = inspect(deepcopy(branched.backbone).float(), sample, opaque=mine.opaque)
     pairs = zip(branched.branches, branched.exits, strict=True)
     return [branch.prepare(graph, graph[name]) for branch, name in pairs if branch.reads_all]
 

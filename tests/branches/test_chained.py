@@ -254,7 +254,7 @@ def test_training_fits_the_ensembles_last_and_only_where_asked() -> None:
 @pytest.mark.parametrize("bank", BANKS)
 def test_every_answer_is_the_chain_worked_out_by_hand(bank: str) -> None:
     made, x = model(bank), pictures()[:5]
-    features, logits = made.features(x)
+    features, logits = made.engine.features(x)
     own: list[Tensor] = []
     seen = made.all_exits(x)
     made.branches.eval()

@@ -147,7 +147,7 @@ def test_code_for_sizes_long_gone_is_gone_too() -> None:
     branched.operate(thresholds=[0.0])
     given = {size: torch.randn(2, 3, size, size) for size in range(16, 36, 2)}
     answers = {size: branched.all_exits(x)[0] for size, x in given.items()}
-    assert 1 < len(branch._ways) <= len(branched._engine.programs) < len(given)
+    assert 1 < len(branch._ways) <= len(branched.engine.programs) < len(given)
     for size in (16, 18):  # those that are gone are written anew
         assert torch.equal(branched(given[size]), answers[size])
     small = given[16]
@@ -195,7 +195,7 @@ def test_the_same_seed_gives_the_same_branch_and_a_confidence_unit_reads_its_log
     branched = ee.augment(
         fresh().unload(), ["layer1.0"], branch=ee.BranchSpec("shortcut", True, {"budget": 0.5}), sample=x
     )
-    answer = branched.answers(x)[0][0]
+    answer = branched.engine.answers(x)[0][0]
     assert answer.confidence is not None
     assert answer.confidence.shape == (2,)
     assert torch.equal(fresh(budget=0.5).all_exits(x)[0], answer.logits)

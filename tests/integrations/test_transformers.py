@@ -444,7 +444,7 @@ def test_the_loss_is_that_of_the_library(kind: str) -> None:
     torch.manual_seed(3)
     found = wrapped(**inputs(kind), labels=labels)
     torch.manual_seed(3)
-    features, original = model.features(given(kind))
+    features, original = model.engine.features(given(kind))
     answers = [answer.logits for answer in model.branches(features)]
     hard = sum(F.cross_entropy(z, labels) for z in answers)
     soft = sum(
@@ -535,7 +535,7 @@ def test_evaluation_while_training_sees_every_exit(kind: str, tmp_path: Path) ->
 def test_the_loss_of_an_evaluation_is_the_objective_in_eval_mode() -> None:
     wrapped, labels = _wrapped("vit"), torch.arange(12) % 5
     found = wrapped.eval()(**inputs("vit"), labels=labels)
-    answers, original = wrapped.branched.answers(given("vit"))
+    answers, original = wrapped.branched.engine.answers(given("vit"))
     costs = relative_costs(wrapped.branched)
     torch.testing.assert_close(found.loss, batch_loss(answers, original, labels, costs, wrapped.train_config))
     assert torch.equal(found.exit_logits, wrapped.branched.all_exits(given("vit")).transpose(0, 1))

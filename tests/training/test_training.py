@@ -433,8 +433,10 @@ def test_features_kept_on_disk_teach_the_same(
         torch.manual_seed(0)
         branched = small(branch="dropping")
         branched.backbone.to(memory_format=format)  # pyright: ignore[reportArgumentType]
-        run, calls = branched.features, []
-        monkeypatch.setattr(branched, "features", lambda *args, run=run, calls=calls: (calls.append(1), run(*args))[1])
+        run, calls = branched.engine.features, []
+        monkeypatch.setattr(
+            branched.engine, "features", lambda *args, run=run, calls=calls: (calls.append(1), run(*args))[1]
+        )
         config = ee.TrainConfig(
             epochs=5, batch_size=16, views=2, cutmix=1.0, accumulate=accumulate, lr=1e-2, validation=0,
             checkpoint_dir=str(tmp_path / str(worth)), distill_from=0.5,
