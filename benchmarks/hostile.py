@@ -1,11 +1,11 @@
-"""What happens to those who load an adapter that is damaged or written by an attacker? Every outcome, counted.
+"""Loading adapters that are damaged or written by an attacker: outcomes, counted.
 
     python -m benchmarks.hostile                        # 10,000 folders
     python -m benchmarks.hostile --folders 500 --seed 1
 
 Each folder is a good adapter with one mutation of `benchmarks.mutations`: an accident (bits, digits, blocks, edits by
 hand, with the digests left as they were) or an attack (whose digests fit again). It is loaded, shown and listed for a
-push in a process of its own. Accidents have to be refused by an error of ours, or change nothing; attacks may also make
+push in a process of its own. Accidents must be refused with an error of this package, or change nothing; attacks may also make
 another valid adapter, as any author may, but have to be bounded in time and memory all the same.
 """
 
@@ -51,7 +51,7 @@ FAULTS = OUTCOMES[3:]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one folder."""
+    """The outcome for one folder."""
 
     kind: str
     """One of `OUTCOMES`."""
@@ -123,7 +123,7 @@ def make_subjects(root: Path) -> dict[str, Subject]:
 
 
 def answers(branched: ee.EarlyExitModel, x: Tensor) -> str:
-    """A digest of all that a loaded adapter says: answers, exits, costs, frontier, preparation of pictures."""
+    """A digest of everything a loaded adapter gives: logits, exits, costs, frontier, preprocessing."""
     found = branched.predict(x)
     frontier = None if branched.frontier is None else without_tensors(branched.frontier.to_dict(), {})
     tensors = [found.logits, found.exit_index, found.score, found.macs]
@@ -134,7 +134,7 @@ def answers(branched: ee.EarlyExitModel, x: Tensor) -> str:
 
 
 def use(subject: Subject, folder: Path, card: bool) -> str:
-    """Load a folder, show it, list it for a push, perhaps write its card anew; what it answers."""
+    """Load a folder, show it, list it for a push, optionally rewrite its card; the digest of its outputs."""
     model = subject.make()
     branched = ee.from_pretrained(folder, model, own_base=subject.own_base, local_files_only=True)
     told = answers(branched, subject.x)
@@ -147,7 +147,7 @@ def use(subject: Subject, folder: Path, card: bool) -> str:
 
 
 def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident: bool, told: str) -> Outcome:
-    """Use a mutated folder, and say what came of it."""
+    """Use a mutated folder, and classify the outcome."""
     _reset_peak()
     before, start = _peak(), time.process_time()
     message = ""
