@@ -79,7 +79,9 @@ def main() -> None:
         budget = cheapest + (1 - cheapest) * (i + 1) / (BUDGETS + 1)
         over += ee.eenet_scheduler(records, budget).macs_fraction > budget
     seconds = (time.perf_counter() - started) / BUDGETS
-    console.print(f"EENet scheduler: {seconds:.2f} s per budget; {over} of {BUDGETS} budgets exceeded by realised exits")
+    console.print(
+        f"EENet scheduler: {seconds:.2f} s per budget; {over} of {BUDGETS} budgets exceeded by realised exits"
+    )
 
     table = Table("risk", "eps", "naive saving", "certified", "ratio", "per exit", "normal", box=box.MARKDOWN)
     for risk in ("disagreement", "accuracy_gap"):
@@ -98,7 +100,7 @@ def main() -> None:
             table.add_row(risk, f"{eps:g}", *(f"{value:.3f}" for value in row))
     console.print(table)
     console.print(
-        f"delta {DELTA}, means over {HALVES} random halves. Naive: the cheapest shared threshold within eps on these samples; "
+        f"delta {DELTA}, means over {HALVES} random halves. Naive: the cheapest shared threshold within eps here; "
         "ratio: certified / naive saving; normal: the ratio of a test that assumes normally distributed mean losses"
     )
 

@@ -3,10 +3,10 @@
     python -m benchmarks.frontier run       # an hour or two on two cores; resumes where it stopped
     python -m benchmarks.frontier page      # docs/frontier.md and its plots from benchmarks/results
 
-Exits are searched as in `augment(exits="auto")`: some of the images that neither network nor branches have seen
-choose the exits; of the others, one half chooses thresholds and the other is reported, over 10 random splits, both
-ways. `resnet56` has the exits and the long training of recipes.cifar10_shortcuts, whose records it needs;
-`resnet56_short` has the same exits, trained as briefly as the searched ones.
+Exits are searched as in `augment(exits="auto")`: some of the images that neither network nor branches have seen choose
+the exits; of the others, one half chooses thresholds and the other is reported, over 10 random splits, both ways.
+`resnet56` has the exits and the long training of recipes.cifar10_shortcuts, whose records it needs; `resnet56_short`
+has the same exits, trained as briefly as the searched ones.
 """
 
 from __future__ import annotations
@@ -323,8 +323,8 @@ python -m benchmarks.frontier run && python -m benchmarks.frontier page
 In every case the original is frozen and its receipt unchanged; every branch visited is counted. Exits are searched
 as in `augment(exits="auto")`, among small branches and shortcuts of two sizes, at up to 12 points, for a drop
 of 1 point; on the ResNet-56 also picked by hand, with longer training. Some unseen images choose the exits; of the
-others, one half chooses thresholds and the other is reported, over 10 random splits, both ways. *Go*: at the accuracy of
-that network, exits cost less. One seed throughout.
+others, one half chooses thresholds and the other is reported, over 10 random splits, both ways. *Go*: at the accuracy
+of that network, exits cost less. One seed throughout.
 
 On the ResNet-56, branches at searched exits train for 10 epochs, those at hand-picked exits for 36. The latter are also
 shown after 10 epochs: they then cost about as much as the searched ones, so the difference comes from the longer

@@ -5,8 +5,8 @@
 
 Each folder is a good adapter with one mutation of `benchmarks.mutations`: an accident (bits, digits, blocks, edits by
 hand, with the digests left as they were) or an attack (whose digests fit again). It is loaded, shown and listed for a
-push in a process of its own. Accidents must be refused with an error of this package, or change nothing; attacks may also make
-another valid adapter, as any author may, but have to be bounded in time and memory all the same.
+push in a process of its own. Accidents must be refused with an error of this package, or change nothing; attacks may
+also make another valid adapter, as any author may, but have to be bounded in time and memory all the same.
 """
 
 from __future__ import annotations

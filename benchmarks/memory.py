@@ -8,8 +8,8 @@ comes in a size that is none of the eight that were used last, so that programs 
 Before each call the operating point changes: to other thresholds, another score, or none. Now and then a model is
 calibrated, evaluated or augmented again.
 
-Objects are those that Python's garbage collector knows after a full collection; the resident set is as the system reports it.
-The first calls fill caches; growth is counted from there.
+Objects are those that Python's garbage collector knows after a full collection; the resident set is as the system
+reports it. The first calls fill caches; growth is counted from there.
 """
 
 from __future__ import annotations

@@ -69,10 +69,10 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     seeds = sorted({line["seed"] for line in lines if line["seed"] is not None})
     oracles = {method: found for (method, policy), found in groups.items() if policy == "oracle"}
     yield (
-        f"{any_line['samples']} images to choose on, as many others to report, {any_line['halves']} random halves; seeds "
-        f"{', '.join(map(str, seeds))}; the original's accuracy is {_percent([any_line['base']])} %. Branches saw "
-        f"{any_line['passes']} images each (torch {any_line['torch']}, timm {any_line['timm']}, {platform.machine()} "
-        f"CPU, {any_line['threads']} thread)."
+        f"{any_line['samples']} images to choose on, as many others to report, {any_line['halves']} random halves; "
+        f"seeds {', '.join(map(str, seeds))}; the original's accuracy is {_percent([any_line['base']])} %. Branches "
+        f"saw {any_line['passes']} images each (torch {any_line['torch']}, timm {any_line['timm']}, "
+        f"{platform.machine()} CPU, {any_line['threads']} thread)."
     )
     head = ["", "exits", *(f"at {cost:g}" for cost in COSTS), *(f"-{100 * drop:g}" for drop in DROPS), "area", "AUROC",
             "train"]  # fmt: skip
@@ -188,13 +188,12 @@ Columns: accuracy (%) at a fraction of the MACs (`-`: out of reach); the fractio
 the standard deviation over the seeds; AUROC of the exits' scores for correctness, mean over the exits; time to train or
 to calibrate. What the methods do, and where we differ: [papers.md](papers.md).
 
-Conclusions: with thousands of calibration images, thresholds searched per exit win; with 250, one
-threshold for all exits does as well. The fallback for samples that never exit early matters, too. The most confident
-answer works as an ensemble where branches and original err differently, as on MobileNetV2, and costs accuracy on
-CIFAR-10; `search` and `stopping` try both by cross-validation. Of whole methods, the heads of Shallow-Deep Networks come
-close to ours on CIFAR-10 and are ahead on MobileNetV2: mixed pooling of 4x4 cells, trained on labels alone, learns more
-there in so few steps. Policies that rely on confidence units trained for so short a time (`learned`), or that need
-several branches to agree (`patience`), are far behind. Heavy branches (`conv2` ten times, a convolution after every
-block) cost more than they save on networks as small as these. And the smaller static networks beat every method at
-their cost: branches on frozen features need longer training than this to come close
-([recipes](results.md))."""
+Conclusions: with thousands of calibration images, thresholds searched per exit win; with 250, one threshold for all
+exits does as well. The fallback for samples that never exit early matters, too. The most confident answer works as an
+ensemble where branches and original err differently, as on MobileNetV2, and costs accuracy on CIFAR-10; `search` and
+`stopping` try both by cross-validation. Of whole methods, the heads of Shallow-Deep Networks come close to ours on
+CIFAR-10 and are ahead on MobileNetV2: mixed pooling of 4x4 cells, trained on labels alone, learns more there in so few
+steps. Policies that rely on confidence units trained for so short a time (`learned`), or that need several branches to
+agree (`patience`), are far behind. Heavy branches (`conv2` ten times, a convolution after every block) cost more than
+they save on networks as small as these. And the smaller static networks beat every method at their cost: branches on
+frozen features need longer training than this to come close ([recipes](results.md))."""

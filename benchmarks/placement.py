@@ -159,15 +159,15 @@ _PAGE = """# Searched placement against the rules
 python -m benchmarks.placement run && python -m benchmarks.placement page
 ```
 
-`auto` branches at every block of three frozen networks, in the few steps of [methods.md](methods.md), then some of
-them kept: chosen by `search_exits` for an accepted drop of {drop:g} point, or by a rule, with whichever number up to {most}
+`auto` branches at every block of three frozen networks, in the few steps of [methods.md](methods.md), then some of them
+kept: chosen by `search_exits` for an accepted drop of {drop:g} point, or by a rule, with whichever number up to {most}
 is best for that rule on the choosing half. With the original frozen, a branch trains the same regardless of the others,
-so all placements share the same branches with the same steps; the search first sees probes with 1/{share} of the
-steps, then the branches it selected for training. Means over {splits} halves: one chooses exits and thresholds, the
-other is reported."""
-_BEST = """On all records, the expected cost at that drop compared with the best of **all** subsets of up to three exits
-(the cost of a subset is that of the best thresholds, with outcomes replaced by estimated probabilities of being correct;
-`search/exit_subset.py`):"""
+so all placements share the same branches with the same steps; the search first sees probes with 1/{share} of the steps,
+then the branches it selected for training. Means over {splits} halves: one chooses exits and thresholds, the other is
+reported."""
+_BEST = """On all records, the expected cost at that drop compared with the best of **all** subsets of up
+to three exits (the cost of a subset is that of the best thresholds, with outcomes replaced by estimated probabilities
+of being correct; `search/exit_subset.py`):"""
 
 
 def main() -> None:

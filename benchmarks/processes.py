@@ -70,7 +70,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=8000)
     options = parser.parse_args()
-    columns = ("branches", "processes", "threads each", "seconds per epoch", "relative to one process", "weights differ by")
+    columns = (
+        "branches",
+        "processes",
+        "threads each",
+        "seconds per epoch",
+        "relative to one process",
+        "weights differ by",
+    )
     table = Table(*columns, box=box.MARKDOWN)
     several = options.processes
     with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,10 @@
     git worktree add ../before v0.1.0
     MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python -m benchmarks.releases ../before
 
-In two processes the times of the same program differ by up to 10 %, depending on memory layout; so the package is loaded
-twice into one. Random weights, two exits with `pool` branches at a third and two thirds of the MACs; all samples leave at the exit
-that the row names. The same model objects serve both. Ratios are of medians, this checkout relative to the other.
+In two processes the times of the same program differ by up to 10 %, depending on memory layout; so the package is
+loaded twice into one. Random weights, two exits with `pool` branches at a third and two thirds of the MACs; all samples
+leave at the exit that the row names. The same model objects serve both. Ratios are of medians, this checkout relative
+to the other.
 """
 
 from __future__ import annotations

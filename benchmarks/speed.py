@@ -67,7 +67,9 @@ def main() -> None:
     for table in (routed, single, closed):
         console.print(table)
     stage = _stage_against_modules(rounds * 8)
-    console.print(f"a stage relative to the same part of the original, batch 1, CIFAR ResNet-56 (stem + layer1): {stage:.3f}")
+    console.print(
+        f"a stage relative to the same part of the original, batch 1, CIFAR ResNet-56 (stem + layer1): {stage:.3f}"
+    )
     console.print(environment(torch.device("cpu")), f"median of {rounds} rounds or more, seed 0", sep=", ")
 
 

@@ -151,15 +151,15 @@ python -m benchmarks.training run && python -m benchmarks.training page
 One shortcut branch on the frozen CIFAR-10 ResNet-56, at `{exit}`, blocks `{blocks}`, {epochs} epochs of AdamW (3e-3,
 cosine, weight decay 5e-3), all settings from the same initialization. Accuracy of the branch alone and AUROC of its
 confidence on {half} x 2 test images that no setting was trained on; the fraction of the MACs above which at most 0.5, 1
-and 2 points are lost, and the area of the frontier (mean accuracy over 0.3 to 1 of the MACs), thresholds from one
-half and results from the other, 20 halves. The row with the original's predictions uses {unseen} more test images, without labels,
-which are not among the reported ones.
+and 2 points are lost, and the area of the frontier (mean accuracy over 0.3 to 1 of the MACs), thresholds from one half
+and results from the other, 20 halves. The row with the original's predictions uses {unseen} more test images, without
+labels, which are not among the reported ones.
 
 One seed: differences below half a point of accuracy, or 0.03 of the MACs, are treated as noise. In such short training
-RandAugment or CutMix is worse than labels alone at 1 point; nothing is better by more than noise, so the defaults
-stay as they were (distillation at temperature 2, no mixing). The 36 epochs of [results.md](results.md) use CutMix.
-Weighting samples by their probability of reaching an exit does nothing with one branch: it is measured on two, `{exit}` being the later one,
-where it is clearly worse with `survivor=0.5` and within noise with 0.9; it stays off by default.
+RandAugment or CutMix is worse than labels alone at 1 point; nothing is better by more than noise, so the defaults stay
+as they were (distillation at temperature 2, no mixing). The 36 epochs of [results.md](results.md) use CutMix. Weighting
+samples by their probability of reaching an exit does nothing with one branch: it is measured on two, `{exit}` being the
+later one, where it is clearly worse with `survivor=0.5` and within noise with 0.9; it stays off by default.
 """
 
 

@@ -2,9 +2,9 @@
 
     python -m recipes.cifar10_resnet56
 
-The branches are trained on the training set; thresholds are chosen on 5,000 test images and reported on the other 5,000,
-and the other way round, over 10 random splits: the pretrained network has seen all training images, and is 99.98 %
-right there.
+The branches are trained on the training set; thresholds are chosen on 5,000 test images and reported on the other
+5,000, and the other way round, over 10 random splits: the pretrained network has seen all training images, and is 99.98
+% right there.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:
 def over_splits(
     records: ee.ExitRecords, splits: list[tuple[Tensor, Tensor]], requests: Requests
 ) -> dict[str, tuple[list[float], list[float], list[list[float]], list[float]]]:
-    """Of every request, split by split: accuracy, mean MACs and exit shares on the reported half, optimism on the other."""
+    """Per request and split: accuracy, mean MACs and exit shares on the reported half, optimism on the other."""
     rows = {name: ([], [], [], []) for name in requests}
     for chosen, reported in splits:
         frontier, test = ee.Frontier.search(records.take(chosen)), records.take(reported)
