@@ -124,7 +124,7 @@ class Frontier(Sequence[OperatingPoint]):
         if not affordable:
             raise OperatingPointError(
                 f"No operating point within a budget of {budget:g}: the cheapest costs "
-                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Put an exit earlier or ask for more."
+                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Add an earlier exit or raise the budget."
             )
         return affordable[-1]
 

@@ -1,4 +1,4 @@
-"""Temperature scaling: one number an exit that makes its softmax probabilities honest."""
+"""Temperature scaling: one number per exit that calibrates its softmax probabilities."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
 @fitted("temperature")
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaledScore(FittedScore):
-    """A named score of logits divided by their exit's temperature, so that one threshold means the same everywhere."""
+    """A registered score of logits divided by their exit's temperature: a threshold means the same at every exit."""
 
     temperatures: tuple[float, ...]
-    """One an exit; the original's own may follow."""
+    """One per exit; optionally one more for the original."""
     score: str = "max_prob"
 
     def __call__(
@@ -33,13 +33,13 @@ class ScaledScore(FittedScore):
 
 
 def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledScore:
-    """Fit one temperature an exit by the likelihood of the labels, within [0.05, 20].
+    """Fit one temperature per exit by maximum likelihood of the labels, within [0.05, 20].
 
     Source: Guo et al., ICML 2017, arXiv:1706.04599.
     """
     instance("records", records, ExitRecords)
     word("score", score)
-    SCORES[score]  # a name that is known
+    SCORES[score]  # raises for an unknown name
     found = []
     for logits in records.logits:
         whole = torch.isfinite(logits).all(-1)
@@ -53,7 +53,7 @@ def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledS
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their samples.
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by the number of samples.
 
     Args:
         confidence: (N,) in [0, 1]; `correct`: bool (N,).
