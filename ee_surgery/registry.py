@@ -1,4 +1,4 @@
-"""Name -> object tables that users may extend and that suggest near names on a miss."""
+"""Name -> object tables that users can extend and that suggest close names on a miss."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Registry(Mapping[str, T], Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files its argument under `name`.
+        """Decorator that registers its argument under `name`.
 
         Raises:
-            ConfigError: there is one of that name already, or it is no name.
+            ConfigError: the name is taken, or is not a non-empty string.
         """
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"A {self.kind} is registered under a name, not under {name!r}.")
+            raise ConfigError(f"The name of a {self.kind} must be a non-empty string, got {name!r}.")
 
         def add(item: T) -> T:
             if name in self._items:
-                raise ConfigError(f"A {self.kind} named {name!r} is registered already: {self._items[name]!r}.")
+                raise ConfigError(f"A {self.kind} named {name!r} is already registered: {self._items[name]!r}.")
             self._items[name] = item
             return item
 
