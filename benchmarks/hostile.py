@@ -92,7 +92,7 @@ def _nothing() -> None:
 
 
 def make_subjects(root: Path) -> dict[str, Subject]:
-    """Adapters of every kind: thresholds, a fitted scheduler, shortcuts, a base of its own, an image processor."""
+    """Adapters of every kind: thresholds, a fitted scheduler, shortcuts, own base weights, an image processor."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
     config = ee.TrainConfig(epochs=1, batch_size=16, validation=0, progress=False)

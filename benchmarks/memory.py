@@ -4,7 +4,7 @@
     python -m benchmarks.memory --calls 500 --every 50
 
 A CIFAR ResNet on pictures and a BERT on texts, small ones, are called with batches of 1 to 12 samples; one call in ten
-comes in a size that is none of the eight that were used last, so that programs are captured and dropped all the time.
+has a size not among the last eight, so that programs are captured and dropped all the time.
 Before each call the operating point changes: to other thresholds, another score, or none. Now and then a model is
 calibrated, evaluated or augmented again.
 

@@ -4,9 +4,9 @@
 
 Half of the samples are made to leave at a third of the depth and a quarter of them at two thirds, by thresholds at
 quantiles of the batch's own scores. Ideal, in the same interleaved rounds: the sum of the times of the stages and
-branches that ran, each measured on its own, on the samples that reached it; at batch 1, where a warm cache is worth
-more than what is measured, one call of them all, one after the other; where nobody leaves, the original plus the
-branches' own times. Random weights: time does not depend on them.
+branches that ran, each measured alone, on the samples that reached it; at batch 1, where a warm cache matters more than
+the overhead being measured, all of them called in sequence; if no samples leave, the original plus the branches' own
+times. Random weights: time does not depend on them.
 """
 
 from __future__ import annotations

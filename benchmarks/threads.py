@@ -3,15 +3,14 @@
     python -m benchmarks.threads                     # 8 threads x 500 calls
     python -m benchmarks.threads --threads 4 --calls 50
 
-Two models serve routed calls from all threads at once: a CIFAR ResNet on images of changing sizes and a BERT on texts
-of changing lengths. Meanwhile another thread moves the operating points; one puts the ResNet's original into train mode
-and back, as its owner would who fine-tunes elsewhere; one runs the BERT's original on its own; one evaluates; one
-augments further models, two at a time; some calls disable the exits for themselves; and asyncio hands calls to a pool.
-New sizes keep coming, so that programs are captured, and dropped, beside running calls.
+Two models serve routed calls from all threads at once: a CIFAR ResNet on images of varying sizes and a BERT on texts of
+varying lengths. Meanwhile one thread changes the operating points; one puts the ResNet's original into train mode and
+back, as fine-tuning elsewhere would; one runs the BERT's original directly; one evaluates; one augments more models,
+two at a time; some calls disable the exits in their own context; and asyncio passes calls to a thread pool. New sizes
+keep coming, so that programs are captured and dropped during calls.
 
-An answer is right when exits, logits and costs are those that a serial run of an independent copy gives at one of the
-operating points that were set: the one in force, where it was not moved between the start of the call and its end. With
-exits disabled it has to be the original's.
+An output is right if exits, logits and costs are those that a serial run of an independent copy gives at one of the
+operating points that were set during the call. With exits disabled it must be the original's.
 """
 
 from __future__ import annotations
@@ -292,7 +291,7 @@ class Traffic:
             subject = self.subjects[which]
             expected = subject.expected[subject.known[0]]
 
-            def right() -> bool:  # the context goes along into the pool's thread
+            def right() -> bool:  # the context is copied to the pool's thread
                 output = subject.branched.predict(expected.inputs)
                 return bool((output.exit_index == 2).all()) and _close(output.logits, expected.original)
 

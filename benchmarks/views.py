@@ -2,8 +2,8 @@
 
     python -m benchmarks.views      # some minutes; prints a table
 
-On the frozen CIFAR-10 ResNet-56, images of its training set: the same training twice in one run, with the same weights
-at the end. The first passes are computed in both; the ratio is of those that come again.
+On the frozen CIFAR-10 ResNet-56 and images of its training set: the same training twice in one run, with the same
+weights at the end. The first passes are computed in both; the ratio is of the repeated ones.
 """
 
 from __future__ import annotations

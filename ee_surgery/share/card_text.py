@@ -218,7 +218,7 @@ def operating_point(point: OperatingPoint | None, frontier: Frontier | None) -> 
         "share leaving at each exit, the original last": ", ".join(f"{share:.2%}" for share in point.exit_shares),
     }
     chosen = f"on {point.samples} calibration samples, on which these numbers were measured" if point.samples else ""
-    text = f"An input leaves at the first exit whose score reaches its threshold. Chosen by {code(point.rule)} {chosen}"
+    text = f"An input leaves at the first exit whose score reaches its threshold. Rule: {code(point.rule)} {chosen}"
     certificate = None if point.certificate is None else markdown(point.certificate)
     rows = [[name, value] for name, value in known.items() if value]
     return {"text": f"{text.rstrip()}.", "table": _table(["", ""], rows), "certificate": certificate}

@@ -272,7 +272,7 @@ def test_inference_mode_around_any_verb_leaves_a_model_that_learns() -> None:
 def test_weights_made_in_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         model = _base()
-    with pytest.raises(ee.CaptureError, match=r"made under torch.inference_mode\(\)"):
+    with pytest.raises(ee.CaptureError, match=r"created under torch.inference_mode\(\)"):
         ee.inspect(model, X)
 
 

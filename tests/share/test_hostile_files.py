@@ -294,7 +294,7 @@ def test_a_folder_in_place_of_a_file_stops_a_save_before_it_changes_anything(fol
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).mkdir()
     before = (folder / CONFIG).read_bytes()
-    with pytest.raises(ee.AdapterError, match=rf"is as it was: .*{WEIGHTS} is a folder"):
+    with pytest.raises(ee.AdapterError, match=rf"is unchanged: .*{WEIGHTS} is a folder"):
         branched("cifar-resnet20").save_pretrained(folder)
     assert (folder / CONFIG).read_bytes() == before
 
@@ -342,7 +342,7 @@ def test_only_names_that_an_adapter_can_have_are_uploaded(folder: Path) -> None:
     before = own_files(folder)
     assert not before.keys() & set(names)
     _listed(folder, *names)
-    with pytest.warns(UserWarning, match=r"no adapter has.*\.cache/token"):
+    with pytest.warns(UserWarning, match=r"no adapter can have.*\.cache/token"):
         found = own_files(folder)
     assert found.keys() == before.keys()
 
@@ -502,7 +502,7 @@ def test_a_base_s_own_repository_is_believed_no_more(tmp_path: Path, victim: Pat
     (tmp_path / "base" / PROCESSOR).write_text(json.dumps(_reads(victim)))
     assert SECRET in AutoImageProcessor.from_pretrained(tmp_path / "base").to_json_string()  # the trap works
     model = ee.augment(transformers.ViTForImageClassification.from_pretrained(tmp_path / "base"), ["vit.layers.0"])
-    with pytest.raises(ee.DataError, match=r"cannot be had.*OneFormerImageProcessor"):
+    with pytest.raises(ee.DataError, match=r"cannot be loaded.*OneFormerImageProcessor"):
         model.transform()
     assert SECRET not in _all_text(model.save_pretrained(tmp_path / "adapter"))
 
