@@ -74,7 +74,7 @@ def augment(
         placement: rule if `exits` is a number: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
         branch: `auto` (the default), a registered name, a `BranchSpec`, or one per exit; with `exits="auto"`, one or
             several to choose from at each point, by default small ones and shortcuts; see `search_exits`.
-        preset: a published method, by its name in `PRESETS`: its exits, branches, training and policy replace the
+        preset: a published method, by its name in `PRESETS`: its exits, branches, training and calibrator replace the
             defaults; other arguments override them. Training is as long as published: shorten it with `config`.
         joint: also train the original, on a copy; needs `train=`; see `train`.
         sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed if the model does not
@@ -111,7 +111,7 @@ def augment(
         known(branch)
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     config = config or (TrainConfig() if method is None else method.config)
-    policy = "search" if method is None else method.policy
+    calibrator = "search" if method is None else method.method
     if searched:
         if train is None or calibrate is None or placement is not None:
             raise ConfigError(
@@ -119,7 +119,7 @@ def augment(
             )
         kinds = branch or (TRIED if method is None else method.branch)
         return _by_search(
-            graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed, accelerator, class_map
+            graph, kinds, train, calibrate, config, calibrator, joint, max_accuracy_drop, seed, accelerator, class_map
         )
     if isinstance(exits, ExitPlan):
         plan = exits
@@ -135,7 +135,7 @@ def augment(
         report = train_branches(branched, train, config, joint=joint, accelerator=accelerator, class_map=class_map)
         branched = report.model
     if calibrate is not None:
-        calibrate_exits(branched, calibrate, policy=policy, accelerator=accelerator, class_map=class_map)
+        calibrate_exits(branched, calibrate, method=calibrator, accelerator=accelerator, class_map=class_map)
     return branched
 
 
@@ -145,7 +145,7 @@ def _by_search(
     train: Data,
     held_out: Data,
     config: TrainConfig,
-    policy: str,
+    calibrator: str,
     joint: bool,
     drop: float,
     seed: int,
@@ -173,7 +173,7 @@ def _by_search(
     branched = prune_exits(branched, records, drop)
     left = [name for name in found.plan.names if name not in branched.exits]
     branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=size, **shared)
+    frontier = calibrate_exits(branched, thresholds, method=calibrator, batch_size=size, **shared)
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:
