@@ -230,7 +230,7 @@ def test_errors_of_others_in_a_write_are_passed_on(tmp_path: Path) -> None:
 
 
 def test_pictures_of_unknown_kinds_are_refused_and_those_without_are_png(tmp_path: Path) -> None:
-    with pytest.raises(ee.ConfigError, match=r"x\.doc names no kind of picture.*'png'"):
+    with pytest.raises(ee.ConfigError, match=r"x\.doc is not a supported image format.*'png'"):
         frontier().plot(tmp_path / "x.doc")
     assert content(tmp_path) == {}
     frontier().plot(tmp_path / "x")

@@ -138,7 +138,7 @@ def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: b
     if chosen is None and (related or not own):
         chosen = _find_class(_classes_of_classifiers(), named)
     if chosen is None:
-        wanted = " or ".join(dict.fromkeys(_kind(found.__name__) for found in own)) or "one of an image classifier"
+        wanted = " or ".join(dict.fromkeys(_kind(found.__name__) for found in own)) or "an image classifier's"
         raise DataError(f"its class is {shown(named)}; this base needs {wanted}.")
     arguments, unknown = processor_arguments(settings, chosen.valid_kwargs.__annotations__)
     if unknown:

@@ -128,7 +128,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ee.HubError, match=r"not a folder here\): it is no repository id such as user/name"):
+    with pytest.raises(ee.HubError, match=r"not a folder here\): it is not a repository id such as user/name"):
         ee.from_pretrained(tmp_path / "nothing")
 
 
@@ -168,7 +168,7 @@ def test_a_timm_base_that_cannot_be_fetched_says_so(tmp_path: Path, monkeypatch:
         raise OSError("no network")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ee.AdapterError, match=r"could not be made by timm: no network.*model="):
+    with pytest.raises(ee.AdapterError, match=r"timm could not create the base .*no network.*model="):
         ee.from_pretrained(folder)
 
 

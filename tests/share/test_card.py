@@ -268,7 +268,7 @@ def test_what_was_not_measured_is_not_there(tmp_path: Path) -> None:
         "thresholds": "0.9, 0.9",
         "fallback for samples that never exit early": "the last exit",
     }
-    assert "Chosen by `by hand`." in (folder / "README.md").read_text()
+    assert "Rule: `by hand`." in (folder / "README.md").read_text()
 
 
 def test_an_evaluation_of_another_operating_point_is_left_out(tmp_path: Path) -> None:

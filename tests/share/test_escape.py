@@ -455,7 +455,7 @@ def test_names_of_a_models_modules_are_text_on_screen_and_in_plots(tmp_path: Pat
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if visible(text) != text or not text.strip()])
 def test_a_card_is_told_visible_text_only(text: str) -> None:
-    with pytest.raises(ee.ConfigError, match="eval_name of a model card is text"):
+    with pytest.raises(ee.ConfigError, match="eval_name of a model card must be text"):
         CardInfo.of({"eval_name": text})
 
 

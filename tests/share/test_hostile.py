@@ -161,7 +161,7 @@ def test_a_huge_or_deep_file_is_not_even_parsed(subjects: dict[str, Subject], fo
 
 def test_a_base_of_its_own_is_said_to_be_another_model(subjects: dict[str, Subject]) -> None:
     folder = subjects["own base"].folder
-    with pytest.warns(UserWarning, match=r"another model than 'timm/test_resnet.*own_base=True"):
+    with pytest.warns(UserWarning, match=r"the published 'timm/test_resnet.*own_base=True"):
         branched = ee.from_pretrained(folder, local_files_only=True)
     assert "the base that came with the branches" in str(branched.receipt())
     with warnings.catch_warnings():
