@@ -245,7 +245,7 @@ def _about(line: dict[str, Any]) -> str:
     if "epochs" in line:
         found += (
             f"; {len(line['trained'])} branches trained for {line['epochs']} epochs ({line['train_seconds'] / 60:.0f} "
-            f"min, {line['threads']} thread(s), beside other work)"
+            f"min, {line['threads']} thread(s), on a busy machine)"
         )
     accuracy, cost = line["best_case"]
     return (

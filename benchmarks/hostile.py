@@ -56,7 +56,7 @@ class Outcome:
     kind: str
     """One of `OUTCOMES`."""
     mutation: str
-    told: str
+    detail: str
     seconds: float
     megabytes: float
     """By how much memory grew."""
@@ -137,16 +137,16 @@ def use(subject: Subject, folder: Path, card: bool) -> str:
     """Load a folder, show it, list it for a push, optionally rewrite its card; the digest of its outputs."""
     model = subject.make()
     branched = ee.from_pretrained(folder, model, own_base=subject.own_base, local_files_only=True)
-    told = answers(branched, subject.x)
+    detail = answers(branched, subject.x)
     config, _, frontier = load_adapter(folder)
     Console(file=io.StringIO(), width=120).print(adapter_table(config, frontier), str(branched.operating_point))
     own_files(folder)
     if card:
         update_card(folder, license="mit")
-    return told
+    return detail
 
 
-def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident: bool, told: str) -> Outcome:
+def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident: bool, detail: str) -> Outcome:
     """Use a mutated folder, and classify the outcome."""
     _reset_peak()
     before, start = _peak(), time.process_time()
@@ -154,7 +154,7 @@ def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            same = use(subject, folder, card=len(told) % 10 == 0) == expected
+            same = use(subject, folder, card=len(detail) % 10 == 0) == expected
         kind = "same" if same else "other answers" if accident else "another"
     except ee.SurgeryError as error:
         kind, message = "refused", str(error)
@@ -167,7 +167,7 @@ def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident
         kind = "memory"
     elif len(message) > MESSAGE:
         kind = "long message"
-    return Outcome(kind, mutation, f"{told} -> {message[:300]}", seconds, megabytes)
+    return Outcome(kind, mutation, f"{detail} -> {message[:300]}", seconds, megabytes)
 
 
 def _reset_peak() -> None:
@@ -231,14 +231,16 @@ def _judged(seeds: list[str], subjects: dict[str, Subject], root: Path) -> Itera
         here.recv()
         while seed is not None:
             here.send(seed)
-            seed, told = next(left, None), ""
+            seed, detail = next(left, None), ""
             try:
-                told = here.recv()
+                detail = here.recv()
                 if not here.poll(_PATIENCE):
                     raise TimeoutError
                 yield here.recv()
             except (EOFError, TimeoutError) as error:
-                yield Outcome("hang", told.partition(", ")[2].partition(":")[0], f"{told} {error!r}", _PATIENCE, 0.0)
+                yield Outcome(
+                    "hang", detail.partition(", ")[2].partition(":")[0], f"{detail} {error!r}", _PATIENCE, 0.0
+                )
                 break
         process.kill()
 
@@ -274,7 +276,7 @@ def main() -> None:
     console = Console(width=170)
     for outcome in outcomes:
         if outcome.kind in FAULTS:
-            console.print(f"{outcome.kind}: {outcome.mutation}: {outcome.told!r} "
+            console.print(f"{outcome.kind}: {outcome.mutation}: {outcome.detail!r} "
                           f"({outcome.seconds:.1f} s, {outcome.megabytes:.0f} MB)", markup=False)  # fmt: skip
     console.print(table(outcomes, given.seed))
 

@@ -1,9 +1,9 @@
-"""Does memory grow over calls whose sizes, thresholds and scores keep changing?
+"""Memory over calls whose sizes, thresholds and scores keep changing.
 
     python -m benchmarks.memory                      # 3,000 calls
     python -m benchmarks.memory --calls 500 --every 50
 
-A CIFAR ResNet on pictures and a BERT on texts, small ones, are called with batches of 1 to 12 samples; one call in ten
+A small CIFAR ResNet on images and a small BERT on texts are called with batches of 1 to 12 samples; one call in ten
 has a size not among the last eight, so that programs are captured and dropped all the time.
 Before each call the operating point changes: to other thresholds, another score, or none. Now and then a model is
 calibrated, evaluated or augmented again.

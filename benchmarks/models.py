@@ -200,7 +200,7 @@ def _shield_gemma() -> Any:
     )
 
 
-# Sides of the pictures where the model's own are too large for two cores.
+# Image sizes for models whose own are too large for two cores.
 _SMALLER = {
     "timm:deepseek_vit_412m": 210,
     "timm:gemma4_vit_167m": 192,

@@ -149,9 +149,9 @@ def hand_edit(folder: Path, rng: random.Random) -> str:
     """A JSON file edited by hand."""
     path = rng.choice(sorted(folder.glob("*.json")))
     data = json.loads(path.read_text())
-    told = _mutate(data, rng)
+    description = _mutate(data, rng)
     _write(path, data)
-    return f"{path.name}: {told}"
+    return f"{path.name}: {description}"
 
 
 # --- attacks: digests fit
@@ -161,10 +161,10 @@ def rewritten(folder: Path, rng: random.Random) -> str:
     """A JSON file rewritten in one to three places."""
     path = rng.choice([path for path in sorted(folder.glob("*.json")) for _ in range(3 if path.name == CONFIG else 2)])
     data = json.loads(path.read_text())
-    told = "; ".join(_mutate(data, rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+    description = "; ".join(_mutate(data, rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
     _write(path, data)
     seal(folder)
-    return f"{path.name}: {told}"
+    return f"{path.name}: {description}"
 
 
 def tensors(folder: Path, rng: random.Random) -> str:
@@ -422,5 +422,5 @@ def mutate(source: Path, target: Path, seed: str) -> tuple[str, bool, str]:
     rng = random.Random(seed)
     shutil.copytree(source, target)
     mutation = rng.choice(rng.choice((ACCIDENTS, ATTACKS)))
-    told = mutation(target, rng)
-    return mutation.__name__, mutation in ACCIDENTS, told
+    description = mutation(target, rng)
+    return mutation.__name__, mutation in ACCIDENTS, description

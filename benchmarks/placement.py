@@ -69,7 +69,7 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
         for way, kept in exits.items():
             found = realised(ee.Frontier.search(part.keep(kept)), rest.keep(kept))
             rows[way].append({**found, "exits": len(kept)})
-    told = ("drop_0.005", "drop_0.01", "drop_0.02", "area", "exits")
+    metrics = ("drop_0.005", "drop_0.01", "drop_0.02", "area", "exits")
     return {
         "key": f"{backbone}/{seed}",
         "backbone": backbone,
@@ -81,7 +81,7 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
         "steps": [steps // SHARE, steps],
         "splits": 2 * splits,
         "ways": {
-            way: {name: statistics.mean(row[name] for row in found) for name in told} for way, found in rows.items()
+            way: {name: statistics.mean(row[name] for row in found) for name in metrics} for way, found in rows.items()
         },
         "best": best(full),
         "torch": torch.__version__,
@@ -116,13 +116,13 @@ def page(lines: list[dict[str, Any]]) -> str:
     """docs/placement.md."""
     parts = [_PAGE.format(drop=100 * DROP, most=MOST, share=SHARE, splits=lines[0]["splits"])]
     ways = list(lines[0]["ways"])
-    for told, name in _TABLES.items():
+    for heading, name in _TABLES.items():
         rows = []
         for line in lines:
             values = [line["ways"][way][name] for way in ways]
             shown = [f"{value:.1f}" if name == "exits" else f"{value:.3f}" for value in values]
             rows.append([f"{line['backbone']}, seed {line['seed']}", *shown])
-        parts += [told, table(["", *ways], rows)]
+        parts += [heading, table(["", *ways], rows)]
     rows = [
         [
             f"{line['backbone']}, seed {line['seed']}",

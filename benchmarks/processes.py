@@ -2,9 +2,9 @@
 
     python -m benchmarks.processes --processes 2 --pictures 8000
 
-Three branches on the pretrained CIFAR-10 ResNet-20 by recipes/train.py; the last of its epochs is told. With `auto`
-branches, whose ReLUs turn a rounding error into another gradient where an activation is all but zero; with `pool`
-branches, which have none; and on one process with several threads, which sum in another order, too.
+Three branches on the pretrained CIFAR-10 ResNet-20, trained by recipes/train.py; the time is of the last epoch. With
+`auto` branches, whose ReLUs turn a rounding error into a different gradient where an activation is nearly zero; with
+`pool` branches, which have no ReLUs; and on one process with several threads, which also sum in another order.
 """
 
 from __future__ import annotations

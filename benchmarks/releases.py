@@ -59,7 +59,7 @@ class _Unregistered:
 
 
 def load(checkout: Path, again: bool) -> ModuleType:
-    """The package as a checkout has it, beside one that is loaded already."""
+    """Load the package from a checkout, next to one that is already loaded."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "ee_surgery"]:
         del sys.modules[name]
     unregistered = patch.object(torch.library, "custom_op", lambda *_, **__: _Unregistered)

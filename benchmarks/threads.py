@@ -149,8 +149,8 @@ class Traffic:
     def run(self) -> Tally:
         """Run until every thread has made its calls."""
         jobs = [threading.Thread(target=self._serve, args=(number,)) for number in range(self.threads)]
-        beside = [self._move_knobs, self._own, self._run_original, self._evaluate, self._augment, self._serve_async]
-        others = [threading.Thread(target=job) for job in beside]
+        jobs = [self._move_knobs, self._own, self._run_original, self._evaluate, self._augment, self._serve_async]
+        others = [threading.Thread(target=job) for job in jobs]
         for job in [*others, *jobs]:
             job.start()
         for job in jobs:
@@ -186,13 +186,13 @@ class Traffic:
         before = tuple(self.points[which])
         if kind == "predict":
             found = branched.predict(inputs)
-            logits, told = found.logits, found
+            logits, output = found.logits, found
         else:
             answer: Any = branched(inputs)
-            logits, told = getattr(answer, "logits", answer), None
+            logits, output = getattr(answer, "logits", answer), None
         resting = before == tuple(self.points[which]) and before[1] % 2 == 0
         points = [before[0]] if resting else range(len(POINTS))
-        return any(self._matches(point, logits, told, expected, rows) for point in points)
+        return any(self._matches(point, logits, output, expected, rows) for point in points)
 
     @staticmethod
     def _matches(point: int, logits: Tensor, output: ee.ExitOutput | None, expected: Expected, rows: Tensor) -> bool:
@@ -203,7 +203,7 @@ class Traffic:
         same = torch.equal(output.exit_index, expected.exits[point][rows])
         return same and torch.equal(output.costs, expected.costs[point])
 
-    # --- what goes on beside them
+    # --- concurrent jobs
 
     def _move_knobs(self) -> None:
         choose = random.Random(self.seed)
@@ -356,8 +356,8 @@ def main() -> None:
     traffic = Traffic(subjects, threads, calls, options.seed)
     tally = traffic.run()
     seconds = time.perf_counter() - started
-    told = f"{threads} threads x {calls} calls, seed {options.seed}, {seconds:.0f} s, torch {torch.__version__}"
-    table = Table(title=told)
+    title = f"{threads} threads x {calls} calls, seed {options.seed}, {seconds:.0f} s, torch {torch.__version__}"
+    table = Table(title=title)
     for column in ("call", "made", "wrong, stale or failed"):
         table.add_column(column, justify="left" if column == "call" else "right")
     for kind, made in sorted(tally.calls.items()):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def folder() -> Path:
-    """Where the data is: `EE_SURGERY_DATA`, or `../shared/data` beside the repository."""
+    """Where the data is: `EE_SURGERY_DATA`, or `../shared/data` next to the repository."""
     return Path(os.environ.get("EE_SURGERY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
