@@ -149,8 +149,8 @@ class Traffic:
     def run(self) -> Tally:
         """Run until every thread has made its calls."""
         jobs = [threading.Thread(target=self._serve, args=(number,)) for number in range(self.threads)]
-        jobs = [self._move_knobs, self._own, self._run_original, self._evaluate, self._augment, self._serve_async]
-        others = [threading.Thread(target=job) for job in jobs]
+        background = [self._move_knobs, self._own, self._run_original, self._evaluate, self._augment, self._serve_async]
+        others = [threading.Thread(target=job) for job in background]
         for job in [*others, *jobs]:
             job.start()
         for job in jobs:
