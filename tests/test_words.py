@@ -51,7 +51,14 @@ FILES = [
     ),
 ]
 # Edited on other branches while the words were swept: to be emptied, then deleted.
-PENDING: set[str] = set()
+PENDING: set[str] = {
+    "ee_surgery/branches/base.py",
+    "ee_surgery/calibration/records.py",
+    "ee_surgery/evaluation/record.py",
+    "ee_surgery/graph/segments.py",
+    "ee_surgery/model.py",
+    "ee_surgery/runtime/router.py",
+}
 
 
 def _found(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Check that the stages of a program give the original's logits whichever samples leave; else find the module responsible."""
+"""Check that the stages of a program give the original's logits whichever samples leave; else name the module."""
 
 from __future__ import annotations
 
