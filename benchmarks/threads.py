@@ -3,11 +3,11 @@
     python -m benchmarks.threads                     # 8 threads x 500 calls
     python -m benchmarks.threads --threads 4 --calls 50
 
-Two models serve routed calls from all threads at once: a CIFAR ResNet on images of varying sizes and a BERT on texts of
-varying lengths. Meanwhile one thread changes the operating points; one puts the ResNet's original into train mode and
-back, as fine-tuning elsewhere would; one runs the BERT's original directly; one evaluates; one augments more models,
-two at a time; some calls disable the exits in their own context; and asyncio passes calls to a thread pool. New sizes
-keep coming, so that programs are captured and dropped during calls.
+Two models serve routed calls from all threads at once: a CIFAR ResNet on images of changing sizes and a BERT on texts
+of changing lengths. Meanwhile another thread moves the operating points; one puts the ResNet's original into train mode
+and back, as its owner would who fine-tunes elsewhere; one runs the BERT's original on its own; one evaluates; one
+augments further models, two at a time; some calls disable the exits for themselves; and asyncio hands calls to a pool.
+New sizes keep coming, so that programs are captured, and dropped, beside running calls.
 
 An output is right if exits, logits and costs are those that a serial run of an independent copy gives at one of the
 operating points that were set during the call. With exits disabled it must be the original's.
@@ -64,7 +64,7 @@ class Subject:
     """Of each operating point; None: no early exit."""
     expected: dict[int, Expected]
     known: list[int]
-    """Sizes of most calls."""
+    """Sizes that most calls come in."""
 
 
 def image_subject(sizes: list[int]) -> Subject:

@@ -57,7 +57,7 @@ class Replay(NamedTuple):
     exit_index: Tensor
     """int64, shape (N,)."""
     answer_index: Tensor
-    """The exit whose prediction each sample gets: `exit_index`, unless the fallback is the most confident one."""
+    """Whose answer each sample gets: `exit_index`, unless the policy falls back on the most confident."""
     correct: Tensor
     """bool, shape (N,)."""
     macs: Tensor
@@ -68,7 +68,7 @@ class Replay(NamedTuple):
 class ExitRecords:
     """Answers of all K exits (the original's head last) to N held-out samples.
 
-    Without labels, the original's predictions serve as labels, and accuracy means agreement with it.
+    Without labels, the original's own answer stands for the truth, and accuracy means agreement with it.
     """
 
     exits: tuple[str, ...]

@@ -121,7 +121,7 @@ def measure(
     if not batches:
         raise DataError(f"{len(first)} inputs do not fill a batch of {batch_size}.")
 
-    model = branched._backbone.state().model  # the original in eval mode, without the checks at every call
+    model = branched._backbone.state().model  # the original in eval mode, without our checks at every call
 
     def original(batch: Inputs) -> object:
         return model(batch) if isinstance(batch, Tensor) else model(**batch)

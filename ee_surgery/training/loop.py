@@ -364,7 +364,7 @@ class _Run:
         return ExitLogits(self.processes.rows(logits.float(), total), confidence)
 
     def _drop_measured(self) -> None:
-        """Drop thresholds and measurements, which belong to the weights before."""
+        """Thresholds, and what was measured, were of the weights before."""
         self.branched.operate(None)
         self.branched.frontier = None
         forget_measured(self.branched.provenance)

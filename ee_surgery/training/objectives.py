@@ -25,7 +25,7 @@ class Answers(NamedTuple):
     costs: Tensor
     """MACs of leaving at each of the K exits, as fractions of never leaving, (K,); the last is 1."""
     progress: float = 0.0
-    """Fraction of the training that is done, in [0, 1]."""
+    """Share of the training that is done, in [0, 1]."""
 
     @property
     def learning(self) -> list[Tensor]:
