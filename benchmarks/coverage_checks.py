@@ -44,12 +44,12 @@ class Report:
 
 
 def relative(expected: Tensor, seen: Tensor) -> float:
-    """Largest difference by the largest expected value."""
+    """Largest difference relative to the largest expected value."""
     return ((expected - seen).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
 def capture(name: str, report: Report) -> None:
-    """Read the model as a graph on the meta device."""
+    """Capture the model on the meta device."""
     model = build(name, "meta")
     report.add(device="meta", parameters=sum(p.numel() for p in model.parameters()))
     _inspect(model, name, report)
@@ -84,7 +84,7 @@ def _inspect(model: torch.nn.Module, name: str, report: Report) -> ee.ModelGraph
 
 
 def full(name: str, report: Report, folder: Path) -> None:
-    """Everything that is done with a model, on its sample."""
+    """All checks of a model, on its sample."""
     model = build(name)
     report.add(device="cpu", parameters=sum(p.numel() for p in model.parameters()))
     graph = _inspect(model, name, report)
@@ -140,7 +140,7 @@ def full(name: str, report: Report, folder: Path) -> None:
 
 
 def _points_anywhere(graph: ee.ModelGraph, eager: Tensor) -> tuple[int, list[str]]:
-    """Cut at legal points of any kind with one of two samples leaving: how many, and which go wrong."""
+    """Cut at random legal points with one of two samples leaving: the number of cuts, and the failures."""
     backbone = graph.backbone
     folded = [p for p in graph.points if graph.features(p).axis.folded]
     drawn = random.Random(0).sample(folded, min(2, len(folded)))
@@ -169,7 +169,7 @@ def reload(name: str, report: Report, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run one job; captures print a line of JSON a model, whatever happened."""
+    """Run one job; captures print one line of JSON per model in any case."""
     job, folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     for name in names:

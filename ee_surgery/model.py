@@ -1,4 +1,4 @@
-"""EarlyExitModel: a pretrained model with branches, and a knob for when to leave."""
+"""EarlyExitModel: a pretrained model with branches and an adjustable operating point."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class EarlyExitModel(SharedModel):
             risk: (eps, delta): the cheapest one certified to differ from the original on at most a share eps of new
                 samples, with confidence 1 - delta. The certificate is on the point.
             risk_of: `disagreement` (when left out), or `accuracy_gap` where the calibration data had labels.
-            thresholds: one a branch, or one for all; nothing is known about their accuracy then. inf closes an exit.
+            thresholds: one per branch, or one for all; their accuracy is unknown then. inf closes an exit.
             score: what thresholds are compared with; `max_prob` when left out.
         Returns:
             The operating point now in force; None for never.
@@ -204,7 +204,7 @@ class EarlyExitModel(SharedModel):
         return None if point is None or point.policy.closed or self.engine.is_disabled else point.policy_for(self.task)
 
     def exits_disabled(self) -> AbstractContextManager[None]:
-        """The original to the bit, for a while, in this thread or asyncio task alone.
+        """Run the original, bit for bit, in this thread or asyncio task only.
 
         Work that is handed to other threads meanwhile keeps its exits, unless the context is handed on, as
         `asyncio.to_thread` does.

@@ -1,4 +1,4 @@
-"""The one-liners: the whole pipeline made of its public parts."""
+"""`augment` and `from_pretrained`: the whole pipeline, built from public functions."""
 
 from __future__ import annotations
 
@@ -61,55 +61,52 @@ def augment(
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
 ) -> EarlyExitModel:
-    """Give a pretrained model early exits: inspect -> place -> attach, and train and calibrate where data is given.
+    """Add early exits to a pretrained model: inspect -> place -> attach, then train and calibrate if data is given.
 
-    The model itself is not changed and stays usable; until an operating point is set the result answers exactly as
-    it does.
+    The model itself is not changed and stays usable; without an operating point the result gives exactly its output.
 
     Args:
         model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
-        exits: how many, `all`, names of exit points (`inspect` lists them), or a plan; 3 when left out. `auto`: their
-            number and places by search, which needs `train=` and `calibrate=`; see below.
-        placement: rule for a number of exits: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
-        branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit; with `exits="auto"`,
-            one or several to choose among at each point, by default small ones and shortcuts; see `search_exits`.
-        preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and calibration, in place of
-            the defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
-        joint: train the original along, on a copy; needs `train=`; see `train`.
-        sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
-            say what it takes.
+        exits: number (default 3), `all`, names of exit points (`inspect` lists them), or a plan. `auto`: number and
+            positions by search, which needs `train=` and `calibrate=`; see below.
+        placement: rule if `exits` is a number: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
+        branch: `auto` (the default), a registered name, a `BranchSpec`, or one per exit; with `exits="auto"`, one or
+            several to choose from at each point, by default small ones and shortcuts; see `search_exits`.
+        preset: a published method, by its name in `PRESETS`: its exits, branches, training and calibrator replace the
+            defaults; other arguments override them. Training is as long as published: shorten it with `config`.
+        joint: also train the original, on a copy; needs `train=`; see `train`.
+        sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed if the model does not
+            describe its inputs.
         opaque: names of modules to keep whole; see `inspect`.
-        num_classes: for a model without a classification head: how many classes a head shall tell apart, which is
-            put on its features and trained with the branches.
-        output: which part of the answer the logits are, by index or name, where more than one could be; see `inspect`.
-        task: what its answers are: `classification` (one right class), `multi_label`, or one of your own in `TASKS`; as
-            a transformers model says when left out; see `inspect`.
+        num_classes: for a model without a classification head: number of classes of a new head on its features,
+            trained with the branches.
+        output: which part of the output the logits are, by index or name, if more than one could be; see `inspect`.
+        task: `classification` (one right class), `multi_label`, or one of your own in `TASKS`; by default, that of the
+            transformers configuration; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
-        max_accuracy_drop: with `exits="auto"`: the accuracy drop that exits are to be cheapest at; any other can still
-            be asked for later.
-        seed: of the branches' first weights.
-        accelerator: your own, as for `train`: of several processes, each runs its part.
-        class_map: which class of the model each label of `train` and `calibrate` is, where they are not the same; see
-            `train`.
+        max_accuracy_drop: with `exits="auto"`: the accuracy drop at which to minimize the cost; `operate` may later
+            ask for any other.
+        seed: of the branches' initial weights.
+        accelerator: your own, as for `train`; each process runs its shard.
+        class_map: the model's class for each label of `train` and `calibrate`, if they differ; see `train`.
 
-    With `exits="auto"`, branches at many points learn for a few steps (`search_exits`), those that are chosen are
-    trained anew, and what then costs more than it saves is left out (`prune_exits`). Both look at one half of the
-    calibration data; thresholds, and what is certified of them, come from the other. `provenance["placement"]` keeps
-    what was tried.
+    With `exits="auto"`, branches at many points are trained for a few steps (`search_exits`), the chosen ones are
+    trained from scratch, and those that cost more than they save are left out (`prune_exits`). Both use one half of the
+    calibration data; thresholds and certificates come from the other. `provenance["placement"]` keeps the candidates.
     """
     joint, seed = flag("joint", joint), count("seed", seed, low=0)
     max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
     config = None if config is None else instance("config", config, TrainConfig)
     if joint and train is None:
-        raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
+        raise ConfigError("joint=True also trains the original, but there is no training data: give train=.")
     method = None if preset is None else PRESETS[preset]
     searched = isinstance(exits, str) and exits == "auto"
     if exits is not None and not searched and not isinstance(exits, ExitPlan):
-        exits = check_exits(exits)  # before the model is read, which may take a minute
+        exits = check_exits(exits)  # before capturing the model, which may take a minute
     if placement is not None:
-        PLACEMENTS[placement]  # a name that is known
+        PLACEMENTS[placement]  # raises for an unknown name
     if branch is not None:
         known(branch)
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
@@ -155,7 +152,7 @@ def _by_search(
     accelerator: Accelerator | None,
     class_map: ClassMap | None,
 ) -> EarlyExitModel:
-    """`augment(exits="auto")`: what chooses exits never chooses thresholds."""
+    """`augment(exits="auto")`: exits and thresholds are chosen on different samples."""
     searching, thresholds = halves(held_out, config.batch_size)
     accelerator = accelerator or make_accelerator(config)
     shared = {"accelerator": accelerator, "class_map": class_map}
@@ -180,19 +177,19 @@ def _by_search(
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:
-            print(f"left out after training, they cost more than they save: {', '.join(map(visible, left))}")
+            print(f"left out after training, since they cost more than they save: {', '.join(map(visible, left))}")
         print(_outcome(frontier.at(max_accuracy_drop=drop), records, drop))
     return branched
 
 
 def _outcome(point: OperatingPoint, records: ExitRecords, drop: float) -> str:
-    """Whether exits pay on this model, in two lines."""
+    """Whether exits pay off on this model, in two lines."""
     accuracy, cost = records.best_case()
-    best = f"best case, leaving at the first right exit: {accuracy:.2%} at {cost:.1%} of the MACs"
+    best = f"best case, leaving at the first correct exit: {accuracy:.2%} at {cost:.1%} of the MACs"
     if 1 - point.macs_fraction <= drop:
-        end = "not answering some samples would save as much. Take the original, or a smaller model"
+        end = "giving no prediction for some samples would save as much. Use the original, or a smaller model"
         return f"{best}\nno-go: trained, exits save {1 - point.macs_fraction:.1%} at a drop of {drop:.1%}; {end}"
-    return f"{best}\ntrained: {point}; whether a smaller model is cheaper, ee.verdict tells"
+    return f"{best}\ntrained: {point}; ee.verdict compares it with a smaller model"
 
 
 def from_pretrained(
@@ -208,26 +205,25 @@ def from_pretrained(
     other_base: bool = False,
     own_base: bool = False,
 ) -> EarlyExitModel:
-    """Load an adapter onto its base. Whoever wrote it: what is read is bounded and checked, and nothing is executed.
+    """Load an adapter onto its base. Adapters are untrusted: data is bounded and checked, and nothing is executed.
 
     Args:
         source: a folder written by `save_pretrained`, or a repository on the Hub such as `user/name`.
-        model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
-            left out. Where the folder holds a base of its own, a copy of `model` takes those weights.
-        sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
-        output: which part of the base's answer the logits are, as for `augment`; the adapter's own when left out.
+        model: the base; by default created by timm or transformers from the id in the adapter, with pretrained
+            weights. If the folder has its own base weights, they are loaded into a copy of `model`.
+        sample: an example input, as for `augment`; needed if random inputs of the right shapes are not valid.
+        output: which part of the base's output the logits are, as for `augment`; by default as stored.
         revision: branch, tag or commit of the repository.
-        token: to read a private one; by default the one stored by `hf auth login`, or `HF_TOKEN`.
+        token: for a private repository; by default the one stored by `hf auth login`, or `HF_TOKEN`.
         cache_dir: where downloads are kept.
-        local_files_only: take what is in the cache, as `HF_HUB_OFFLINE=1` does.
-        other_base: take a base with other weights than the branches were trained on, or one that computes something
-            else with them, with a warning; kept in `provenance`. Nothing that was measured holds for it: calibrate
-            again.
-        own_base: expect an adapter that brings the weights of its base along (`train(joint=True)`): another model than
-            the one it is named after. Without it such an adapter loads with a warning.
+        local_files_only: use only the cache, as with `HF_HUB_OFFLINE=1`.
+        other_base: accept a base with other weights than the branches were trained on, or one that computes something
+            different with them, with a warning; recorded in `provenance`. No measurement holds for it: calibrate again.
+        own_base: expect an adapter with its own base weights (`train(joint=True)`), which differ from the published
+            model. Without it, such an adapter loads with a warning.
     Raises:
-        HubError: the repository cannot be had.
-        AdapterError: a file is missing, damaged or larger than it may be, or the base cannot be made from its id.
+        HubError: the repository cannot be downloaded.
+        AdapterError: a file is missing, damaged or too large, or the base cannot be created from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
     found = load(
@@ -251,13 +247,13 @@ def from_pretrained(
 
 
 def _points(graph: ModelGraph, config: AdapterConfig, same: bool) -> tuple[ExitPoint, ...]:
-    """The exit points of an adapter in this very model.
+    """The exit points of an adapter in this model.
 
     Args:
-        same: whether the base is the one that the adapter belongs to.
+        same: whether the base is the adapter's own.
     Raises:
-        ExitPointError: there is none of a name.
-        AdapterError: features there are of another kind than stated, or exits come twice or out of order.
+        ExitPointError: an exit point does not exist.
+        AdapterError: its features differ from those stated, or exits are repeated or out of order.
     """
     points = tuple(graph[exit.name] for exit in config.exits)
     for stored, point in zip(config.exits, points, strict=True):

@@ -30,11 +30,11 @@ class Model:
     library: Literal["timm", "transformers", "cifar10"] = "timm"
     pretrained: bool = True
     checkpoint: str = ""
-    """Weights file for a timm model, in place of its pretrained ones."""
+    """Weights file for a timm model, instead of its pretrained ones."""
     num_classes: int | None = None
-    """Of a timm model, where not its own."""
+    """Of a timm model, if different from its own."""
     image_size: int | None = None
-    """Side of the pictures for a timm model, where not its own."""
+    """Side of the images for a timm model, if different from its own."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -42,22 +42,22 @@ class Source:
     """The data. A part of it is a split, `test`, or a range of one in a fixed random order, `test[:50%]`."""
 
     source: str = ""
-    """Data set on the Hub, folder of pictures or parquet files, folder of npz files, or `synthetic`; as `--data`."""
+    """Data set on the Hub, folder of images or parquet files, folder of npz files, or `synthetic`; as `--data`."""
     train: str = "train"
     calibrate: str = "test[:50%]"
     """Neither trained on nor reported."""
     test: str = "test[50%:]"
     image: str = ""
-    """Column of the pictures; the first one of that type when left out."""
+    """Column of the images; by default the first of that type."""
     label: str = ""
-    """Column of the classes; the first one of that type when left out."""
+    """Column of the classes; by default the first of that type."""
     augment: bool = False
-    """Vary the training pictures."""
+    """Augment the training images."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Operate:
-    """One way to choose the operating point that is evaluated and saved; none: never leave early."""
+    """How to choose the operating point that is evaluated and saved; without any, no early exit."""
 
     max_accuracy_drop: float | None = None
     budget: float | None = None
@@ -65,25 +65,25 @@ class Operate:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Recipe:
-    """All settings. What a preset says holds where nothing else is given."""
+    """All settings; those of a preset apply unless overridden."""
 
     model: Model
     data: Source = field(default_factory=Source)
     preset: str | None = None
     exits: int | str | list[str] | None = None
-    """`auto`: by search, for the accuracy drop under `operate`, or one point."""
+    """`auto`: by search, for the accuracy drop in `operate`, by default one point."""
     placement: str | None = None
     branch: str | ee.BranchSpec | list[str] | None = None
     joint: bool = False
-    """Train the original along, on a copy."""
+    """Also train the original, on a copy."""
     train: ee.TrainConfig = field(default_factory=ee.TrainConfig)
     operate: Operate = field(default_factory=Operate)
     out: str = "runs/train"
-    """Folder of the adapter, the report and the numbers of each epoch, `log.jsonl`."""
+    """Folder of the adapter, the report and the metrics of each epoch, `log.jsonl`."""
     push: str | None = None
     """Repository on the Hub."""
     log_with: list[str] = field(default_factory=list)
-    """More trackers that Accelerate knows, such as `tensorboard`."""
+    """Additional trackers of Accelerate, such as `tensorboard`."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,9 +99,9 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a YAML file.
 
     Args:
-        changes: settings that win over the file's, such as `train.epochs=2`.
+        changes: settings that override the file's, such as `train.epochs=2`.
     Raises:
-        ConfigError: the file cannot be read, a name is unknown or missing, or a value is of another type.
+        ConfigError: the file cannot be read, a name is unknown or missing, or a value has the wrong type.
     """
     try:
         given = yaml.load(path.read_text(), _Loader)

@@ -194,7 +194,7 @@ def model_hazards() -> Iterator[Hazard]:
     yield from each("sample.shape", (torch.zeros(0, 3, 8, 8), torch.zeros(3), torch.zeros(())), inspect,
                     DATA, "batch dimension")  # fmt: skip
     yield from each("sample.size", (torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 1, 1)), inspect,
-                    DATA, "does not take a sample of shape")  # fmt: skip
+                    DATA, "does not accept a sample of shape")  # fmt: skip
     yield Hazard("sample: bytes", lambda: inspect(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), DATA, "bytes")
     yield Hazard("sample: none", inspect, DATA, "sample=torch.randn")
 
@@ -306,7 +306,7 @@ def preset_hazards() -> Iterator[Hazard]:
         yield Hazard(f"{registry.kind}: near", near, NAME, registry.kind)
         yield Hazard(f"{registry.kind}: list", partial(registry.__getitem__, [first]), NAME, registry.kind)
         taken = partial(lambda registry, first: registry.register(first)(None), registry, first)
-        yield Hazard(f"{registry.kind}: twice", taken, CONFIG, "registered already")
+        yield Hazard(f"{registry.kind}: twice", taken, CONFIG, "already registered")
         yield Hazard(f"{registry.kind}: no name", partial(registry.register, None), CONFIG, "under a name")
 
 
@@ -733,7 +733,7 @@ def _pictures(kind: str) -> str:
 
 CLI: dict[str, tuple[str, str]] = {
     "inspect no_such_model": ("DataError", "timm.list_models"),
-    "inspect {here}/a_file": ("DataError", "Cannot make"),
+    "inspect {here}/a_file": ("DataError", "Cannot create"),
     "augment test_resnet --random-weights --out {here}/x --exits 2.5": ("ExitPointError", "'2.5'"),
     "augment test_resnet --random-weights --out {here}/x --exits 0": ("ExitPointError", "exits must be"),
     "augment test_resnet --random-weights --out {here}/x --exits -1": ("ExitPointError", "exits must be"),
@@ -746,9 +746,9 @@ CLI: dict[str, tuple[str, str]] = {
     "augment test_resnet --out {here}/a_file": ("ConfigError", "is a file"),
     "augment test_resnet --random-weights --out {here}/x --max-accuracy-drop 2": ("ConfigError", "max_accuracy_drop"),
     "augment test_resnet --random-weights --out {here}/x --exits auto": ("ConfigError", "calibrate="),
-    "augment test_resnet --random-weights --out {here}/x --train {here}/nothing": ("DataError", "no pictures"),
-    "augment test_resnet --random-weights --out {here}/x --train {here}/a_file": ("DataError", "no pictures"),
-    "augment test_resnet --checkpoint {here}/none.pt --out {here}/x": ("DataError", "Cannot make"),
+    "augment test_resnet --random-weights --out {here}/x --train {here}/nothing": ("DataError", "no images"),
+    "augment test_resnet --random-weights --out {here}/x --train {here}/a_file": ("DataError", "no images"),
+    "augment test_resnet --checkpoint {here}/none.pt --out {here}/x": ("DataError", "Cannot create"),
     "augment test_resnet --random-weights --out {here}/x --train {damaged} --unlabelled": ("DataError", "0.png"),
     "calibrate {here}/nothing --data {here}": ("HubError", "nothing"),
     "calibrate {here}/a_file --data {here}": ("HubError", "a_file"),

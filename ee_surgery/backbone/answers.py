@@ -31,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LogitsPlace:
-    """Where in an answer the logits are; no steps where the answer is the logits."""
+    """The place of the logits in an output; no steps if the output is the logits."""
 
     steps: tuple[Step, ...] = ()
 

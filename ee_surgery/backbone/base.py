@@ -1,4 +1,4 @@
-"""One face for timm, transformers and plain torch models: how to call one, what it answers, who it is."""
+"""A common interface to timm, transformers and plain torch models: calls, outputs, identity."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def digest(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a backbone is, so that the same one can be found again."""
+    """The identity of a backbone, to find the same one again."""
 
     library: Library
     model_id: str
@@ -193,7 +193,7 @@ class Backbone:
         self._flat = not self.headless and self._one_is_flat()
 
     def __call__(self, inputs: Inputs) -> Output:
-        """The original's own answer in eval mode, through its own forward: nothing of this package runs inside."""
+        """The original's own output in eval mode, through its own forward, without code of this package."""
         arguments = {self.input_names[0]: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         return self.call(arguments, self.state().model)
 
@@ -228,7 +228,7 @@ class Backbone:
         return [] if self._first is None else self._first.signature.differences()
 
     def accept(self) -> None:
-        """Take the model as it is now for the one that `altered` compares with."""
+        """Make the current model the reference for `altered`."""
         self._first = self.state()
 
     def _read(self) -> State:
@@ -290,7 +290,7 @@ class Backbone:
 
     @property
     def channels(self) -> int | None:
-        """Of the pictures that the model takes; None for other inputs."""
+        """Channels of the images that the model takes; None for other inputs."""
         main = next(iter(tensors(self.sample).values()))
         return main.shape[1] if main.ndim == 4 else None
 
@@ -303,7 +303,7 @@ class Backbone:
         return found[None] if found.ndim == 1 else found
 
     def answer(self, logits: Tensor) -> Output:
-        """Put logits into the type that the original answers with."""
+        """Wrap logits in the original's output type."""
         if self.headless:
             return _head_answer(logits) if self.library == "transformers" else logits
         return self._place.wrap(logits[0] if self._flat and len(logits) == 1 else logits)

@@ -1,4 +1,4 @@
-"""What goes into a model: one tensor, or several by name, each with the batch in a dimension of its own."""
+"""Model inputs: one tensor, or several by name, each with its own batch dimension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ee_surgery.errors import DataError
 Inputs: TypeAlias = Tensor | Mapping[str, Any]
 """The model's one input, or its keyword arguments: tensors, and options such as `interpolate_pos_encoding=True`."""
 Arguments: TypeAlias = dict[str, Any]
-"""Inputs in their normal form: by name, the main one first, nothing that is None."""
+"""Normalized inputs: by name, the main one first, without None."""
 
 _SAMPLES = 4  # export specialises a batch of 1; verifying a cut takes some that stay and some that leave
 

@@ -1,4 +1,4 @@
-"""What a branch is: features of one exit in, logits and an optional confidence out."""
+"""Branches: features of one exit in, logits and an optional confidence out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Option = int | float | str | bool
 
 
 class ExitLogits(NamedTuple):
-    """What one exit says about a batch."""
+    """Outputs of one exit for a batch."""
 
     logits: Tensor
     """Shape (B, C)."""
@@ -35,7 +35,7 @@ class ExitLogits(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedBranch:
-    """What a branch needs for inputs of one size, dtype and device; its model keeps it as long as it knows such."""
+    """Branch state for one input signature (shape, dtype, device); cached with the program for that signature."""
 
     macs: int
     """Of one sample."""
@@ -133,7 +133,7 @@ class Branch(nn.Module, ABC):
         return features.to(own)
 
     def answer(self, vector: Tensor) -> ExitLogits:
-        """What the linear layers make of a vector (B, width)."""
+        """The linear layers on a vector (B, width)."""
         confidence = self.confidence(vector).squeeze(-1) if self.confidence is not None else None
         return ExitLogits(self.classifier(vector), confidence)
 
@@ -146,7 +146,7 @@ class Branch(nn.Module, ABC):
         return PreparedBranch(self.macs(point.shape))
 
     def resolved_options(self) -> Mapping[str, Option]:
-        """Options that build this very branch again, where it made up its mind by itself."""
+        """Resolved options: pass them to rebuild this exact branch."""
         return {}
 
 
@@ -220,7 +220,7 @@ def build(
 
 
 def _check_size(make: Callable[[], nn.Module], spec: BranchSpec) -> None:
-    """Measure a branch before it takes any memory.
+    """Check the size of a branch on the meta device.
 
     Raises:
         ConfigError: it is far larger than any that saves something.

@@ -18,23 +18,23 @@ from ee_surgery.graph.segments import Segment
 from ee_surgery.graph.shortcut import Key, find_shortcut, key, named, pieces, within
 
 BUDGET = 0.25
-"""Share of the original's MACs that a shortcut may cost where nothing else is said."""
+"""Default largest cost of a shortcut as a fraction of the original's MACs."""
 
 
 @BRANCHES.register("shortcut")
 class ShortcutBranch(Branch):
-    """Copies of some of the remaining blocks, from the original's own weights on, to its own head.
+    """Copies of some of the remaining blocks and of the head, initialized with the original's weights.
 
-    From the exit the features jump over blocks to one that takes tensors of the same kind, and so on to the logits.
-    Where the original has BatchNorm, the copies have it, with statistics of their own.
+    From the exit, the features skip blocks to one that takes tensors of the same shape, and so on to the logits.
+    Copies of BatchNorms have their own statistics.
 
     Args:
         graph: of the original.
-        budget: the largest share of the original's MACs that it may cost.
-        blocks: names of the blocks to keep, separated by blanks, beside those that cannot be jumped over; in place of
-            a budget.
+        budget: largest cost as a fraction of the original's MACs.
+        blocks: names of the blocks to keep, separated by spaces, besides those that cannot be skipped; instead of a
+            budget.
     Raises:
-        BranchError: the shortest way costs more than the budget, or the original has no head to copy.
+        BranchError: the shortest path costs more than the budget, or the original has no head to copy.
     """
 
     reads_all: ClassVar[bool] = True
@@ -50,9 +50,9 @@ class ShortcutBranch(Branch):
         graph: ModelGraph,
     ) -> None:
         super().__init__(point, num_classes, confidence, num_classes)
-        self.classifier = nn.Identity()  # the original's own comes with its tail
+        self.classifier = nn.Identity()  # the copied tail includes the original's classifier
         if graph.head is not None:
-            raise BranchError(f"No shortcut in {graph.backbone.model_id}: it has no head of its own to copy.")
+            raise BranchError(f"No shortcut in {graph.backbone.model_id}: it has no head to copy.")
         budget, blocks = positive("budget", budget), None if blocks is None else str(blocks)
         given = pieces(graph, point)
         if blocks is None:
@@ -60,13 +60,13 @@ class ShortcutBranch(Branch):
             if kept is None:
                 least = sum(piece.macs for piece in given if not piece.optional) / graph.macs
                 raise BranchError(
-                    f"The shortest way from {point.name!r} to the logits costs {least:.1%} of the MACs, more than "
+                    f"The shortest path from {point.name!r} to the logits costs {least:.1%} of the MACs, more than "
                     f"the budget of {budget:.1%}: choose a later exit, a larger budget or another branch."
                 )
         else:
             kept = named(given, blocks.split())
         self.blocks = [piece.name for piece in kept if piece.optional]
-        """Names of the blocks it keeps of those that it could jump over."""
+        """Names of the blocks it keeps although they could be skipped."""
         self.weights = nn.Module()
         model = graph.backbone.model
         tables = dict(model.named_parameters(remove_duplicate=False)) | dict(
@@ -77,7 +77,7 @@ class ShortcutBranch(Branch):
         self._ways: WeakValueDictionary[Key, _Way] = WeakValueDictionary()
 
     def prepare(self, graph: ModelGraph, point: ExitPoint) -> PreparedBranch:
-        """Make the way run for inputs as this graph was read for."""
+        """Build the shortcut for inputs like those of this graph."""
         found = find_shortcut(graph, point, named(pieces(graph, point), self.blocks))
         learned = set(found.learned)
 
@@ -92,11 +92,11 @@ class ShortcutBranch(Branch):
         return {"blocks": " ".join(self.blocks)}
 
     def forward(self, *live: Tensor) -> ExitLogits:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """All tensors that cross the exit, in the graph's order, to logits (B, C)."""
+        """All live tensors at the exit, in the graph's order -> logits (B, C)."""
         return self.answer(self.vector(*live))
 
     def vector(self, *live: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Logits, which are the vector that a confidence unit reads: (B, C)."""
+        """Logits (B, C), which are also the input of a confidence unit."""
         way = self._way(live)
         if way.first.mutates:
             live = tuple(tensor.clone() for tensor in live)
@@ -105,19 +105,19 @@ class ShortcutBranch(Branch):
         return live[0]
 
     def _way(self, live: tuple[Tensor, ...]) -> _Way:
-        # from references, at once: another thread may be adding a size
+        # from a snapshot of references: another thread may be adding a size
         ways = [way for reference in self._ways.valuerefs() if (way := reference()) is not None]
-        if len(ways) == 1:  # for one size of inputs only
+        if len(ways) == 1:  # only one input size so far
             return ways[0]
         for way in ways:
             if (found := self._ways.get(key(live, way.first.axes))) is not None:
                 return found
         raise BranchError(
-            f"A shortcut runs only behind its original, but is not ready for {[tuple(t.shape) for t in live]}."
+            f"A shortcut runs only inside its model, but is not prepared for {[tuple(t.shape) for t in live]}."
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Stages are functions over these very tables: a copy is prepared anew.
+        # Stages are functions over these tensors: a copy must be prepared again.
         return {name: value for name, value in self.__dict__.items() if name != "_ways"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class ShortcutBranch(Branch):
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """What runs inputs of one size; kept by the models that run such inputs, and gone with the last of them."""
+    """What runs inputs of one size; referenced by the programs of such inputs, and freed with the last of them."""
 
     first: Segment
     """Takes what crosses the exit."""
@@ -135,7 +135,7 @@ class _Way:
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """A copy of a tensor under its dotted name; a parameter as one that learns."""
+    """Register a copy of a tensor under its dotted name; parameters become trainable."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:

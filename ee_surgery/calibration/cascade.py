@@ -12,7 +12,7 @@ from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 
 
 def tail_accuracy(score: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Accuracy over the samples that score at least d, for every d that occurs.
+    """Accuracy over the samples with a score of at least d, for every score d that occurs.
 
     >>> score, correct = torch.tensor([0.9, 0.5, 0.5, 0.2]), torch.tensor([True, True, False, False])
     >>> [values.tolist() for values in tail_accuracy(score, correct)][1:]
@@ -37,14 +37,14 @@ def tail_accuracy(score: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor, Tenso
 def accuracy_drop_rule(
     records: ExitRecords, drop: float, score: str = "max_prob", min_tail: float = 0.01
 ) -> OperatingPoint:
-    """Each exit alone: the lowest threshold whose tail is within `drop` of that exit's best tail.
+    """Per exit, the lowest threshold whose tail is within `drop` of that exit's best tail.
 
-    `drop` is relative to each exit's own best tail, not to the original: what the cascade really loses is in
-    `accuracy_drop` of the result. Use `Frontier` to ask for a realised drop.
+    `drop` is relative to each exit's own best tail, not to the original: the actual loss of the cascade is
+    `accuracy_drop` of the result. Use `Frontier` to ask for that instead.
 
     Args:
         drop: accepted degradation in [0, 1]; 0.01 is one percentage point.
-        min_tail: smallest share of the samples that may count as a tail, lest a few lucky ones set the standard.
+        min_tail: smallest share of the samples that counts as a tail: smaller ones may have a high accuracy by chance.
     Source: Berestizshevsky & Even, arXiv:1805.10982, section 3, which has no minimum tail.
     """
     instance("records", records, ExitRecords)
@@ -55,12 +55,12 @@ def accuracy_drop_rule(
 
 
 def lowest_good(score: Tensor, outcome: Tensor, drop: float, min_tail: float, standard: float | None = None) -> float:
-    """The lowest threshold whose tail is within `drop` of the standard; `inf` where there is none.
+    """The lowest threshold whose tail is within `drop` of the standard; `inf` if there is none.
 
     Args:
         score, outcome: (N,), of one exit.
         min_tail: fewest samples that count as a tail.
-        standard: an accuracy; that of the best tail when left out.
+        standard: an accuracy; by default that of the best tail.
     """
     candidates, accuracy, count = tail_accuracy(score, outcome)
     enough = count >= max(1, min_tail)

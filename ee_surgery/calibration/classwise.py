@@ -1,4 +1,4 @@
-"""A threshold for each exit and each class that it may name."""
+"""One threshold per exit and predicted class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ee_surgery.task import TaskNames, require
 @fitted("classwise")
 @dataclass(frozen=True, eq=False, repr=False)
 class ClassThresholds(FittedScore):
-    """By how much the largest softmax probability is above the threshold of its class; leave from 0 on."""
+    """The largest softmax probability minus the threshold of its class; a sample leaves at 0 or above."""
 
     tasks: ClassVar[TaskNames] = ("classification",)
 
@@ -36,16 +36,16 @@ class ClassThresholds(FittedScore):
 
 
 def class_thresholds(records: ExitRecords, drop: float, min_tail: int = 20) -> OperatingPoint:
-    """The rule of the softmax cascade for each class that an exit names: the lowest threshold within `drop`.
+    """The rule of the softmax cascade per predicted class: the lowest threshold within `drop`.
 
     A tail counts as good when its accuracy is within `drop` of the best tail of the whole exit.
 
     Args:
         drop: accepted degradation in [0, 1].
-        min_tail: fewest samples that may count as a tail of one class; a class named more rarely never leaves.
+        min_tail: fewest samples that count as a tail of one class; a class predicted more rarely never leaves.
     Source: the per-class variant in the code of Berestizshevsky & Even (arXiv:1805.10982), also in CalexNet
-        (arXiv:2509.08318), with the standard of the exit in place of each class's own, which for a class that the exit
-        does not know would be its own low best.
+        (arXiv:2509.08318), with the best tail of the exit as the standard instead of each class's own, which is low for
+        a class that the exit does not recognize.
     """
     instance("records", records, ExitRecords)
     drop, min_tail = accuracy_drop("drop", drop), count("min_tail", min_tail)

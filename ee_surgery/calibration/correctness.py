@@ -1,4 +1,4 @@
-"""How likely an exit is right, from all that is known there: a small logistic regression an exit."""
+"""Estimated probability that an exit is correct: a small logistic regression per exit."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ee_surgery.policies.scores import FittedScore, State, fitted, precise
 from ee_surgery.task import CLASSIFICATION, Task, TaskNames
 
 _LIMIT = 15.0
-_RIDGE = 100.0  # in samples: how many it takes to move a weight on a standardised feature
+_RIDGE = 100.0  # in samples: how many it takes to change a weight on a standardized feature
 
 
 def exit_features(logits: Tensor, state: State, task: Task = CLASSIFICATION) -> tuple[Tensor, State]:
-    """What is known at one exit, as features (B, D), and what the next one needs of it.
+    """Features of one exit, (B, D), and the state for the next exit.
 
-    Log-odds of the first class against the others, their square, the lead over the second class, the entropy; and from
-    the second exit on: the log-odds that the exit before gave this class, whether it agreed, its own log-odds, and for
-    how many exits the answer has stood. Of an answer of several choices, their means.
+    Log-odds of the predicted class, their square, the margin over the second class, the entropy; and from the second
+    exit on: the previous exit's log-odds of this class, whether it agreed, the log-odds of its own prediction, and the
+    number of consecutive exits with this prediction. For an answer of several choices, their means.
     """
     log_p = task.log_probabilities(precise(logits))  # (B, options), or (B, choices, options)
     top = log_p.topk(2, -1)
@@ -43,19 +43,19 @@ def exit_features(logits: Tensor, state: State, task: Task = CLASSIFICATION) -> 
 
 
 def _odds(log_p: Tensor) -> Tensor:
-    """log p / (1 - p), within limits that float32 tells apart."""
+    """log p / (1 - p), clipped to what float32 can resolve."""
     return (log_p - torch.log1p(-log_p.exp().clamp_max(1 - 1e-7))).clamp(-_LIMIT, _LIMIT)
 
 
 @fitted("chance")
 @dataclass(frozen=True, eq=False, repr=False)
 class ChanceOfBeingRight(FittedScore):
-    """The estimated probability, as log-odds, that an exit is right, given its answer and the one before."""
+    """Estimated log-odds that an exit is correct, given its logits and the previous exit's."""
 
     tasks: ClassVar[TaskNames] = None
 
     weights: tuple[Tensor, ...]
-    """One vector (D + 1,) an exit, the constant last; an entry for the original's own head may follow."""
+    """One vector (D + 1,) per exit, the constant last; optionally one more for the original's head."""
 
     stateful: ClassVar[bool] = True  # it reads the answers of the exits before
 
@@ -67,7 +67,7 @@ class ChanceOfBeingRight(FittedScore):
         exit_index: int,
         task: Task = CLASSIFICATION,
     ) -> tuple[Tensor, State]:
-        """Log-odds (B,) of being right."""
+        """Log-odds (B,) of being correct."""
         features, state = exit_features(logits, state, task)
         weights = self.weights[exit_index].to(features.dtype)
         return features @ weights[:-1] + weights[-1], state
@@ -83,7 +83,7 @@ class ChanceOfBeingRight(FittedScore):
         return cls(tuple(weights))
 
     def probabilities(self, records: ExitRecords) -> NDArray[np.float64]:
-        """Of all K exits being right, (K, N)."""
+        """Probabilities that each of the K exits is correct, (K, N)."""
         rows, state = [], ()
         for k, logits in enumerate(records.recorded_logits()):
             score, state = self(logits, None, state, k, records.task)
@@ -92,9 +92,9 @@ class ChanceOfBeingRight(FittedScore):
 
 
 def chances(records: ExitRecords) -> NDArray[np.float64]:
-    """The chance that each exit's answer is right, given how sure it is and how sure all before it were, (K, N).
+    """The probability that each exit is correct, given its own confidence and that of earlier exits, (K, N).
 
-    An exit is asked about samples that those before it were unsure of, which are harder than its own confidence tells.
+    An exit sees samples that earlier exits were not confident about; they are harder than its own confidence suggests.
     """
     task, rows = records.task, []
     known = [exit_features(logits, (), task)[0].nan_to_num(nan=0.0) for logits in records.recorded_logits()]
@@ -118,7 +118,7 @@ def logistic(x: NDArray[np.float64], y: NDArray[np.float64], steps: int = 12) ->
     mean, scale = x.mean(0), x.std(0).clip(1e-6)
     design = np.concatenate([(x - mean) / scale, np.ones((len(x), 1))], 1)
     penalty = np.full(design.shape[1], _RIDGE)
-    penalty[[0, -1]] = 1.0  # a trace of it: all right or all wrong has no finite solution without
+    penalty[[0, -1]] = 1.0  # a little penalty: without it, all correct or all wrong has no finite solution
     w = np.zeros(design.shape[1])
     for _ in range(steps):
         p = 1 / (1 + np.exp(-(design @ w).clip(-30, 30)))

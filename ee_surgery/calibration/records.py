@@ -1,4 +1,4 @@
-"""What every exit answered on held-out data: the ground that thresholds are chosen on."""
+"""Logits of every exit on held-out data, on which thresholds are chosen."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Replay(NamedTuple):
-    """Where each recorded sample would leave, and what that gives."""
+    """Where each recorded sample would leave, with the results."""
 
     exit_index: Tensor
     """int64, shape (N,)."""
@@ -105,7 +105,7 @@ class ExitRecords:
     confidence: Tensor | None = None
     """Confidence logits of the branches, float32, shape (K - 1, N)."""
     chained: bool = False
-    """Whether each branch reads the answers of those before it, which then all have to run."""
+    """Whether each branch reads the outputs of earlier ones, which then all have to run."""
     task: Task = CLASSIFICATION
     """What the answers are; also by its name in `TASKS`."""
     outcomes: Tensor = None  # pyright: ignore[reportAssignmentType]
@@ -138,7 +138,7 @@ class ExitRecords:
                 f"{None if self.labels is None else len(self.labels)} labels."
             )
         if n == 0:
-            raise DataError("Records of no samples: the data that was handed in is empty.")
+            raise DataError("Records of no samples: the data is empty.")
         if list(self.trunk_macs) != sorted(self.trunk_macs) or not self.trunk_macs[-1]:
             raise DataError(f"trunk_macs must rise to the cost of the whole original, got {self.trunk_macs}.")
         outcomes = self.outcomes
@@ -201,7 +201,7 @@ class ExitRecords:
 
     @property
     def base_macs(self) -> int:
-        """Of the original alone."""
+        """MACs of the original alone."""
         return self.trunk_macs[-1]
 
     @property
@@ -240,17 +240,17 @@ class ExitRecords:
         return torch.stack(rows)
 
     def replay(self, policy: ThresholdPolicy) -> Replay:
-        """Decide on the recorded answers as a routed run would: same exits, nothing recomputed.
+        """Decide on the records as a routed run would: same exits, nothing recomputed.
 
         Raises:
-            ConfigError: it is no policy, or one for another number of exits.
+            ConfigError: not a policy, or one for a different number of exits.
         """
         instance("policy", policy, ThresholdPolicy)
         if len(policy.thresholds) != len(self.exits):
             raise ConfigError(f"The policy has {len(policy.thresholds)} thresholds, these records {len(self.exits)}.")
         scores, last = self.scores(policy.score), len(self.exits)
         leaves = (scores >= torch.tensor(policy.thresholds, dtype=torch.float32)[:, None]) & (scores > -torch.inf)
-        # of several that would let a sample go, the first; a row of ones at the end takes what is left
+        # the first exit that is reached; a row of ones at the end takes the remaining samples
         exit_index = torch.cat([leaves, leaves.new_ones(1, len(self))]).int().argmax(0)
         answer_index = exit_index
         visits = policy.visits(self.chained)
@@ -333,7 +333,7 @@ class ExitRecords:
         return replace(self, logits=None, recorded={**found, CERTAINTY: self.certainty})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file; whole or not at all.
+        """Write a safetensors file atomically.
 
         Raises:
             WriteError: it cannot be written.
@@ -386,7 +386,7 @@ CERTAINTY = "certainty"
 
 
 def replay_point(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:
-    """Replay a policy on records and state what it gives."""
+    """Replay a policy on records; the operating point with its results."""
     instance("records", records, ExitRecords)
     replay = records.replay(policy)
     n, k = len(records), len(records.exits) + 1

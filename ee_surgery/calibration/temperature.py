@@ -18,12 +18,12 @@ from ee_surgery.task import CLASSIFICATION, Task, TaskNames
 @fitted("temperature")
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaledScore(FittedScore):
-    """A named score of logits divided by their exit's temperature, so that one threshold means the same everywhere."""
+    """A registered score of logits divided by their exit's temperature: a threshold means the same at every exit."""
 
     tasks: ClassVar[TaskNames] = None
 
     temperatures: tuple[float, ...]
-    """One an exit; the original's own may follow."""
+    """One per exit; optionally one more for the original."""
     score: str = "max_prob"
 
     def __call__(
@@ -39,7 +39,7 @@ class ScaledScore(FittedScore):
 
 
 def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledScore:
-    """Fit one temperature an exit by the likelihood of the labels, within [0.05, 20].
+    """Fit one temperature per exit by maximum likelihood of the labels, within [0.05, 20].
 
     Source: Guo et al., ICML 2017, arXiv:1706.04599.
     """
@@ -47,7 +47,7 @@ def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledS
 
     instance("records", records, ExitRecords)
     word("score", score)
-    SCORES[score]  # a name that is known
+    SCORES[score]  # raises for an unknown name
     found, task = [], records.task
     for logits in records.recorded_logits():
         whole = task.finite(logits)
@@ -61,7 +61,7 @@ def scale_temperatures(records: ExitRecords, score: str = "max_prob") -> ScaledS
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their samples.
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by the number of samples.
 
     Args:
         confidence: (N,) in [0, 1]; `correct`: bool (N,).

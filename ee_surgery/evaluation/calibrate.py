@@ -1,4 +1,4 @@
-"""Calibrate: every trade-off between accuracy and cost that the branches of a model reach on held-out data."""
+"""Calibrate: the frontier of accuracy and cost of a branched model on held-out data."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def calibrate(
     class_map: ClassMap | None = None,
     policy: str | None = None,
 ) -> Frontier:
-    """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
+    """Find the frontier of accuracy and cost of the branches, and keep it on the model.
 
-    Nothing leaves early until `branched.operate(...)` picks one of them.
+    No sample leaves early until `branched.operate(...)` picks a point of it.
 
     Args:
         data: held out: neither what trained the branches nor what will be reported; its labels as for `record`.

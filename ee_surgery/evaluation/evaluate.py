@@ -1,4 +1,4 @@
-"""Evaluate a branched model as it stands: routed, its original beside it."""
+"""Evaluate a branched model with early exit, and its original on the same samples."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a branched model does on data, by running it as it stands: samples really leave."""
+    """Results of a branched model on data, run with early exit."""
 
     accuracy: float
     """In [0, 1]; agreement with the original when there were no labels."""
     original_accuracy: float
-    """Of the original on the same samples; 1.0 when there were no labels."""
+    """Accuracy of the original on the same samples; 1.0 if there were no labels."""
     agreement: float
     """Share of the samples given the same class as by the original; of several labels, of these."""
     macs_fraction: float
-    """Mean MACs, branches visited included, by the original's."""
+    """Mean MACs per sample, including every branch visited, as a fraction of the original's."""
     exits: tuple[str, ...]
     """Names, the original's head (`original`) last."""
     exit_shares: tuple[float, ...]
     exit_accuracies: tuple[float | None, ...]
-    """Of the samples that left at each exit; None where none did."""
+    """Accuracy on the samples that left at each exit; None if there were none."""
     samples: int
     labelled: bool
     measure: str = "accuracy"
@@ -71,11 +71,10 @@ def evaluate(
 ) -> Evaluation:
     """Run a branched model, routed, and its original on the same samples; with an accelerator as `record` does.
 
-    The result is kept in `branched.provenance["evaluation"]`, with the operating point that it is of: the model card
-    states it.
+    The result is kept in `branched.provenance["evaluation"]` with its operating point, for the model card.
 
     Args:
-        data: its labels as for `record`; samples labelled -100 count nowhere.
+        data: labels as for `record`; samples labelled -100 are ignored.
         class_map: as for `record`.
     Raises:
         DataError: as for `record`.

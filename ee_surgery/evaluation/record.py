@@ -1,4 +1,4 @@
-"""Record what every exit answers on held-out data."""
+"""Record the logits of every exit on held-out data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(
     """Run every exit on every sample, nobody leaving, and keep what they answer.
 
     With an accelerator, its processes share the work: call it in all of them. Each ends with all records, in the order
-    of the data. Without one, this process does all of it, whatever the others do.
+    of the data. Without one, this process does all of it.
 
     Args:
         data: held out: neither what trained the branches nor what will be reported. Without labels, the
@@ -41,7 +41,7 @@ def record(
             class numbers, names or WordNet ids.
     Raises:
         DataError: no samples, labels for some batches only, labels that are no classes of the model, or that the
-            original surely knows nothing about (see `strangers`).
+            original clearly knows nothing about (see `strangers`).
     """
     instance("branched", branched, EarlyExitModel)
     logits: list[Tensor] = []
@@ -80,7 +80,7 @@ def record(
 def all_or_none(labelled: int, batches: int) -> None:
     """Refuse labels for some batches only, and no batches at all."""
     if not batches:
-        raise DataError("No batches: the data that was handed in is empty (or an iterator that was used up).")
+        raise DataError("No batches: the data is empty (or an iterator that was already used up).")
     if labelled not in (0, batches):
         raise DataError(f"{labelled} of {batches} batches have labels: give them for all samples or for none.")
 
@@ -94,13 +94,13 @@ def labelled_rows(counts: Tensor) -> Tensor:
 
 
 def home(branched: EarlyExitModel) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype that inputs go to."""
+    """Device and dtype for inputs."""
     weight = next(branched.branches.parameters())
     return weight.device, weight.dtype
 
 
 def processes(branched: EarlyExitModel, accelerator: Accelerator | None) -> Processes:
-    """Those that share the work; the model is moved to where this one works."""
+    """The processes of an accelerator; moves the model to this process's device."""
     if accelerator is not None:
         from accelerate import Accelerator
 

@@ -1,4 +1,4 @@
-"""Shortcuts: ways from an exit to the logits that jump over blocks of the rest of the program.
+"""Shortcuts: paths from an exit to the logits that skip blocks of the rest of the program.
 
 A jump leads from one position to another whose live tensors have the same shapes, types and batch axes: what runs there
 cannot tell the difference, but for the values.
@@ -33,14 +33,14 @@ class Piece:
     """Its calls are those from `start` up to `stop` in program order."""
     macs: int
     optional: bool
-    """Ends as it begins, so that a shortcut may jump over it."""
+    """Ends with the live tensors it begins with, so that a shortcut may skip it."""
 
 
 TAIL = "tail"
 
 
 def pieces(graph: ModelGraph, point: ExitPoint) -> list[Piece]:
-    """What comes behind an exit, in order, the tail last."""
+    """The pieces after an exit, in order, the tail last."""
     ends = [point, *(p for p in graph.blocks if p.index > point.index and p.macs_fraction < 1)]
     found: list[Piece] = []
     i = 0
@@ -114,7 +114,7 @@ def _alike(left: Sequence[fx.Node], right: Sequence[fx.Node], graph: ModelGraph)
 
 def _same(a: fx.Node, b: fx.Node, graph: ModelGraph) -> bool:
     axis, x, y = graph.liveness.axis[a], a.meta["val"], b.meta["val"]
-    # without an axis a tensor belongs to all samples: nobody knows what another one means
+    # a tensor without an axis belongs to all samples, and need not mean the same at another position
     return axis is not None and axis == graph.liveness.axis[b] and x.dtype == y.dtype and x.shape == y.shape
 
 

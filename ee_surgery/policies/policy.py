@@ -1,4 +1,4 @@
-"""When to leave: a score, and one threshold an exit."""
+"""When to leave: a score, and one threshold per exit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Fallback = Literal["last", "most_confident"]
 
 
 class Decision(NamedTuple):
-    """What a policy says at one exit."""
+    """Decisions of a policy at one exit."""
 
     score: Tensor
     """Shape (B,)."""
@@ -40,12 +40,12 @@ class ThresholdPolicy:
     at no threshold, -inf included.
 
     Raises:
-        ConfigError: a threshold that is no number, or another setting that is unknown.
+        ConfigError: a threshold is not a number, or another setting is unknown.
         UnknownNameError: no such score.
     """
 
     thresholds: tuple[float, ...]
-    """One for each branch, in program order; `inf` closes an exit."""
+    """One per branch, in program order; `inf` closes an exit."""
     score: str | FittedScore = "max_prob"
     """A registered name, or a score that was fitted on records."""
     fallback: Fallback = "last"
@@ -75,7 +75,7 @@ class ThresholdPolicy:
 
     @cached_property
     def closed(self) -> bool:
-        """True when nothing can leave early."""
+        """Whether no sample can leave early."""
         return all(tau == NEVER for tau in self.thresholds)
 
     def to(self, device: torch.device) -> ThresholdPolicy:
@@ -101,11 +101,11 @@ class ThresholdPolicy:
         return leaves, score, state
 
     def check(self, classes: int, units: Sequence[bool], chained: bool = False) -> None:
-        """Try it on made-up answers: a score that cannot work is refused before samples come.
+        """Run it on made-up logits, to refuse a score that cannot work before any samples are run.
 
         Args:
             classes: C.
-            units: for each branch, whether it has a confidence unit.
+            units: whether each branch has a confidence unit.
             chained: whether each branch reads the answers of those before it.
         Raises:
             OperatingPointError: not a threshold for each branch, or the score does not take such answers.

@@ -1,4 +1,4 @@
-"""How sure an exit is of its answer. Every score grows with confidence.
+"""Scores of the confidence of an exit. Every score grows with confidence.
 
 A score takes one exit's logits (B, C), its confidence logit (B,) or None, and the state it carried from the exit
 before (a tuple of tensors with the batch first, empty at the first exit). It gives the score (B,) and the new state.
@@ -68,16 +68,16 @@ class FittedScore(ABC):
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # pyright: ignore[reportArgumentType]
 
     def to_dict(self) -> dict[str, Any]:
-        """Its kind and fields; tensors as they are."""
+        """Its kind and fields, tensors unchanged."""
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FittedScore:
-        """What `to_dict` gave; lists, which JSON makes of tuples, are tuples again."""
+        """The inverse of `to_dict`; lists, which JSON has instead of tuples, become tuples."""
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"}
         return FITTED_SCORES[data["kind"]](**values)
 
-    def __repr__(self) -> str:  # tensors are nothing to look at
+    def __repr__(self) -> str:  # tensors are not worth printing
         return self.kind
 
 
@@ -87,7 +87,7 @@ FITTED_SCORES: Registry[type[FittedScore]] = Registry("fitted score")
 
 
 def fitted(kind: str) -> Callable[[F], F]:
-    """Decorator that files a dataclass under `kind` in `FITTED_SCORES`."""
+    """Decorator that registers a dataclass under `kind` in `FITTED_SCORES`."""
 
     def add(cls: F) -> F:
         cls.kind = kind
@@ -136,7 +136,7 @@ class ScoreOf:
         logits = precise(logits)
         if confidence is not None:
             confidence = precise(confidence)
-            confidence = confidence + (confidence - confidence)  # infinity less itself is NaN
+            confidence = confidence + (confidence - confidence)  # infinity minus infinity is NaN
         if self.named is not None:
             score, state = self._call(logits, confidence, state)
         else:

@@ -35,7 +35,7 @@ class Program:
     """Of each stage, whether the modules that it was captured from are as they were."""
 
     def run(self, inputs: Sequence[Tensor], whole: bool = True) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
-        """What every branch reads, a new head last, and the original's answer, nobody leaving; without gradients.
+        """Features of every branch, a new head last, and the original's output, without early exit or gradients.
 
         Args:
             whole: run the last stage, too; else there is no answer.

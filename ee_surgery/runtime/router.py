@@ -39,7 +39,7 @@ class ExitOutput(NamedTuple):
 
     @property
     def macs_fraction(self) -> Tensor:
-        """float64, shape (B,): `macs` by the original's."""
+        """float64, shape (B,): `macs` as a fraction of the original's."""
         return self.macs.double() / self.original_macs
 
 

@@ -1,4 +1,4 @@
-"""Do the stages of a program give the original's own logits, whoever leaves? And if not, which module is to blame?"""
+"""Check that the stages of a program give the original's logits whichever samples leave; else name the module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def verify(program: Program, backbone: Backbone, batch: Batch) -> None:
 def _verify(program: Program, backbone: Backbone, batch: Batch) -> None:
     with torch.no_grad():
         whole = backbone.logits(backbone(batch.arguments))
-        # Each half alone: whatever one half tells the other is missed there.
+        # Run each half separately, so any leakage between samples shows up as a difference.
         for half in ([3, 1], [0, 2]):
             rows = torch.tensor(half, device=batch.device)
             live = program.stages[0](*batch.select(rows).tensors)
@@ -97,7 +97,7 @@ def _close(expected: Tensor, seen: Tensor) -> bool:
 
 
 def _suspect(backbone: Backbone, batch: Batch) -> str:
-    """What is to blame, as far as running the original again tells: twice alike, and each sample alone."""
+    """Find the module responsible by running the original again: twice the same, and each sample alone."""
     model = twin(backbone.state().model)  # one for all calls: what it keeps between them would show
     together, again = _calls(backbone, model, batch), _calls(backbone, model, batch)
     for name, call in together.items():
@@ -121,7 +121,7 @@ def _suspect(backbone: Backbone, batch: Batch) -> str:
                     "cannot leave such a batch; make that code look at one sample at a time."
                 )
     return (
-        "Running it again and sample by sample shows no module to blame. Possible causes: samples that are not "
+        "Running it again and sample by sample shows no module responsible. Possible causes: samples that are not "
         "independent of each other, a tensor shared across the cut in a way that the graph does not show, or code that "
         "torch.export reads otherwise than eager mode runs it. Choose other exit points."
     )

@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file, bounded in size and depth.
 
     Raises:
-        AdapterError: it is missing, no regular file, too large, no JSON, or no object.
+        AdapterError: it is missing, not a regular file, too large, no JSON, or no object.
     """
     try:
         return read_object(path)
@@ -26,10 +26,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path) -> None:
-    """Write nothing that could not be read again.
+    """Refuse to write a file that would be too large to read.
 
     Raises:
         AdapterError: the file is too large.
     """
     if (size := path.stat().st_size) > JSON_LIMIT:
-        raise AdapterError(f"{path.name} would take {size:,} bytes; {JSON_LIMIT:,} at most are read again.")
+        raise AdapterError(f"{path.name} would have {size:,} bytes; at most {JSON_LIMIT:,} can be read again.")

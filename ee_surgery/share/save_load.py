@@ -201,7 +201,7 @@ def load(
     Args:
         hub: `token`, `cache_dir`, `local_files_only`.
     """
-    folder = path("source", source, hint="A folder that save_pretrained wrote, or a repository such as user/name.")
+    folder = path("source", source, hint="A folder written by save_pretrained, or a repository such as user/name.")
     local = folder.is_dir()
     if not local:
         folder = fetch(str(source), revision=revision, **hub)
@@ -212,7 +212,9 @@ def load(
     if sample is None:
         sample = make_inputs(config.inputs, config.options)
     if unknown := sorted(set(config.opaque) - {name for name, _ in model.named_modules()}):
-        raise AdapterError(f"{folder} keeps modules {unknown[:5]} whole, which {type(model).__name__} does not have.")
+        raise AdapterError(
+            f"{folder} keeps modules {unknown[:5]} whole, but {type(model).__name__} does not have them."
+        )
     place = config.output if output is None else output
     backbone = Backbone(model, sample, config.opaque, config.head_classes, place, config.task)
     calibrated = frontier is not None or config.operating_point is not None
@@ -221,8 +223,8 @@ def load(
     if (differ := _difference(config, backbone)) is not None:
         if not other_base:
             raise FingerprintError(" ".join(differ))
-        told = f"{differ[0]} other_base=True: what was measured does not hold, calibrate again."
-        warnings.warn(told, SurgeryWarning, stacklevel=3)
+        message = f"{differ[0]} other_base=True: earlier measurements do not hold, calibrate again."
+        warnings.warn(message, SurgeryWarning, stacklevel=3)
         provenance.pop("evaluation", None)
         provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
     state = AdapterState(
@@ -249,8 +251,8 @@ def _base(
         return model
     if not expected:
         warnings.warn(
-            f"{source} is another model than {config.base.hub_id or config.base.model_id!r}: it brings the weights "
-            "of its base along, and these answer. own_base=True says that this is expected.",
+            f"{source} does not use the published {config.base.hub_id or config.base.model_id!r}: it has its own base "
+            "weights, which will be used. Pass own_base=True if you expect this.",
             SurgeryWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""The training loop: frozen original, learning branches, one or many processes through Accelerate."""
+"""The training loop: frozen original, trained branches, one or many processes through Accelerate."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class _Run:
             )
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
         self.dtype = next(branched.branches.parameters()).dtype
-        """Of the branches when they run, and of what the model takes."""
+        """Of the branches when they run, and of the model's inputs."""
         if validation is None and config.validation and is_samples(data) and isinstance(data, Sized) and len(data) > 1:
             held = max(1, round(len(data) * config.validation))
             parts = [len(data) - held, held]
@@ -166,14 +166,14 @@ class _Run:
         read = _unread if config.teach == "original" else labels
         self.batches = ShardedBatches(batches, self.processes, read)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
-        """A pass over the data."""
+        """Steps per pass over the data."""
         if self.steps is None and config.max_steps is None and config.schedule != "constant":
             raise DataError(
                 "The training data has no length: set TrainConfig(max_steps=...), or schedule='constant' and warmup=0."
             )
         lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
         self.total = min((length for length in lengths if length is not None), default=0)
-        """Steps of the whole training; 0 where that is not known."""
+        """Steps of the whole training; 0 if unknown."""
         self.validation = None
         if validation is not None:
             self.validation = ShardedBatches(loader(validation, config.batch_size), self.processes, read)
@@ -193,7 +193,7 @@ class _Run:
         self.console = Console(quiet=not self.processes.main)
 
     def _start(self, ending: ExitStack) -> None:
-        """Make what learns and what it reads; `ending` puts back what has to be, however training ends."""
+        """Create learner, optimizer and data source; `ending` restores state, however training ends."""
         ending.callback(self._narrow)
         self._widen()
         branched, joint, config = self.branched, self.joint, self.config
@@ -323,7 +323,7 @@ class _Run:
         self.loss_sum += value
 
     def _gradients(self, batches: list[Batch], total: int) -> tuple[bool, float]:
-        """Gradients of one step; whether they are finite, and the loss."""
+        """Compute the gradients of one step; returns whether they are finite, and the loss."""
         value = 0.0
         for batch in batches:
             loss = self._loss(batch) * (batch.counted / total)
@@ -355,7 +355,7 @@ class _Run:
         )
 
     def _answers(self, branch_batch: BranchBatch) -> tuple[list[ExitLogits], Tensor]:
-        """What the branches, and the original or a new head, answer in training."""
+        """Logits of the branches, and of the original or a new head, in training."""
         plain = self.processes.number == 1 and branch_batch.total > 1
         one_batch = nullcontext() if plain else GlobalBatchNorm(self.processes, branch_batch.own, branch_batch.total)
         with self.accelerator.autocast(), one_batch:
@@ -383,7 +383,7 @@ class _Run:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _progress(self) -> float:
-        """Share of the training that is done; 0 where its length is not known."""
+        """Fraction of the training that is done; 0 if its length is unknown."""
         return self.all_steps / self.total if self.total else 0.0
 
     def _at_the_end(self) -> bool:
@@ -441,7 +441,7 @@ class _Run:
             )
 
     def _check_validation(self, labels: Labels) -> None:
-        """Look at the first labels of the validation data now, not when the first epoch is over."""
+        """Check the first labels of the validation data now, not after the first epoch."""
         if self.validation is None or isinstance(self.validation.batches, Iterator):
             return
         before = checkpoint.random_state()
@@ -518,7 +518,7 @@ class _Run:
         )
 
     def _restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; from one that does not fit, nothing is taken."""
+        """Resume from a checkpoint; if it does not fit, change nothing."""
         before = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
         try:
             self._take(state)
@@ -544,7 +544,7 @@ class _Run:
 
 
 def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
-    """Its parameters and buffers in half precision, each with its type."""
+    """Parameters and buffers in half precision, each with its dtype."""
     found = [*module.parameters(), *module.buffers()]
     return [(tensor, tensor.dtype) for tensor in found if tensor.dtype in (torch.float16, torch.bfloat16)]
 
@@ -565,7 +565,7 @@ def _unread(labels: Tensor, rows: int) -> None:
 
 
 def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation; the number of processes may."""
+    """Settings that must not change when resuming; the number of processes may."""
     settings = {**asdict(config), "mixed_precision": precision}  # not "auto", which another machine answers otherwise
     for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers", "cache_gb"):
         settings.pop(free)
@@ -575,6 +575,6 @@ def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, iden
     return {**settings, "joint": joint, "fingerprint": identity.base.fingerprint, "exits": exits, "steps": steps}
 
 
-_ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
+_ENSEMBLE_SAMPLES = 10_000  # tens of parameters per head need no more
 _NUMBERS = {"no": "float32", "bf16": "bfloat16"}
 _COUNTERS = ("epoch", "step", "all_steps", "taken", "skipped", "in_a_row", "samples", "loss_sum")

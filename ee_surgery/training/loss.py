@@ -1,4 +1,4 @@
-"""The loss of one batch, as a training's settings say."""
+"""The loss of one batch, according to the training settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
 
 
 def relative_costs(branched: EarlyExitModel) -> Tensor:
-    """MACs of leaving at each of the K exits, every branch on the way asked, as fractions of never leaving, (K,)."""
+    """MACs of leaving at each of the K exits, with every branch visited, as fractions of never leaving, (K,)."""
     costs = exit_costs(branched.trunk_macs, branched.branch_macs, [True] * len(branched.branches))
     return torch.tensor(costs) / costs[-1]
 
 
 def require_labels(labels: Tensor | None, config: TrainConfig, new_head: bool) -> None:
-    """Before anything learns: are there labels where they are needed?
+    """Check before training that there are labels if they are needed.
 
     Raises:
         DataError: there are none.

@@ -1,4 +1,4 @@
-"""Losses of multi-exit training: pure functions of what the exits answered."""
+"""Losses of multi-exit training: pure functions of the logits of all exits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ee_surgery.task import CLASSIFICATION, Task
 
 
 class Answers(NamedTuple):
-    """One batch, as all exits see it."""
+    """The logits of all exits on one batch, with labels and costs."""
 
     exits: list[ExitLogits]
     """Of the K - 1 branches."""
@@ -32,7 +32,7 @@ class Answers(NamedTuple):
 
     @property
     def learning(self) -> list[Tensor]:
-        """Logits of the exits that learn: the branches', and the original's where it does."""
+        """Logits of the trained exits: the branches', and the original's if it is trained."""
         return [*(exit.logits for exit in self.exits), *([self.original] if self.original.requires_grad else [])]
 
 
@@ -46,7 +46,7 @@ class ObjectiveSettings(Protocol):
 
     @property
     def exit_weights(self) -> tuple[float, ...] | str:
-        """One an exit, or a rule."""
+        """One per exit, or a rule."""
         ...
 
     @property
@@ -56,7 +56,7 @@ class ObjectiveSettings(Protocol):
 
     @property
     def survivor(self) -> float | None:
-        """Threshold of the soft exits that weigh samples; None for equal weights."""
+        """Threshold of the soft exits that weight samples; None for equal weights."""
         ...
 
 
@@ -101,7 +101,7 @@ WeightRule: TypeAlias = Literal["uniform", "falling", "linear", "ramp"]
 
 
 def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: float = 0.0) -> Tensor:
-    """One weight per exit, scaled to sum 1, shape (L,) like `costs`.
+    """One weight per exit, scaled to sum to 1, shape (L,) like `costs`.
 
     >>> exit_weights("linear", torch.tensor([0.25, 0.5, 1.0])) * 6
     tensor([1., 2., 3.])
@@ -114,7 +114,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
         costs: of leaving at each of the exits that learn, fractions of the whole.
         progress: share of the training that is done.
     Raises:
-        ConfigError: a rule of no known name, not one for each exit, a negative one, or all zero.
+        ConfigError: an unknown rule, not one per exit, a negative weight, or all zero.
     """
     n = len(costs)
     if weights == "uniform":
@@ -135,7 +135,7 @@ def final_only(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Loss of the original's own answer (v6 of PTEENet): trains the original before any branch is there.
 
     Raises:
-        ConfigError: the original does not learn.
+        ConfigError: the original is frozen.
     """
     if not answers.original.requires_grad:
         raise ConfigError("The objective 'final_only' teaches the original alone, which is frozen: use joint=True.")
@@ -157,7 +157,7 @@ def kd(answers: Answers, config: ObjectiveSettings) -> Tensor:
 
 
 def mixture(answers: Answers) -> tuple[list[Tensor], list[Tensor]]:
-    """What the network answers, and costs, when each exit is taken with the probability its confidence gives.
+    """The network's prediction and cost if each exit is taken with the probability given by its confidence.
 
     P_K = p_K, P_k = c_k p_k + (1 - c_k) P_{k+1} and T_K = 1, T_k = c_k t_k + (1 - c_k) T_{k+1}, in log space.
 
@@ -227,7 +227,7 @@ _SOFTNESS = 0.05  # of the soft exits, in units of probability
 
 
 def survivor_weights(answers: Answers, threshold: float) -> Tensor:
-    """How likely each sample gets to each exit, scaled to mean 1 at every exit: (K, B), without gradient.
+    """Probability that each sample reaches each exit, scaled to mean 1 per exit: (K, B), without gradient.
 
     prod_{j<k} (1 - s_j), where s_j is the confidence of exit j, or where it has no confidence unit
     sigmoid((max p_j - threshold) / 0.05).
@@ -235,7 +235,7 @@ def survivor_weights(answers: Answers, threshold: float) -> Tensor:
     Source: survivor weighting of CalexNet (arXiv:2509.08318), which states the product and leaves s open.
     """
     with torch.no_grad():
-        there = [torch.zeros_like(answers.original[:, 0])]  # in log space: a batch may be all but gone
+        there = [torch.zeros_like(answers.original[:, 0])]  # in log space: nearly all samples may have left
         for exit in answers.exits:
             top = answers.task.certainty(exit.logits)
             leaves = exit.confidence if exit.confidence is not None else (top - threshold) / _SOFTNESS

@@ -1,4 +1,4 @@
-"""What training did, epoch by epoch."""
+"""Results of training, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training data gave."""
+    """Results of one pass over the training data."""
 
     epoch: int
     loss: float
-    """Mean over the steps that were taken; NaN when none was."""
+    """Mean over the steps taken; NaN if there were none."""
     accuracies: tuple[float, ...]
     """Of each branch and the original on the validation split; empty without one."""
     seconds: float
     skipped: int
-    """Steps left out because their loss or gradient was not finite."""
+    """Steps skipped because their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What training did."""
+    """Results of a training run."""
 
     exits: tuple[str, ...]
     model: EarlyExitModel = field(repr=False)
-    """What was trained: the model that was given, or with `joint=True` a new one."""
+    """The trained model: the one passed in, or with `joint=True` a new one."""
     epochs: list[Epoch] = field(default_factory=list)
 
     @property

@@ -230,7 +230,7 @@ def test_other_image_sizes_are_captured_once_and_those_the_model_refuses_say_so(
     assert len(branched.engine.programs) == 3
     fixed = ee.augment(original("hf-ViT"), 2, sample=BY_NAME["hf-ViT"].sample())
     fixed.operate(thresholds=2.0)
-    with pytest.raises(ee.CaptureError, match=r"does not take inputs of shape .*48, 48.*interpolate_pos_encoding"):
+    with pytest.raises(ee.CaptureError, match=r"does not accept inputs of shape .*48, 48.*interpolate_pos_encoding"):
         fixed(torch.randn(2, 3, 48, 48))
 
 

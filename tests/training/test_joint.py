@@ -84,7 +84,7 @@ def test_a_joint_base_is_saved_whole_and_loaded_onto_the_architecture(tmp_path: 
         torch.testing.assert_close(again.all_exits(x), trained.all_exits(x), rtol=0, atol=0)
         assert again.own_base
     assert all(torch.equal(p, before[n]) for n, p in skeleton.named_parameters())
-    with pytest.raises(ee.AdapterError, match="holds no tensor"):
+    with pytest.raises(ee.AdapterError, match="has no tensor"):
         ee.from_pretrained(folder, timm.create_model("test_vit", num_classes=5, img_size=32))
 
 
