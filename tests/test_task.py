@@ -309,7 +309,7 @@ def test_one_logit_is_refused_but_for_a_sigmoid() -> None:
 
 
 def test_a_sigmoid_at_the_end_is_refused_with_both_ways_out() -> None:
-    with pytest.raises(ee.CaptureError, match="goes into the sigmoid"):
+    with pytest.raises(ee.CaptureError, match="input of the sigmoid"):
         ee.augment(nn.Sequential(_timm(), nn.Sigmoid()).eval(), 1, sample=PIXELS[:2], task="multi_label")
 
 
