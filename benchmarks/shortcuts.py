@@ -52,7 +52,7 @@ def check(name: str) -> dict[str, Any]:
     for kept in ([], every):
         spec = ee.BranchSpec("shortcut", options={"blocks": " ".join(piece.name for piece in kept)})
         branched = ee.attach(graph, ExitPlan(graph.backbone.model_id, "by hand", (point,)), spec)
-        answer, original = branched.all_exits(**branched.sample)
+        answer, original = branched.all_exits(branched.sample)
         assert answer.shape == original.shape, (answer.shape, original.shape)
         if kept:
             error = (answer - original).abs().max() / original.abs().max().clamp_min(1e-6)

@@ -84,7 +84,9 @@ def image_subject(sizes: list[int]) -> Subject:
     torch.manual_seed(0)
     model = _AnyDtype(20).eval()
     branched = ee.augment(model, 2, branch="pool", sample=torch.randn(4, 3, 32, 32))
-    pictures = {size: torch.randn(POOL, 3, size, size).half().float() for size in sizes}  # exact in all dtypes
+    pictures: dict[int, Inputs] = {
+        size: torch.randn(POOL, 3, size, size).half().float() for size in sizes
+    }  # exact in all dtypes
     return _subject("ResNet-20", branched, pictures, (torch.float32, torch.float64, torch.float16))
 
 

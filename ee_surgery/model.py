@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_surgery.backbone.base import Output
-from ee_surgery.backbone.inputs import Inputs
+from ee_surgery.backbone.inputs import Arguments, Inputs
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.checks import instance, names
@@ -53,7 +53,7 @@ class EarlyExitModel(SharedModel):
         self.plan = plan
         self.specs = tuple(specs)
         self.branches = branches
-        self.sample = graph.backbone.sample
+        self.sample: Arguments = graph.backbone.sample
         """Inputs of the size it was augmented with: four samples, by name."""
         self.num_classes = graph.backbone.num_classes
         """How many classes it tells apart."""

@@ -144,7 +144,7 @@ class AdapterConfig:
             digests: of the original's tensors, when it got its branches.
         """
         backbone, plan = engine.backbone, engine.plan
-        costs = zip(plan.points, specs, engine.trunk_macs[:-1], engine.branch_macs, strict=True)
+        exits = zip(plan.points, specs, engine.trunk_macs[:-1], engine.branch_macs, strict=True)
         packages = ("ee-surgery", "torch", "timm", "transformers")
         inputs = {name: InputSpec.of(tensor) for name, tensor in tensors(backbone.sample).items()}
         return cls(
@@ -155,7 +155,7 @@ class AdapterConfig:
             head_classes=backbone.num_classes if backbone.headless else None,
             placement=plan.rule,
             base_macs=engine.trunk_macs[-1],
-            exits=tuple(AdapterExit(p.name, p.node, p.shape, p.layout, *rest) for p, *rest in costs),
+            exits=tuple(AdapterExit(p.name, p.node, p.shape, p.layout, spec, *macs) for p, spec, *macs in exits),
             operating_point=state.operating_point,
             label_names=backbone.label_names,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},

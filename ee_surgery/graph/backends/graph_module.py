@@ -99,6 +99,7 @@ class _Builder:
             self._batch = self.graph.call_function(_aten.sym_size.int, (source, dim))
             if times > 1:
                 self._batch = self.graph.call_function(operator.floordiv, (self._batch, times))
-        batch = fx.Proxy(self._batch)
-        found = sympy_interp(PythonReferenceAnalysis, {self.segment.capture.batch: batch}, size.node.expr)
+        symbols: dict[Any, Any] = {self.segment.capture.batch: fx.Proxy(self._batch)}
+        formula: Any = size.node.expr
+        found = sympy_interp(PythonReferenceAnalysis, symbols, formula)
         return found.node if isinstance(found, fx.Proxy) else int(found)
