@@ -57,7 +57,7 @@ class Registry(Mapping[str, T], Generic[T]):
             ConfigError: the name is taken, is not a non-empty string, or a property is unknown.
         """
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"The name of a {self.kind} must be a non-empty string, got {name!r}.")
+            raise ConfigError(f"The name to register as {self.kind} must be a non-empty string, got {name!r}.")
         for unknown in properties.keys() - self._defaults.keys():
             raise ConfigError(f"A {self.kind} has no property {unknown!r}. {suggest(unknown, self._defaults)}")
 
