@@ -20,10 +20,10 @@ from rich.table import Table
 _LINE = re.compile(r"import time: +(\d+) \| +\d+ \|( +)(\S+)")
 
 
-def load(code: str) -> tuple[Counter[str], Counter[str]]:
+def load(code: str) -> tuple[dict[str, float], Counter[str]]:
     """Seconds and modules of each top-level package that one run of `code` imports."""
     run = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True)
-    seconds, modules = Counter[str](), Counter[str]()
+    seconds, modules = defaultdict[str, float](float), Counter[str]()
     for own, _, name in _LINE.findall(run.stderr):
         package = name.partition(".")[0]
         seconds[package] += int(own) / 1e6
@@ -42,7 +42,7 @@ def main() -> None:
     modules, totals = Counter[str](), []
     for _ in range(options.runs):
         seconds, modules = load(options.code)
-        totals.append(seconds.total())
+        totals.append(sum(seconds.values()))
         for name, value in seconds.items():
             times[name].append(value)
     table = Table("package", "seconds", "modules", box=box.MARKDOWN)

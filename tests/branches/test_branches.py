@@ -97,7 +97,7 @@ def test_users_add_their_own() -> None:
         def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
             super().__init__(point, num_classes, confidence, 8 * 36)
 
-        def vector(self, features: torch.Tensor) -> torch.Tensor:
+        def vector(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             return features.flatten(1)
 
     try:

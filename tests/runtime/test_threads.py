@@ -128,7 +128,7 @@ def test_exits_are_disabled_in_one_asyncio_task_alone() -> None:
         await asyncio.sleep(0.005)
         return (await asyncio.to_thread(branched.predict, x)).exit_index
 
-    async def both() -> list[Tensor]:
+    async def both() -> tuple[Tensor, Tensor]:
         return await asyncio.gather(disabled(), usual())
 
     off, on = asyncio.run(both())
