@@ -113,10 +113,10 @@ def test_inputs_that_are_refused_are_told_from_those_that_are_taken(x: Tensor, m
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (BYTES, r"takes \(4, 3, 8, 8\) of torch.float32.*x\.float\(\) / 255"),
-        (torch.randn(2, 4, 3, 8, 8), r"takes \(16, 3, 8, 8\).*x\.flatten\(0, 1\)"),
-        (X.permute(0, 2, 3, 1), r"takes \(4, 3, 8, 8\).*x\.permute\(0, 3, 1, 2\)"),
-        (BYTES.permute(0, 2, 3, 1), r"takes \(4, 3, 8, 8\) of torch.float32.*permute.*255"),
+        (BYTES, r"accepts \(4, 3, 8, 8\) of torch.float32.*x\.float\(\) / 255"),
+        (torch.randn(2, 4, 3, 8, 8), r"accepts \(16, 3, 8, 8\).*x\.flatten\(0, 1\)"),
+        (X.permute(0, 2, 3, 1), r"accepts \(4, 3, 8, 8\).*x\.permute\(0, 3, 1, 2\)"),
+        (BYTES.permute(0, 2, 3, 1), r"accepts \(4, 3, 8, 8\) of torch.float32.*permute.*255"),
         (X[:, :1], "its images have 3 channels, not 1"),
         (torch.randn(4, 7), "Possible causes: .*sample="),
     ],

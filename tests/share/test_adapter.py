@@ -99,7 +99,7 @@ DAMAGE = {
     "no weights": (lambda f: (f / "ee_adapter.safetensors").unlink(), "missing or damaged"),
     "truncated config": (lambda f: _truncate(f / "config.json"), "missing or damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "missing or damaged"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "contains a list"),
     "a field gone": (lambda f: edit(f, lambda d: d.pop("exits")), "damaged: 'exits': Field required"),
     "other fingerprint": (
         lambda f: edit(f, lambda d: d["base"].update(fingerprint="0" * 64)),
