@@ -105,7 +105,7 @@ def realised(frontier: ee.Frontier, reported: ee.ExitRecords) -> dict[str, Any]:
     accuracies = np.array([replay.correct.double().mean().item() for replay in replays])
     order = np.argsort(costs, kind="stable")
     costs, accuracies = costs[order], accuracies[order]
-    guess = 1 / reported.logits.shape[-1]
+    guess = 1 / reported.recorded_logits().shape[-1]
     curve = np.interp(GRID, costs, accuracies, left=guess)
     found: dict[str, Any] = {"area": float(curve.mean()), "curve": curve, "base": reported.base_accuracy}
     found["cheapest"] = float(costs[0])

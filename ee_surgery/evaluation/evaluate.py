@@ -104,8 +104,8 @@ def evaluate(
             told = working.rows(target, shard.total).cpu()
             known.compare(working.rows(said, shard.total).cpu(), told)
             if task.measures:
-                answers = (working.rows(logits, shard.total).cpu() for logits in (output.logits, original))
-                whole.append((*answers, told))
+                routed = working.rows(output.logits, shard.total).cpu()
+                whole.append((routed, working.rows(original, shard.total).cpu(), told))
     all_or_none(labelled, len(found))
     known.settle()
     result = _summed_up(torch.cat(found), (*branched.exits, "original"), labelled > 0, task, whole)

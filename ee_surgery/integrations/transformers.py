@@ -138,7 +138,8 @@ class _EarlyExitForClassification(PreTrainedModel):
         model = cls(EarlyExitConfig.of(branched), branched)
         own, task = getattr(getattr(branched.backbone, "config", None), "problem_type", None), branched.task
         # what a pipeline makes of the logits
-        model.config.problem_type = own if own in task.problem_types else task.states
+        stated = own if own in task.problem_types else task.states
+        model.config.problem_type = stated  # pyright: ignore[reportAttributeAccessIssue]
         if train_config is not None:
             model.train_config = train_config
         return model

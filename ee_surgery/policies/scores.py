@@ -119,7 +119,8 @@ class ScoreOf:
         self.score = score
         tasks = SCORES.property(score, "tasks") if isinstance(score, str) else score.tasks
         require(f"The score {score!r}", tasks, task)
-        self._call: Any = for_task(score if self.named is None else self.named, task)
+        own = score if isinstance(score, FittedScore) else SCORES[score]
+        self._call: Any = for_task(own, task)
         self.stateful = score.stateful if isinstance(score, FittedScore) else _stateful(score)
         """Whether it needs every exit's answer, closed exits included."""
 

@@ -116,8 +116,10 @@ def _operate(model: ee.EarlyExitModel, kind: str) -> None:
 
 
 def own(kind: str) -> ee.EarlyExitModel:
-    """One to train: over a base of its own."""
-    return routed(kind).copy()
+    """One to train: over a base of its own, without an operating point."""
+    model = routed(kind).copy()
+    model.operate(None)
+    return model
 
 
 @pytest.fixture(params=["timm", "vit", "bert"])
