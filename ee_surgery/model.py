@@ -41,13 +41,9 @@ class EarlyExitModel(SharedModel):
     """
 
     def __init__(
-        self,
-        graph: ModelGraph,
-        plan: ExitPlan,
-        specs: Sequence[BranchSpec],
-        branches: BranchBank,
+        self, graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], branches: BranchBank,
         backend: str = "python",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.add_module("original", graph.backbone.model)  # its name in the state_dict; `backbone` everywhere else
         self.plan = plan
@@ -157,13 +153,8 @@ class EarlyExitModel(SharedModel):
             UnknownNameError: no such score.
             ConfigError: the score needs confidence units that the branches do not have.
         """
-        given = {
-            "max_accuracy_drop": max_accuracy_drop,
-            "budget": budget,
-            "risk": risk,
-            "thresholds": thresholds,
-            "point": point,
-        }
+        wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "risk": risk}
+        given = {**wanted, "thresholds": thresholds, "point": point}
         asked = [name for name, value in given.items() if value is not None and value is not _UNSAID]
         if len(asked) > 1 or (not asked and point is _UNSAID):
             raise OperatingPointError(
@@ -174,13 +165,11 @@ class EarlyExitModel(SharedModel):
             if value is not None and owner is None:
                 raise OperatingPointError(f"{name}= goes with {_GOES_WITH[name]}=, which was not given.")
         if thresholds is not None:
-            return self._set(
-                OperatingPoint.by_hand(thresholds, "max_prob" if score is None else score, len(self.branches))
-            )
+            score = "max_prob" if score is None else score
+            return self._set(OperatingPoint.by_hand(thresholds, score, len(self.branches)))
         if max_accuracy_drop is not None or budget is not None or risk is not None:
             if self.frontier is None:
                 raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
-            wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "risk": risk}
             point = self.frontier.at(**wanted, risk_of="disagreement" if risk_of is None else risk_of)
         return self._set(point)
 

@@ -26,7 +26,7 @@ from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
-from ee_surgery.presets import PRESETS
+from ee_surgery.presets import PRESETS, Preset
 from ee_surgery.search.exit_search import TRIED, prune_exits, search_exits
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load
@@ -121,13 +121,7 @@ def augment(
         return _by_search(
             graph, kinds, train, calibrate, config, calibrator, joint, max_accuracy_drop, seed, accelerator, class_map
         )
-    if isinstance(exits, ExitPlan):
-        plan = exits
-    elif method is not None and exits is None and placement is None:
-        plan = method.plan(graph)
-    else:
-        rule = placement or ("linear" if method is None else method.placement)
-        plan = place(graph, 3 if exits is None else exits, rule)
+    plan = _plan(graph, exits, placement, method)
     if branch is None:
         branch = "auto" if method is None else method.branches(plan.points)
     branched = attach(graph, plan, branch, seed=seed)
@@ -137,6 +131,18 @@ def augment(
     if calibrate is not None:
         calibrate_exits(branched, calibrate, method=calibrator, accelerator=accelerator, class_map=class_map)
     return branched
+
+
+def _plan(
+    graph: ModelGraph, exits: int | str | Sequence[str] | ExitPlan | None, placement: str | None, method: Preset | None
+) -> ExitPlan:
+    """The exits that were asked for; else those of a preset, or three."""
+    if isinstance(exits, ExitPlan):
+        return exits
+    if method is not None and exits is None and placement is None:
+        return method.plan(graph)
+    rule = placement or ("linear" if method is None else method.placement)
+    return place(graph, 3 if exits is None else exits, rule)
 
 
 def _by_search(

@@ -84,7 +84,7 @@ def _option(name: str, value: object) -> Option:
 
 
 class Branch(nn.Module, ABC):
-    """Base of all branches. A subclass builds a body that turns features into a vector of `width` numbers a sample.
+    """Base of all branches. A subclass builds a body that turns features into `width` numbers per sample.
 
     One that is `chained` also takes `previous=`, the `log_probs` of the branch before it, and returns its own.
 

@@ -324,7 +324,7 @@ class ExitRecords:
         )
 
     def without_logits(self, scores: Sequence[str] = ("max_prob",)) -> ExitRecords:
-        """The same records with these scores in place of the logits: K numbers a sample, whatever C is.
+        """The same records with these scores in place of the logits: K numbers per sample for any C.
 
         Searches over these scores find the same thresholds, but for outcomes that are not smoothed by the chance of
         being right; calibrators that read logits, and risks, are refused.

@@ -28,7 +28,7 @@ def record(
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
 ) -> ExitRecords:
-    """Run every exit on every sample, nobody leaving, and keep what they answer.
+    """Run every exit on every sample, without exiting, and record the outputs.
 
     With an accelerator, its processes share the work: call it in all of them. Each ends with all records, in the order
     of the data. Without one, this process does all of it.

@@ -155,11 +155,7 @@ def search_exits(
     specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
     config = instance("config", config or TrainConfig(), TrainConfig)
-    for name, data in (("train", train), ("held_out", held_out)):
-        if isinstance(data, Iterator):
-            raise DataError(
-                f"{name} is an iterator, which can be read only once: give a Dataset, a DataLoader or a list."
-            )
+    _check_repeatable(train=train, held_out=held_out)
     graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
     by_name = plain(points) is None
     tried = list(place(graph, points).points) if by_name else _spread(graph, count("points", points))
@@ -197,6 +193,19 @@ def search_exits(
         left_out=tuple(left_out),
         records=records,
     )
+
+
+def _check_repeatable(**given: Data) -> None:
+    """Refuse data that can be read only once.
+
+    Raises:
+        DataError: names it.
+    """
+    for name, data in given.items():
+        if isinstance(data, Iterator):
+            raise DataError(
+                f"{name} is an iterator, which can be read only once: give a Dataset, a DataLoader or a list."
+            )
 
 
 def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_drop: float = 0.01) -> EarlyExitModel:

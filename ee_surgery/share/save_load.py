@@ -74,7 +74,7 @@ class SharedModel(nn.Module):
         return Receipt(self._before, now, altered, self.own_base)
 
     def rebase(self) -> None:
-        """Declare the weights that the original has now a base of its own: receipts start here, and saves hold them.
+        """Make the current weights the new base: reset the receipt and store them on save.
 
         For a copy whose original was trained, `train(..., joint=True)`; never for an original that is shared.
         """
@@ -102,7 +102,7 @@ class SharedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, processor: Any = None, **card: Any) -> Path:
         """Write the adapter folder: branches, plan, operating points and a model card; never the original's weights.
 
-        Only a base of its own, which `train(..., joint=True)` made, is stored along. All files change at once or not at
+        Only the new base made by `train(..., joint=True)` is stored too. All files change at once or not at
         all. An adapter that is there already is replaced. Of several processes, the main one alone writes.
 
         Args:

@@ -22,7 +22,7 @@ from ee_surgery.graph.segments import Segment, statistics
 _aten = torch.ops.aten
 _nn = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
-# torch's own Python bindings of hot operators: the same kernels, about 2 us a call cheaper than the OpOverload.
+# torch's own Python bindings of hot operators: the same kernels, about 2 us per call cheaper than the OpOverload.
 _BUILTINS: dict[object, Callable[..., object]] = {
     _aten.conv2d.default: torch.conv2d,
     _aten.conv1d.default: torch.conv1d,
