@@ -17,6 +17,7 @@ from ee_surgery.graph.exit_points import AUTOCAST, ExitPoint, ModelGraph, has_au
 from ee_surgery.graph.features import NOTHING, Features, choose
 from ee_surgery.graph.last_call import refuse_probabilities
 from ee_surgery.graph.liveness import Liveness, analyse, live_out
+from ee_surgery.graph.nodes import op_name
 from ee_surgery.graph.shortcut import shortest
 from ee_surgery.task import Task
 
@@ -153,7 +154,7 @@ def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
     final = program.position.get(program.output, len(program.nodes))
     for path, i in last.items():
         # The parts of a split belong together: the position is after the last of them.
-        while i + 1 < len(program.nodes) and getattr(program.nodes[i + 1].target, "__name__", "") == "getitem":
+        while i + 1 < len(program.nodes) and op_name(program.nodes[i + 1]) == "getitem":
             i += 1
         if i < final:
             ends.setdefault(i, []).append(path)
