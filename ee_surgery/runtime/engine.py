@@ -132,6 +132,11 @@ class Engine:
             except Altered:  # noqa: PERF203 (once in a while)
                 state = self.backbone.state()
 
+    def sample_program(self) -> tuple[Program, Arguments]:
+        """The program of the sample's signature, and the sample."""
+        arguments = self.backbone.sample
+        return self.entry(arguments, self.backbone.dims(arguments)).program, arguments
+
     def _full_run(self, arguments: Arguments, program: Program) -> ExitOutput:
         logits = self.backbone.logits(self.backbone(arguments))
         if self.branches.head is not None and program.head is not None:
