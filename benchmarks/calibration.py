@@ -54,7 +54,7 @@ def main() -> None:
     console.print(f"{options.records or 'made up'}: {len(records)} samples, {len(records.exits)} exits, 1 thread")
 
     table = Table("policy", "seconds", "operating points", box=box.MARKDOWN)
-    for name in ee.POLICIES:
+    for name in ee.CALIBRATORS:
         if name == "learned" and records.confidence is None:
             continue
         started = time.perf_counter()

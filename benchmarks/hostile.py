@@ -108,12 +108,12 @@ def make_subjects(root: Path) -> dict[str, Subject]:
     subjects = {}
     for name, branched in {**made, "own base": own}.items():
         pixels = big if name == "own base" else x
-        policy = "eenet" if name == "scheduler" else "search"
+        method = "eenet" if name == "scheduler" else "search"
         with torch.no_grad():
             answered = branched.original(pixels)
             answered = getattr(answered, "logits", answered).argmax(1)
         labels = torch.where(torch.rand(len(pixels)) < 0.8, answered, y[: len(pixels)])  # something to trade off
-        frontier = ee.calibrate(branched, [(pixels, labels)], policy=policy)
+        frontier = ee.calibrate(branched, [(pixels, labels)], method=method)
         branched.operate(frontier[len(frontier) // 2])
         processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}) if name == "processor" else None
         folder = branched.save_pretrained(root / name.replace(" ", "_"), processor=processor)

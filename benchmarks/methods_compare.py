@@ -39,7 +39,7 @@ def compare(
     """
     done = {line["key"] for line in read(results)}
     method, seed = about["method"], about["seed"]
-    names = list(ee.POLICIES) if method == "ours" else [ee.PRESETS[method].policy]
+    names = list(ee.CALIBRATORS) if method == "ours" else [ee.PRESETS[method].method]
     for name in names:
         key = f"{method}/{name}/{seed}"
         if key in done or (name == "learned" and records.confidence is None):

@@ -48,7 +48,7 @@ def _summary(method: str, results: Path) -> str:
     """One line for papers.md: what the method gave here."""
     found = []
     for backbone, title in (("resnet56", "ResNet-56"), ("vit4", "the ViT"), ("mobilenetv2", "MobileNetV2")):
-        policy = ee.PRESETS[method].policy
+        policy = ee.PRESETS[method].method
         lines = [
             line
             for line in _whole(read(results / f"methods-{backbone}.jsonl"))
@@ -78,7 +78,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
             "train"]  # fmt: skip
     rows = []
     for method in ("ours", *ee.PRESETS):
-        policy = "search" if method == "ours" else ee.PRESETS[method].policy
+        policy = "search" if method == "ours" else ee.PRESETS[method].method
         found = groups.get((method, policy), [])
         if found:
             name = f"**ours** ({policy})" if method == "ours" else f"{method} ({policy})"
@@ -90,7 +90,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     yield "**Each method as its paper has it**, on the frozen original: its branches, exits, loss and policy."
     yield table(head, rows)
     rows = []
-    for policy in ee.POLICIES:
+    for policy in ee.CALIBRATORS:
         found = groups.get(("ours", policy), [])
         if found:
             name = f"**{policy}**" if policy in OURS else policy
@@ -103,7 +103,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     yield table(["", *head[2:-1], "calibration"], rows)
     areas = {
         policy: 100 * float(np.mean([line["area"] for line in groups["ours", policy]]))
-        for policy in ee.POLICIES
+        for policy in ee.CALIBRATORS
         if ("ours", policy) in groups
     }
     mine = max(OURS, key=lambda policy: areas.get(policy, 0.0))
@@ -141,9 +141,9 @@ def _plot(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path, title
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for method in ("ours", *ee.PRESETS):
-        policy = "search" if method == "ours" else ee.PRESETS[method].policy
+        policy = "search" if method == "ours" else ee.PRESETS[method].method
         _curve(left, groups.get((method, policy), []), method, method == "ours")
-    for policy in ee.POLICIES:
+    for policy in ee.CALIBRATORS:
         _curve(right, groups.get(("ours", policy), []), policy, policy in OURS)
     for (method, policy), found in groups.items():
         if policy == "static":

@@ -7,11 +7,12 @@ from ee_surgery.calibration.cascade import accuracy_drop_rule
 from ee_surgery.calibration.classwise import class_thresholds
 from ee_surgery.calibration.eenet import eenet_scheduler
 from ee_surgery.calibration.frontier import Frontier
-from ee_surgery.calibration.methods import POLICIES
+from ee_surgery.calibration.methods import CALIBRATORS
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.calibration.risk import RISKS, check_certificate, risk_control
 from ee_surgery.calibration.search import realised_drop
 from ee_surgery.calibration.temperature import scale_temperatures
+from ee_surgery.checks import renamed as _renamed
 from ee_surgery.data.batches import batches, unlabelled
 from ee_surgery.errors import (
     AdapterError,
@@ -56,10 +57,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BRANCHES",
+    "CALIBRATORS",
     "FITTED_SCORES",
     "OBJECTIVES",
     "PLACEMENTS",
-    "POLICIES",
     "PRESETS",
     "RISKS",
     "SCORES",
@@ -123,5 +124,12 @@ __all__ = [
     "unlabelled",
     "verdict",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "POLICIES":
+        return _renamed("ee.POLICIES", CALIBRATORS, "ee.CALIBRATORS", CALIBRATORS)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _register()  # with transformers, as soon as it is imported

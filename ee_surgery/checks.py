@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from torch import Tensor
 
-from ee_surgery.errors import ConfigError, SurgeryError
+from ee_surgery.errors import ConfigError, SurgeryError, SurgeryWarning
 from ee_surgery.registry import suggest
 
 T = TypeVar("T")
@@ -222,3 +223,21 @@ def optional(check: Callable[..., T]) -> Callable[..., T | None]:
         return None if value is None else check(name, value, **limits)
 
     return checked
+
+
+# --- old names
+
+
+def renamed(old: str, given: T | None, new: str, value: T) -> T:
+    """The value of an argument that has a new name; the old one, where it was given, wins with a warning.
+
+    Args:
+        old: name until now.
+        given: under the old name; None where it was not used.
+        new: name from now on.
+        value: under the new name.
+    """
+    if given is None:
+        return value
+    warnings.warn(f"{old} is now {new}; the old name goes in the next release.", SurgeryWarning, stacklevel=3)
+    return given

@@ -21,7 +21,7 @@ from torch import nn
 
 import ee_surgery as ee
 from ee_surgery.backbone.base import Backbone, make_model
-from ee_surgery.checks import accuracy_drop, count, positive
+from ee_surgery.checks import accuracy_drop, count, positive, renamed
 from ee_surgery.data.labels import class_numbers
 from ee_surgery.evaluation.latency import measure
 from ee_surgery.files import atomic_write
@@ -138,7 +138,8 @@ def augment(
 def calibrate(
     adapter: Adapter,
     data: Images,
-    policy: Annotated[str, typer.Option(help=f"How to choose thresholds: {', '.join(ee.POLICIES)}.")] = "search",
+    method: Annotated[str, typer.Option(help=f"How to choose thresholds: {', '.join(ee.CALIBRATORS)}.")] = "search",
+    policy: Annotated[str | None, typer.Option(hidden=True, help="Old name of --method.")] = None,
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
     batch_size: BatchSize = 64,
@@ -148,10 +149,11 @@ def calibrate(
 ) -> None:
     """Search thresholds on held-out pictures, and store the frontier and the operating point in the adapter folder."""
     with _errors():
+        method = renamed("--policy", policy, "--method", method)
         asked = _asked(max_accuracy_drop, budget)
         branched = _load(adapter, checkpoint, random_weights)
         pictures = _images(branched, data, unlabelled)
-        frontier = ee.calibrate(branched, pictures, policy=policy, batch_size=batch_size)
+        frontier = ee.calibrate(branched, pictures, method=method, batch_size=batch_size)
         try:
             if asked:
                 branched.operate(**asked)

@@ -336,7 +336,7 @@ class EarlyExitModel(nn.Module):
     # --- sharing
 
     def adapter_config(self) -> AdapterConfig:
-        """ReadAllLive about the branches that is not a tensor."""
+        """Everything about the branches that is not a tensor."""
         return AdapterConfig.of(
             identity=self._backbone.identity(self._before),
             inputs=self._backbone.sample,

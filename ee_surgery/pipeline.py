@@ -75,8 +75,8 @@ def augment(
         placement: rule for a number of exits: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
         branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit; with `exits="auto"`,
             one or several to choose among at each point, by default small ones and shortcuts; see `search_exits`.
-        preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and policy, in place of the
-            defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
+        preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and calibration, in place of
+            the defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
         joint: train the original along, on a copy; needs `train=`; see `train`.
         sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
             say what it takes.
@@ -114,7 +114,7 @@ def augment(
         known(branch)
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
     config = config or (TrainConfig() if method is None else method.config)
-    policy = "search" if method is None else method.policy
+    calibrator = "search" if method is None else method.method
     if searched:
         if train is None or calibrate is None or placement is not None:
             raise ConfigError(
@@ -122,7 +122,7 @@ def augment(
             )
         kinds = branch or (TRIED if method is None else method.branch)
         return _by_search(
-            graph, kinds, train, calibrate, config, policy, joint, max_accuracy_drop, seed, accelerator, class_map
+            graph, kinds, train, calibrate, config, calibrator, joint, max_accuracy_drop, seed, accelerator, class_map
         )
     if isinstance(exits, ExitPlan):
         plan = exits
@@ -138,7 +138,7 @@ def augment(
         report = train_branches(branched, train, config, joint=joint, accelerator=accelerator, class_map=class_map)
         branched = report.model
     if calibrate is not None:
-        calibrate_exits(branched, calibrate, policy=policy, accelerator=accelerator, class_map=class_map)
+        calibrate_exits(branched, calibrate, method=calibrator, accelerator=accelerator, class_map=class_map)
     return branched
 
 
@@ -148,7 +148,7 @@ def _by_search(
     train: Data,
     held_out: Data,
     config: TrainConfig,
-    policy: str,
+    calibrator: str,
     joint: bool,
     drop: float,
     seed: int,
@@ -176,7 +176,7 @@ def _by_search(
     branched = prune_exits(branched, records, drop)
     left = [name for name in found.plan.names if name not in branched.exits]
     branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    frontier = calibrate_exits(branched, thresholds, policy=policy, batch_size=size, **shared)
+    frontier = calibrate_exits(branched, thresholds, method=calibrator, batch_size=size, **shared)
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:

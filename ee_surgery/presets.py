@@ -1,12 +1,13 @@
-"""The methods of the papers by name: branches, placement, training and policy, as published."""
+"""The methods of the papers by name: branches, placement, training and calibration, as published."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ee_surgery.branches import BranchSpec
+from ee_surgery.branches import BRANCHES, BranchSpec
 from ee_surgery.branches.base import Option, grid
+from ee_surgery.checks import renamed
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.registry import Registry
@@ -26,8 +27,8 @@ class Preset:
     placement: str
     config: TrainConfig
     """The published protocol: long. `dataclasses.replace(preset.config, epochs=5)` shortens it."""
-    policy: str
-    """A name in `POLICIES`: how `calibrate` chooses thresholds."""
+    method: str
+    """A name in `CALIBRATORS`: how `calibrate` chooses thresholds."""
     joint: bool = False
     """Whether the paper trains the original along. A preset never does unless asked with `joint=True`."""
     token_options: Mapping[str, Option] = field(default_factory=dict)
@@ -40,11 +41,14 @@ class Preset:
     def branches(self, points: Sequence[ExitPoint]) -> list[BranchSpec]:
         """The branch for each exit point."""
         stand_in = replace(self.branch, name="token", options=self.token_options)
-        fits = [self.branch.name in _ANYWHERE or grid(point) is not None for point in points]
-        return [self.branch if good else stand_in for good in fits]
+        anywhere = self.branch.name == "auto" or BRANCHES[self.branch.name].any_layout
+        return [self.branch if anywhere or grid(point) is not None else stand_in for point in points]
 
+    @property
+    def policy(self) -> str:
+        """Old name of `method`."""
+        return renamed("Preset.policy", self.method, "Preset.method", "")
 
-_ANYWHERE = {"auto", "pool", "bnpool", "mlp", "token", "ztw"}
 
 PRESETS: Registry[Preset] = Registry("preset")
 
@@ -67,7 +71,7 @@ PRESETS.register("pteenet")(
         exits=10,
         placement="fine",
         config=_adam(objective="cumulative", cost_weight=0.9, epochs=30),
-        policy="learned",
+        method="learned",
     )
 )
 PRESETS.register("eenet")(
@@ -87,7 +91,7 @@ PRESETS.register("eenet")(
             epochs=150,
             milestones=(1 / 3, 2 / 3),
         ),
-        policy="eenet",
+        method="eenet",
         joint=True,
     )
 )
@@ -98,7 +102,7 @@ PRESETS.register("cascade")(
         exits=2,
         placement="linear",
         config=_sgd(objective="sum_ce", lr=0.005, epochs=20, milestones=(0.5,)),
-        policy="cascade",
+        method="cascade",
         token_options={"hidden": 64},
     )
 )
@@ -109,7 +113,7 @@ PRESETS.register("eenets")(
         exits=10,
         placement="fine",
         config=_adam(objective="cumulative", cost_weight=1.0, epochs=150, batch_size=32),
-        policy="learned",
+        method="learned",
         joint=True,
     )
 )
@@ -120,7 +124,7 @@ PRESETS.register("sdn")(
         exits=6,
         placement="linear",
         config=_adam(objective="sum_ce", epochs=25, schedule="step", milestones=(0.6,)),
-        policy="most_confident",
+        method="most_confident",
     )
 )
 PRESETS.register("ztw")(
@@ -130,7 +134,7 @@ PRESETS.register("ztw")(
         exits="all",
         placement="linear",
         config=_adam(objective="sum_ce", epochs=50, schedule="step", milestones=(0.3,)),
-        policy="shared",
+        method="shared",
     )
 )
 PRESETS.register("branchynet")(
@@ -140,7 +144,7 @@ PRESETS.register("branchynet")(
         exits=2,
         placement="linear",
         config=_adam(objective="weighted_ce", exit_weights="falling", epochs=100, batch_size=64, weight_decay=0.0),
-        policy="entropy",
+        method="entropy",
         joint=True,
     )
 )
@@ -151,7 +155,7 @@ PRESETS.register("msdnet")(
         exits=4,
         placement="linear",
         config=_sgd(objective="sum_ce", lr=0.1, epochs=300, batch_size=64),
-        policy="geometric",
+        method="geometric",
         joint=True,
     )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ee_surgery.errors import ConfigError, UnknownNameError
 
@@ -23,33 +23,57 @@ def suggest(name: str, known: Iterable[str]) -> str:
 class Registry(Mapping[str, T], Generic[T]):
     """An open table of named objects; registering a name twice is an error.
 
-    >>> HEADS = Registry("head")
-    >>> @HEADS.register("pool")
-    ... class Pool: ...
-    >>> HEADS["pool"].__name__
-    'Pool'
+    What the package must know of an object that the object itself cannot say is a property, stated where it is
+    registered, so that no list of names elsewhere has to be complete.
+
+    >>> HEADS = Registry("head", learns=True)
+    >>> @HEADS.register("mean", learns=False)
+    ... def mean(x): ...
+    >>> HEADS["mean"].__name__, HEADS.property("mean", "learns")
+    ('mean', False)
+
+    Args:
+        kind: what is registered, for errors.
+        defaults: the properties that may be stated, and what holds where they are not.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, **defaults: object) -> None:
         self.kind = kind
         self._items: dict[str, T] = {}
+        self._defaults = defaults
+        self._stated: dict[str, dict[str, object]] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str, **properties: object) -> Callable[[T], T]:
         """Decorator that files its argument under `name`.
 
+        Args:
+            name: not taken yet.
+            properties: of the object, as the registry documents them.
         Raises:
-            ConfigError: there is one of that name already, or it is no name.
+            ConfigError: there is one of that name already, it is no name, or there is no such property.
         """
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"A {self.kind} is registered under a name, not under {name!r}.")
+        for unknown in properties.keys() - self._defaults.keys():
+            raise ConfigError(f"A {self.kind} has no property {unknown!r}. {suggest(unknown, self._defaults)}")
 
         def add(item: T) -> T:
             if name in self._items:
                 raise ConfigError(f"A {self.kind} named {name!r} is registered already: {self._items[name]!r}.")
             self._items[name] = item
+            self._stated[name] = properties
             return item
 
         return add
+
+    def property(self, name: str, which: str) -> Any:
+        """A property of what is registered under `name`, or its default.
+
+        Raises:
+            UnknownNameError: there is nothing of that name.
+        """
+        self[name]
+        return self._stated[name].get(which, self._defaults[which])
 
     def __getitem__(self, name: str) -> T:
         if isinstance(name, str) and name in self._items:

@@ -79,7 +79,7 @@ def trained(branched: ee.EarlyExitModel, data: Any, accelerator: Accelerator | N
 
 
 def trainings(accelerator: Accelerator) -> Iterator[tuple[str, dict[str, Any]]]:
-    """ReadAllLive that training can be asked for, on batches that do not divide by two."""
+    """Everything that training can be asked for, on batches that do not divide by two."""
 
     def run(*args: Any, **settings: Any) -> dict[str, Any]:
         return trained(*args, accelerator, **settings)

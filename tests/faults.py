@@ -133,7 +133,7 @@ class Trap(nn.Module):
 
 
 def switches() -> dict[str, object]:
-    """ReadAllLive process-wide that a call must leave as it was."""
+    """Everything process-wide that a call must leave as it was."""
     return {
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "numbers": (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()),
@@ -167,7 +167,7 @@ def _is_free(lock: Any) -> bool:
 
 
 def shape_of(module: nn.Module) -> dict[str, object]:
-    """ReadAllLive of a module that is no weight: flags, hooks, attributes."""
+    """Everything of a module that is no weight: flags, hooks, attributes."""
     found: dict[str, object] = {}
     for path, part in module.named_modules():
         found[path] = (

@@ -47,6 +47,8 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
     assert "unchanged: all" in out
     assert "Frontier on 6 held-out samples" in out
     assert "agreement" in _run("calibrate", adapter, "--data", pictures, "--unlabelled", "--budget", "2", *weights)
+    with pytest.warns(ee.SurgeryWarning, match="--policy is now --method"):
+        _run("calibrate", adapter, "--data", pictures, "--policy", "shared", *weights)
     assert "of its MACs, 6 samples" in _run("evaluate", adapter, "--data", pictures, "--save", *weights)
     assert "## Measured" in (tmp_path / "adapter" / "README.md").read_text()
     assert "interleaved rounds" in _run("bench", adapter, "--data", pictures, "--samples", "2", *weights)

@@ -53,7 +53,7 @@ _SLOW = ("papers.md", "guide.md")  # every preset, every verb
 @pytest.mark.usefixtures("photos")
 def test_snippets_run(path: Path) -> None:
     namespace: dict[str, object] = {}
-    registries = (ee.BRANCHES, ee.SCORES, ee.POLICIES)
+    registries = (ee.BRANCHES, ee.SCORES, ee.CALIBRATORS)
     before = [set(registry) for registry in registries]
     try:
         for i, code in enumerate(SNIPPET.findall(path.read_text())):

@@ -299,7 +299,7 @@ def preset_hazards() -> Iterator[Hazard]:
     yield from each("preset without room", ("sdn", "ztw", "pteenet"),
                     lambda p: ee.augment(flat, preset=p, sample=torch.randn(2, 3, 2, 2)),
                     EXIT, "")  # fmt: skip
-    for registry in (ee.BRANCHES, ee.SCORES, ee.PLACEMENTS, ee.POLICIES, ee.PRESETS, ee.OBJECTIVES, ee.RISKS,
+    for registry in (ee.BRANCHES, ee.SCORES, ee.PLACEMENTS, ee.CALIBRATORS, ee.PRESETS, ee.OBJECTIVES, ee.RISKS,
                      ee.FITTED_SCORES):  # fmt: skip
         first = next(iter(registry))
         near = partial(registry.__getitem__, first[:-1] + "_")
@@ -459,7 +459,7 @@ def calibrator_hazards() -> Iterator[Hazard]:
     yield from each("most", (0, "6", 1.5), lambda m: ee.cheapest_exits(W.records, most=m), CONFIG, "most")
     yield from each("prices", (0, 1, "64"), lambda p: search(W.records, prices=p), CONFIG, "prices")
     yield from each("fallbacks", (["lost"], 3), lambda f: search(W.records, fallbacks=f), CONFIG, "fallbacks")
-    yield from each("trace", ("serach", 3), lambda p: ee.Frontier.trace(W.records, p), NAME, "policy")
+    yield from each("trace", ("serach", 3), lambda p: ee.Frontier.trace(W.records, p), NAME, "calibrator")
     yield from each("Frontier.search(scores)", (3, [3], b"x"), lambda s: ee.Frontier.search(W.records, s),
                     CONFIG, "scores")  # fmt: skip
     yield from each("temperatures(score)", (3, None), lambda s: ee.scale_temperatures(W.records, s), CONFIG,
@@ -593,14 +593,14 @@ def verb_hazards() -> Iterator[Hazard]:
     }
     for name, call in sized.items():
         yield from each(f"{name}(batch_size)", sizes, call, CONFIG, "batch_size")
-    yield from each("calibrate(policy)", ("serach", None, 3), lambda p: ee.calibrate(W.model, W.data, policy=p),
-                    NAME, "policy")  # fmt: skip
+    yield from each("calibrate(method)", ("serach", None, 3), lambda p: ee.calibrate(W.model, W.data, method=p),
+                    NAME, "calibrator")  # fmt: skip
     yield from each("calibrate(scores)", (3, [3], [], [None]), lambda s: ee.calibrate(W.model, W.data, scores=s),
                     CONFIG, "scores")  # fmt: skip
     unknown = ("maxprob", ["entropy", "x"])
     yield from each("calibrate(scores)", unknown, lambda s: ee.calibrate(W.model, W.data, scores=s), NAME, "score")
     yield Hazard("calibrate: units", lambda: ee.calibrate(W.model, W.data, scores="learned"), CONFIG, "unit")
-    yield Hazard("calibrate: two ways", lambda: ee.calibrate(W.model, W.data, policy="cascade", scores=["margin"]),
+    yield Hazard("calibrate: two ways", lambda: ee.calibrate(W.model, W.data, method="cascade", scores=["margin"]),
                  CONFIG, "own score")  # fmt: skip
     yield from each("train(config)", ({"epochs": 1}, "fast", 3, Config), lambda c: ee.train(W.model, W.data, c),
                     CONFIG, "config must be")  # fmt: skip

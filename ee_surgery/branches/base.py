@@ -96,6 +96,8 @@ class Branch(nn.Module, ABC):
     chained: ClassVar[bool] = False
     reads_all: ClassVar[bool] = False
     """Is made with `graph=`, and reads every tensor that crosses the exit in place of the features alone."""
+    any_layout: ClassVar[bool] = False
+    """Takes features of every layout. Where False, a preset puts a `token` branch where the features are no map."""
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool, width: int) -> None:
         super().__init__()

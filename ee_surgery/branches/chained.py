@@ -57,6 +57,7 @@ class ZtwBranch(Branch):
     Source: Zero Time Waste (Wolczyk et al., NeurIPS 2021), with as many channels as the features have.
     """
 
+    any_layout: ClassVar[bool] = True
     chained: ClassVar[bool] = True
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from ee_surgery.graph.exit_points import ExitPoint
 class PoolBranch(Branch):
     """Global average -> linear. Source: EENets (arXiv:2409.05336)."""
 
+    any_layout: ClassVar[bool] = True
+
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
         super().__init__(point, num_classes, confidence, channels(point))
 
@@ -45,6 +48,8 @@ class BnPoolBranch(Branch):
     Source: EENets (arXiv:2409.05336) and PTEENet (arXiv:2501.02508). In both codes the BatchNorm sat in a list that
         torch does not look into, so it was neither trained nor saved; here it is a module like any other.
     """
+
+    any_layout: ClassVar[bool] = True
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, relu: bool = True) -> None:
         super().__init__(point, num_classes, confidence, channels(point))
@@ -112,6 +117,8 @@ class MlpBranch(Branch):
     Source: "enhanced" heads of the softmax cascade (Berestizshevsky & Even, arXiv:1805.10982).
     """
 
+    any_layout: ClassVar[bool] = True
+
     def __init__(
         self,
         point: ExitPoint,
@@ -156,6 +163,8 @@ class TokenBranch(Branch):
     Source: transformer heads of Zero Time Waste (NeurIPS 2021), which read the class token alone; the mean is
     added here because early class tokens have attended to little yet.
     """
+
+    any_layout: ClassVar[bool] = True
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, hidden: int = 0) -> None:
         c = channels(point) * (2 if point.prefix_tokens else 1)

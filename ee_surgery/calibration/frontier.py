@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ee_surgery.calibration.methods import POLICIES
+from ee_surgery.calibration.methods import CALIBRATORS
 from ee_surgery.calibration.plots import plot_frontier
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.risk import RiskTable
 from ee_surgery.calibration.search import search
-from ee_surgery.checks import accuracy_drop, instance, names, numbers, positive, shown, word
+from ee_surgery.checks import accuracy_drop, instance, names, numbers, positive, renamed, shown, word
 from ee_surgery.errors import DataError, OperatingPointError
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
@@ -62,14 +62,15 @@ class Frontier(Sequence[OperatingPoint]):
         return cls.of(records, [point for score in names("scores", scores) for point in search(records, score)])
 
     @classmethod
-    def trace(cls, records: ExitRecords, policy: str = "search") -> Frontier:
-        """All trade-offs of one way to choose when to leave, by its name in `POLICIES`.
+    def trace(cls, records: ExitRecords, method: str = "search", *, policy: str | None = None) -> Frontier:
+        """All trade-offs of one way to choose thresholds, by its name in `CALIBRATORS`.
 
         Args:
             records: held-out answers, as for `search`.
+            policy: old name of `method`.
         """
         instance("records", records, ExitRecords)
-        return cls.of(records, POLICIES[policy](records))
+        return cls.of(records, CALIBRATORS[renamed("policy=", policy, "method=", method)](records))
 
     @classmethod
     def of(cls, records: ExitRecords, points: Iterable[OperatingPoint]) -> Frontier:

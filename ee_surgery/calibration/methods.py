@@ -24,13 +24,17 @@ from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
 from ee_surgery.registry import Registry
 
-Tracer: TypeAlias = Callable[[ExitRecords], list[OperatingPoint]]
+Calibrator: TypeAlias = Callable[..., list[OperatingPoint]]
 
-POLICIES: Registry[Tracer] = Registry("policy")
-"""Name -> function from records to operating points, in no order. `Frontier.trace` keeps the best of them."""
+CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False)
+"""Name -> function from records to operating points, in no order. `Frontier.trace` keeps the best of them.
 
-POLICIES.register("search")(search)
-POLICIES.register("stopping")(stopping)
+Properties: `takes_score=True` for one that is called as `(records, score)` for each of the scores it may use, and so
+goes with `calibrate(scores=...)`; others bring a score of their own.
+"""
+
+CALIBRATORS.register("search", takes_score=True)(search)
+CALIBRATORS.register("stopping")(stopping)
 
 _DROPS = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0)
 
@@ -46,39 +50,39 @@ def one_threshold(
     return [replay_point(records, policy, rule) for policy in policies]
 
 
-@POLICIES.register("shared")
+@CALIBRATORS.register("shared")
 def shared(records: ExitRecords) -> list[OperatingPoint]:
     """One threshold on the largest softmax probability (Shallow-Deep Networks, Zero Time Waste)."""
     return one_threshold(records, "max_prob")
 
 
-@POLICIES.register("most_confident")
+@CALIBRATORS.register("most_confident")
 def most_confident(records: ExitRecords) -> list[OperatingPoint]:
     """The same, and who never leaves gets the most confident answer of all (Shallow-Deep Networks)."""
     return one_threshold(records, "max_prob", "most_confident", "most_confident")
 
 
-@POLICIES.register("scaled")
+@CALIBRATORS.register("scaled")
 def scaled(records: ExitRecords) -> list[OperatingPoint]:
     """One threshold on the largest softmax probability after temperature scaling (arXiv:1706.04599)."""
     return one_threshold(records, scale_temperatures(records), rule="scaled")
 
 
-@POLICIES.register("learned")
+@CALIBRATORS.register("learned")
 def learned(records: ExitRecords) -> list[OperatingPoint]:
     """One threshold on the confidence units, 0.5 as published among them (EENets, PTEENet)."""
     half = ThresholdPolicy((0.5,) * len(records.exits), "learned")
     return [*one_threshold(records, "learned", rule="learned"), replay_point(records, half, "learned")]
 
 
-@POLICIES.register("patience")
+@CALIBRATORS.register("patience")
 def patience(records: ExitRecords) -> list[OperatingPoint]:
     """Leave when m + 1 exits in a row have said the same (PABEE, arXiv:2006.04152)."""
     k = len(records.exits)
     return [replay_point(records, ThresholdPolicy((float(m),) * k, "patience"), "patience") for m in range(k + 1)]
 
 
-@POLICIES.register("entropy")
+@CALIBRATORS.register("entropy")
 def entropy(records: ExitRecords) -> list[OperatingPoint]:
     """Thresholds on the entropy: every combination of 17 values an exit up to three exits, as BranchyNet searched its
     grid (arXiv:1709.01686); one value for all exits beyond, where the grid has no end.
@@ -91,25 +95,25 @@ def entropy(records: ExitRecords) -> list[OperatingPoint]:
     return _upper([replay_point(records, ThresholdPolicy(taus, "entropy"), "entropy") for taus in grid])
 
 
-@POLICIES.register("cascade")
+@CALIBRATORS.register("cascade")
 def cascade(records: ExitRecords) -> list[OperatingPoint]:
     """Per-exit thresholds from an accepted accuracy drop (cascaded inference, arXiv:1805.10982)."""
     return [accuracy_drop_rule(records, drop) for drop in _DROPS]
 
 
-@POLICIES.register("classwise")
+@CALIBRATORS.register("classwise")
 def classwise(records: ExitRecords) -> list[OperatingPoint]:
     """The same rule for each exit and predicted class."""
     return [class_thresholds(records, drop) for drop in _DROPS]
 
 
-@POLICIES.register("geometric")
+@CALIBRATORS.register("geometric")
 def geometric(records: ExitRecords) -> list[OperatingPoint]:
     """Exit shares in geometric progression, for budgets (MSDNet, arXiv:1703.09844)."""
     return list(_within(records, 40, geometric_budget))
 
 
-@POLICIES.register("eenet")
+@CALIBRATORS.register("eenet")
 def eenet(records: ExitRecords) -> list[OperatingPoint]:
     """The learned scheduler of EENet (arXiv:2301.07099), for budgets; at the rate that does best for a middle one."""
     middle = (_cheapest(records) + 1) / 2

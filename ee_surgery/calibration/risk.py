@@ -101,7 +101,7 @@ def risk_control(
             `wsr`, which bets. `ltt-trinomial` joins two binomial bounds, `ltt-hb` needs only the mean. `crc` promises
             only the expected risk; each sample's largest loss so far on the path stands for its loss.
         per_exit: a threshold for each exit, searched on a random 30 % of the records and certified on the rest.
-        score: a registered name with values in [0, 1], or `patience`.
+        score: a registered name with values in [0, 1], or one that counts exits (`patience`).
         seed: of that split, and of the order in which `wsr` bets.
     Returns:
         The point, as realised on the certifying samples, and its certificate.
@@ -288,7 +288,7 @@ def _shared_path(records: ExitRecords, score: str) -> _Floats:
     Scores crowd below 1, so thresholds are dense there: 1 - 10^-x, x from 7 to 0 in 200 steps.
     """
     taus = 1 - 10.0 ** -np.linspace(7, 0, 201)
-    if score == "patience":  # counts exits
+    if SCORES.property(score, "counts_exits"):
         taus = np.arange(len(records.exits) - 1, -1, -1, dtype=np.float64)
     return np.repeat(np.concatenate([[NEVER], taus])[:, None], len(records.exits), 1)
 

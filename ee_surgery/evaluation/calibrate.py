@@ -8,9 +8,9 @@ from dataclasses import replace
 from accelerate import Accelerator
 
 from ee_surgery.calibration.frontier import Frontier
-from ee_surgery.calibration.methods import POLICIES
+from ee_surgery.calibration.methods import CALIBRATORS
 from ee_surgery.calibration.risk import risk_table
-from ee_surgery.checks import instance, names
+from ee_surgery.checks import instance, names, renamed
 from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import ConfigError
@@ -24,11 +24,12 @@ def calibrate(
     branched: EarlyExitModel,
     data: Data,
     *,
-    policy: str = "search",
+    method: str = "search",
     scores: Iterable[str] | None = None,
     batch_size: int = 128,
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
+    policy: str | None = None,
 ) -> Frontier:
     """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
 
@@ -36,27 +37,29 @@ def calibrate(
 
     Args:
         data: held out: neither what trained the branches nor what will be reported; its labels as for `record`.
-        policy: how thresholds are chosen, by its name in `POLICIES`: `search`, or a paper's own way.
+        method: how thresholds are chosen, by its name in `CALIBRATORS`: `search`, or a paper's own way.
         scores: which scores `search` may use; by default `max_prob`, and `learned` where the branches have confidence
             units. More scores find a little more on this data and keep a little less of it on new data.
         accelerator: as for `record`; every process then searches, and finds the same.
         class_map: as for `record`.
+        policy: old name of `method`.
     Raises:
-        ConfigError: `scores` beside a policy that has its own, an empty list, or a score that needs confidence units.
-        UnknownNameError: no such policy or score.
+        ConfigError: `scores` beside a method that has its own, an empty list, or a score that needs confidence units.
+        UnknownNameError: no such method or score.
         DataError: as for `record`.
     """
-    if scores is not None and policy != "search":
-        raise ConfigError(f"The policy {policy!r} has its own score: leave out scores=, or use policy='search'.")
+    method = renamed("policy=", policy, "method=", method)
+    takes_score = CALIBRATORS.property(method, "takes_score")  # a name that is known, before anything runs
+    if scores is not None and not takes_score:
+        raise ConfigError(f"The method {method!r} has its own score: leave out scores=, or use method='search'.")
     instance("branched", branched, EarlyExitModel)
-    POLICIES[policy]  # a name that is known, before anything runs
     wanted = None if scores is None else _scores(branched, scores)
     records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
-    if policy != "search":
-        frontier = Frontier.trace(records, policy)
+    if takes_score:
+        wanted = wanted or ["max_prob", *(["learned"] if records.confidence is not None else [])]
+        frontier = Frontier.of(records, [p for score in wanted for p in CALIBRATORS[method](records, score)])
     else:
-        by_default = ["max_prob", *(["learned"] if records.confidence is not None else [])]
-        frontier = Frontier.search(records, wanted or by_default)
+        frontier = Frontier.trace(records, method)
     risks = ("disagreement", *(["accuracy_gap"] if records.labels is not None else []))
     branched.provenance.pop(CALIBRATION, None)
     branched.frontier = replace(frontier, risks=tuple(risk_table(records, risk) for risk in risks))

@@ -32,7 +32,12 @@ class Score(Protocol):
         ...
 
 
-SCORES: Registry[Score] = Registry("score")
+SCORES: Registry[Score] = Registry("score", stateful=None, counts_exits=False)
+"""Name -> score.
+
+Properties: `stateful=True` for one that hands a state on, whose closed exits must run all the same (found by asking it
+once where it is not stated); `counts_exits=True` for one whose values are numbers of exits, not shares in [0, 1].
+"""
 
 
 class FittedScore(ABC):
@@ -106,7 +111,7 @@ class ScoreOf:
         instance("score", score, (str, FittedScore), hint=f"Names: {', '.join(SCORES)}.")
         self.named = SCORES[score] if isinstance(score, str) else None
         self.score = score
-        self.stateful = score.stateful if self.named is None else keeps_state(self.named)  # pyright: ignore[reportAttributeAccessIssue]
+        self.stateful = score.stateful if isinstance(score, FittedScore) else _stateful(score)
         """Whether it needs every exit's answer, closed exits included."""
 
     def __call__(
@@ -130,7 +135,7 @@ class ScoreOf:
         if state and not self.stateful:
             raise ConfigError(
                 f"The score {self.score!r} keeps a state, but is not `stateful`: closed exits would be missing from "
-                "it. Override the property `stateful` to return True."
+                "it. Register it with stateful=True, or override the property `stateful` of a fitted score."
             )
         return score, state
 
@@ -153,29 +158,35 @@ def sound(score: Tensor, logits: Tensor) -> Tensor:
     return score + (total - total)
 
 
+def _stateful(name: str) -> bool:
+    """Whether a named score hands a state on: as stated where it was registered, else found by asking it."""
+    stated = SCORES.property(name, "stateful")
+    return _hands_state_on(SCORES[name]) if stated is None else bool(stated)
+
+
 @lru_cache(maxsize=256)
-def keeps_state(score: Score) -> bool:
-    """Whether a named score hands a state on, found by asking it once; one that cannot be asked counts as if it did."""
+def _hands_state_on(score: Score) -> bool:
+    """Ask a score once; one that cannot be asked counts as if it handed a state on."""
     try:
         return bool(score(torch.eye(2, 16), torch.zeros(2), ())[1])
     except Exception:
         return True
 
 
-@SCORES.register("max_prob")
+@SCORES.register("max_prob", stateful=False)
 def max_prob(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """Largest softmax probability, in [1/C, 1]. Source: cascaded inference (arXiv:1805.10982)."""
     return torch.softmax(logits, -1).amax(-1), ()
 
 
-@SCORES.register("margin")
+@SCORES.register("margin", stateful=False)
 def margin(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """Difference between the two largest softmax probabilities, in [0, 1]."""
     top = torch.softmax(logits, -1).topk(2, -1).values
     return top[..., 0] - top[..., 1], ()
 
 
-@SCORES.register("entropy")
+@SCORES.register("entropy", stateful=False)
 def entropy(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """1 - H(p) / log C, in [0, 1]: 1 for a certain answer. BranchyNet (arXiv:1709.01686) thresholds H itself."""
     log_p = torch.log_softmax(logits, -1)
@@ -184,7 +195,7 @@ def entropy(logits: Tensor, confidence: Tensor | None = None, state: State = ())
     return 1 - h / math.log(logits.shape[-1]), ()
 
 
-@SCORES.register("learned")
+@SCORES.register("learned", stateful=False)
 def learned(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """Sigmoid of the branch's confidence unit, in [0, 1]. Source: EENets (arXiv:2409.05336), PTEENet."""
     if confidence is None:
@@ -194,7 +205,7 @@ def learned(logits: Tensor, confidence: Tensor | None = None, state: State = ())
     return torch.sigmoid(confidence), ()
 
 
-@SCORES.register("patience")
+@SCORES.register("patience", stateful=True, counts_exits=True)
 def patience(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """How many exits before this one gave the same class without a break. Source: PABEE (arXiv:2006.04152)."""
     answer = logits.argmax(-1)

@@ -99,7 +99,7 @@ class AdapterExit:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """ReadAllLive about the branches that is not a tensor."""
+    """Everything about the branches that is not a tensor."""
 
     base: Identity
     inputs: dict[str, InputSpec]

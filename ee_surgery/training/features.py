@@ -30,7 +30,7 @@ from ee_surgery.model import EarlyExitModel
 from ee_surgery.training.checkpoint import random_state, set_random_state
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.mixup import Mixing
-from ee_surgery.training.objectives import LABELS_ALONE
+from ee_surgery.training.objectives import OBJECTIVES
 
 _APART = 1_000_003  # between the seeds of two processes: more than there are epochs
 _FASTER = 0.5  # reading back has to take at most this shard of the time that computing takes
@@ -263,7 +263,7 @@ def compare(branched: EarlyExitModel, shard: Shard, labels: Labels, processes: P
 def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: float = 1.0) -> bool:
     """Whether the loss reads the original's answers, or what a new head reads, at this shard of the training."""
     distills = config.distill > 0 and progress >= config.distill_from
-    labels_alone = config.teach == "labels" and config.objective in LABELS_ALONE
+    labels_alone = config.teach == "labels" and not OBJECTIVES.property(config.objective, "reads_original")
     return branched.branches.head is not None or distills or not labels_alone
 
 

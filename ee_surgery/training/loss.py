@@ -29,7 +29,7 @@ def require_labels(labels: Tensor | None, config: TrainConfig, new_head: bool) -
     """
     if new_head and (labels is None or config.teach == "original"):
         raise DataError("The model has no head of its own to learn from: its new head needs labels.")
-    if labels is None and config.teach != "original" and config.objective != "kd":
+    if labels is None and config.teach != "original" and OBJECTIVES.property(config.objective, "reads_labels"):
         raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
 
 
@@ -50,7 +50,7 @@ def batch_loss(
         exits: answers of the branches, with gradients.
         original: logits of the original or, with `new_head`, of the head that stands in for the one it lacks, (B, C).
         labels: see `check_labels`; samples that it ignores count nowhere. Not read with `teach="original"`, not needed
-            by the objective `kd`.
+            by an objective that reads none (`kd`).
         costs: see `relative_costs`.
         joint: the original learns too.
         progress: share of the training that is done.
@@ -74,7 +74,7 @@ def batch_loss(
     teacher = original.float() if joint else original.detach().float()
     answers = Answers(exits, teacher, labels, costs, progress)
     own = F.cross_entropy(original.float(), labels) if new_head else 0.0
-    if config.objective == "kd" or config.distill == 1:
+    if config.distill == 1 or OBJECTIVES[config.objective] is kd:
         return own + kd(answers, config)
     loss = own + OBJECTIVES[config.objective](answers, config)
     if config.distill == 0 or answers.progress < config.distill_from:

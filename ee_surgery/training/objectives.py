@@ -65,14 +65,15 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective")
+OBJECTIVES: Registry[Objective] = Registry("objective", reads_labels=True, reads_original=True)
+"""Name -> loss.
+
+Properties: `reads_labels=False` for one that also works on unlabelled data; `reads_original=False` for one that does
+not read what a frozen original answers, which then need not run where its features are cached.
+"""
 
 
-LABELS_ALONE = frozenset({"sum_ce", "weighted_ce"})
-"""Objectives that do not read what a frozen original answers."""
-
-
-@OBJECTIVES.register("sum_ce")
+@OBJECTIVES.register("sum_ce", reads_original=False)
 def sum_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the exits that learn of their cross-entropies.
 
@@ -82,7 +83,7 @@ def sum_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return _means(_cross_entropies(answers), answers, config).sum()
 
 
-@OBJECTIVES.register("weighted_ce")
+@OBJECTIVES.register("weighted_ce", reads_original=False)
 def weighted_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Weighted mean over the exits that learn of their cross-entropies; see `exit_weights`."""
     losses = _means(_cross_entropies(answers), answers, config)
@@ -131,7 +132,7 @@ def final_only(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return F.cross_entropy(answers.original, answers.labels)
 
 
-@OBJECTIVES.register("kd")
+@OBJECTIVES.register("kd", reads_labels=False)
 def kd(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the branches of T^2 KL(softmax(z_K / T) || softmax(z_k / T)); reads no labels.
 

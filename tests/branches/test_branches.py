@@ -36,6 +36,7 @@ HEADS = sorted(set(ee.BRANCHES) - NEEDS_GRAPH)
 
 
 def test_every_branch_is_known_to_these_tests() -> None:
+    assert {name for name, branch in ee.BRANCHES.items() if branch.any_layout} == ANYWHERE
     assert set(ee.BRANCHES) == NEEDS_GRID | NEEDS_SIZE | ANYWHERE | NEEDS_GRAPH
 
 

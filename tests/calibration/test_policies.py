@@ -24,7 +24,7 @@ from ee_surgery.calibration.cascade import tail_accuracy
 from ee_surgery.calibration.classwise import class_thresholds
 from ee_surgery.calibration.correctness import ChanceOfBeingRight, exit_features
 from ee_surgery.calibration.eenet import eenet_scheduler
-from ee_surgery.calibration.methods import POLICIES, one_threshold
+from ee_surgery.calibration.methods import CALIBRATORS, one_threshold
 from ee_surgery.calibration.records import replay_point
 from ee_surgery.calibration.search import search
 from ee_surgery.calibration.temperature import expected_calibration_error, scale_temperatures
@@ -241,7 +241,7 @@ def test_search_on_few_samples_does_no_worse_on_new_ones_than_one_threshold() ->
 
 def test_search_and_stopping_are_deterministic() -> None:
     for name in ("search", "stopping"):
-        first, again = POLICIES[name](synthetic(100)), POLICIES[name](synthetic(100))
+        first, again = CALIBRATORS[name](synthetic(100)), CALIBRATORS[name](synthetic(100))
         assert [p.thresholds for p in first] == [p.thresholds for p in again]
         assert [p.expected_accuracy for p in first] == [p.expected_accuracy for p in again]
 
@@ -518,7 +518,7 @@ def auc(score: Tensor, right: Tensor) -> float:
 # --- every policy
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", CALIBRATORS)
 @pytest.mark.parametrize("broken", [False, True])
 def test_every_policy_traces_points_that_a_replay_confirms(name: str, broken: bool) -> None:
     records = with_units()
@@ -526,7 +526,7 @@ def test_every_policy_traces_points_that_a_replay_confirms(name: str, broken: bo
         logits = records.logits.clone()
         logits[:, 7], logits[0, 11] = torch.nan, torch.inf
         records = replace(records, logits=logits)
-    points = POLICIES[name](records)
+    points = CALIBRATORS[name](records)
     assert len({(p.macs_fraction, p.accuracy) for p in points}) >= 2
     for point in points[:: max(1, len(points) // 20)]:
         replay = records.replay(point.policy)
@@ -548,7 +548,7 @@ def test_every_policy_traces_points_that_a_replay_confirms(name: str, broken: bo
         assert all((point.fallback == "most_confident") == (name == "most_confident") for point in points)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", CALIBRATORS)
 def test_every_policy_stays_with_the_original_where_branches_cost_more_than_all_of_it(name: str) -> None:
     records = replace(with_units(), branch_macs=(150, 150))
     assert ee.Frontier.trace(records, name).at(max_accuracy_drop=0.0).macs_fraction == 1
@@ -564,7 +564,7 @@ def test_an_operating_point_prints_as_a_line_without_tensors() -> None:
 
 def test_a_policy_by_name_traces_the_frontier_of_its_points() -> None:
     records = with_units()
-    assert ee.Frontier.trace(records, "shared") == ee.Frontier.of(records, POLICIES["shared"](records))
+    assert ee.Frontier.trace(records, "shared") == ee.Frontier.of(records, CALIBRATORS["shared"](records))
     assert ee.Frontier.trace(records) == ee.Frontier.search(records)
     with pytest.raises(ee.UnknownNameError, match="Did you mean 'patience'"):
         ee.Frontier.trace(records, "patienc")
@@ -572,17 +572,26 @@ def test_a_policy_by_name_traces_the_frontier_of_its_points() -> None:
         ee.Frontier.trace(synthetic(), "learned")
 
 
+def test_the_old_names_of_calibrators_still_work_and_say_the_new_ones() -> None:
+    with pytest.warns(ee.SurgeryWarning, match=r"ee\.POLICIES is now ee\.CALIBRATORS"):
+        assert ee.POLICIES is CALIBRATORS
+    with pytest.warns(ee.SurgeryWarning, match="policy= is now method="):
+        assert ee.Frontier.trace(with_units(), policy="shared") == ee.Frontier.trace(with_units(), "shared")
+    with pytest.warns(ee.SurgeryWarning, match="method"):
+        assert ee.PRESETS["sdn"].policy == "most_confident"
+
+
 def test_one_half_is_among_the_thresholds_of_learned() -> None:
-    assert any(p.thresholds == (0.5, 0.5) and p.score == "learned" for p in POLICIES["learned"](with_units()))
+    assert any(p.thresholds == (0.5, 0.5) and p.score == "learned" for p in CALIBRATORS["learned"](with_units()))
 
 
 def test_branchynets_grid_is_as_good_as_any_one_threshold_on_the_entropy() -> None:
     records = with_units()
-    grid, line = POLICIES["entropy"](records), one_threshold(records, "entropy")
+    grid, line = CALIBRATORS["entropy"](records), one_threshold(records, "entropy")
     for price in (0.1, 0.3, 1.0):
         best = [max(p.accuracy - price * p.macs_fraction for p in points) for points in (grid, line)]
         assert best[0] >= best[1] - 0.01
-    assert all(len(set(p.thresholds)) <= 1 for p in POLICIES["entropy"](synthetic(60, 5)))  # too many exits for a grid
+    assert all(len(set(p.thresholds)) <= 1 for p in CALIBRATORS["entropy"](synthetic(60, 5)))  # no grid
 
 
 def test_most_confident_only_changes_the_answers_of_who_never_left() -> None:

@@ -172,10 +172,10 @@ def test_a_timm_base_that_cannot_be_fetched_says_so(tmp_path: Path, monkeypatch:
         ee.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("policy", ["stopping", "eenet", "classwise", "scaled", "most_confident"])
-def test_fitted_policies_and_certificates_survive_the_folder(policy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["stopping", "eenet", "classwise", "scaled", "most_confident"])
+def test_fitted_policies_and_certificates_survive_the_folder(method: str, tmp_path: Path) -> None:
     model, x = branched("cifar-resnet20"), BY_NAME["cifar-resnet20"].sample(40)
-    frontier = ee.calibrate(model, [x], policy=policy)
+    frontier = ee.calibrate(model, [x], method=method)
     model.operate(frontier[len(frontier) // 2])
     expected = model.predict(x)
     folder = model.save_pretrained(tmp_path / "adapter")

@@ -170,7 +170,7 @@ def test_a_warning_reaches_the_terminal_clean() -> None:
 
 @cache
 def adapter() -> tuple[AdapterConfig, ee.Frontier]:
-    """ReadAllLive that a folder may hold, as it is read."""
+    """Everything that a folder may hold, as it is read."""
     import tempfile
 
     branched = made("plain", "everything")
