@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from ee_surgery.errors import CaptureError
@@ -52,8 +52,8 @@ class Block:
         return helper.make_graph(self.nodes, self.name, [], infos, self.weights)
 
 
-def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> GraphProto:
-    """A piece as ONNX nodes over these names; everything inside is prefixed.
+def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> ModelProto:
+    """A piece as an ONNX model over these names; everything inside is prefixed.
 
     Raises:
         CaptureError: torch.onnx cannot export it.
@@ -72,7 +72,7 @@ def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix:
     assert program is not None
     model = onnx.compose.add_prefix(program.model_proto, prefix, rename_inputs=False, rename_outputs=False)
     model.graph.name = prefix
-    return model.graph
+    return model
 
 
 def _dynamic(axis: Axis | None, batch: Any) -> dict[int, Any] | None:
@@ -175,7 +175,7 @@ class Composer:
         return self.pieces.exits[k].branch.axes[: len(self.pieces.exits[k].stage.outputs)]
 
     def _add(self, block: Block, piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> None:
-        graph = to_onnx(piece, inputs, outputs, prefix)
+        graph = to_onnx(piece, inputs, outputs, prefix).graph
         block.nodes.extend(graph.node)
         block.weights.extend(graph.initializer)
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests import ROOT
 onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
 
-from ee_surgery.onnx import METADATA, OnnxError, OnnxModel  # noqa: E402
+from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, StagedModel  # noqa: E402
 
 INF = math.inf
 
@@ -42,6 +43,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ee.EarlyExitModel, P
     ee.calibrate(model, [(torch.randn(64, 3, 16, 16), labels)])
     model.operate(budget=0.9)
     return model, export(model, tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def staged(made: tuple[ee.EarlyExitModel, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(made[0], tmp_path_factory.mktemp("onnx") / "stages", layout="stages")
+
+
+@given(st.integers(1, 70), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2))
+def test_stages_routed_in_numpy_are_the_file(
+    made: tuple[ee.EarlyExitModel, Path], staged: Path, batch: int, thresholds: list[float]
+) -> None:
+    x = torch.randn(batch, 3, 16, 16).numpy()
+    file, folder = OnnxModel(made[1], threads=1), StagedModel(staged)
+    for one, other in zip(file.run(x, thresholds), folder.run(x, thresholds), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @given(st.integers(1, 70), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2), st.integers(0, 99))
@@ -102,8 +118,8 @@ def test_scores_with_state_chains_and_fallbacks_go_into_the_file(
     model = small(branch, confidence)
     point = OperatingPoint.by_hand([INF, INF], score, 2)
     model.operate(replace(point, fallback=fallback))
-    path = export(model, tmp_path / "model.onnx")
-    for batch in (1, 5, 40):
+    paths = [export(model, tmp_path / layout, layout=layout) for layout in ("file", "stages")]
+    for path, batch in product(paths, (1, 5, 40)):
         x = torch.randn(batch, 3, 16, 16)
         for thresholds in ((0.5, INF), (INF, 0.5), (0.11, 0.12), (INF, INF), (-INF, INF)):
             model.operate(replace(point, thresholds=thresholds, fallback=fallback))
@@ -136,7 +152,7 @@ def test_it_runs_without_torch(made: tuple[ee.EarlyExitModel, Path]) -> None:
         "assert not {'torch', 'timm', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(made[1])], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "(2, 10)", done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "(2, 10)"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -149,7 +165,9 @@ def test_it_runs_without_torch(made: tuple[ee.EarlyExitModel, Path]) -> None:
         {"branch_macs": None},
     ],
 )
-def test_damaged_metadata_is_refused(made: tuple[ee.EarlyExitModel, Path], edit: dict[str, object], tmp_path: Path) -> None:
+def test_damaged_metadata_is_refused(
+    made: tuple[ee.EarlyExitModel, Path], edit: dict[str, object], tmp_path: Path
+) -> None:
     model = onnx.load(made[1])
     about = json.loads({prop.key: prop.value for prop in model.metadata_props}[METADATA])
     onnx.helper.set_model_props(model, {METADATA: json.dumps({**about, **edit})})
