@@ -1,4 +1,4 @@
-"""How long policies take to calibrate and to move, and how much of the naive saving risk control certifies.
+"""Time to calibrate and to choose a point, and how much of the naive saving risk control certifies.
 
     python -m benchmarks.calibration runs/methods/resnet56/ours-0.safetensors
 
@@ -31,7 +31,7 @@ HALVES = 10
 
 
 def made_up(n: int = 10_000, exits: int = 6, classes: int = 10) -> ee.ExitRecords:
-    """Exits that get better with depth."""
+    """Made-up records whose exits get better with depth."""
     g = torch.Generator().manual_seed(0)
     labels, ease = torch.randint(classes, (n,), generator=g), torch.rand(n, generator=g)
     logits = torch.randn(exits + 1, n, classes, generator=g)
@@ -79,7 +79,9 @@ def main() -> None:
         budget = cheapest + (1 - cheapest) * (i + 1) / (BUDGETS + 1)
         over += ee.eenet_scheduler(records, budget).macs_fraction > budget
     seconds = (time.perf_counter() - started) / BUDGETS
-    console.print(f"EENet scheduler: {seconds:.2f} s a budget; {over} of {BUDGETS} budgets exceeded by realised exits")
+    console.print(
+        f"EENet scheduler: {seconds:.2f} s per budget; {over} of {BUDGETS} budgets exceeded by realised exits"
+    )
 
     table = Table("risk", "eps", "naive saving", "certified", "ratio", "per exit", "normal", box=box.MARKDOWN)
     for risk in ("disagreement", "accuracy_gap"):
@@ -98,13 +100,13 @@ def main() -> None:
             table.add_row(risk, f"{eps:g}", *(f"{value:.3f}" for value in row))
     console.print(table)
     console.print(
-        f"delta {DELTA}, means over {HALVES} random halves. Naive: the cheapest shared threshold these samples bear; "
-        "ratio: what is certified of it; normal: what a test would certify of it that took mean losses for normal"
+        f"delta {DELTA}, means over {HALVES} random halves. Naive: the cheapest shared threshold within eps here; "
+        "ratio: certified / naive saving; normal: the ratio of a test that assumes normally distributed mean losses"
     )
 
 
 def uncertified(records: ee.ExitRecords, risk: str, eps: float) -> tuple[float, float]:
-    """Two savings on the shared path, without a promise that holds.
+    """Two savings on the shared path, without a valid guarantee.
 
     That of the cheapest point whose loss on these very samples is within eps; and of the cheapest one before the first
     whose loss is not below eps by the quantile of the normal distribution: about the most that any test can tell.

@@ -1,11 +1,11 @@
-"""Does it work on any model? Every family of timm, every image classifier of transformers, one process each.
+"""Check every family of timm and every image classifier of transformers, one process each.
 
-    python -m benchmarks.coverage                  all that runs/coverage.jsonl does not hold yet; then docs/coverage.md
+    python -m benchmarks.coverage                  models not in runs/coverage.jsonl yet; then docs/coverage.md
     python -m benchmarks.coverage timm:tnt         models of that name again
     python -m benchmarks.coverage --architectures  every architecture of timm, captured on the meta device
     python -m benchmarks.coverage --report         docs/coverage.md alone
 
-A model that crashes, hangs or runs out of memory costs its own process and is listed with the cause.
+A model that crashes, hangs or runs out of memory ends only its own process and is listed with the cause.
 """
 
 from __future__ import annotations

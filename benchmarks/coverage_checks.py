@@ -21,7 +21,8 @@ from torch import Tensor
 
 import ee_surgery as ee
 from benchmarks.models import build, sample
-from ee_surgery.backbone.inputs import select, tensors
+from ee_surgery.backbone.inputs import tensors
+from ee_surgery.graph.backends.base import bind
 from ee_surgery.graph.segments import compact, cut
 
 EXPECTED = "expected.safetensors"
@@ -43,12 +44,12 @@ class Report:
 
 
 def relative(expected: Tensor, seen: Tensor) -> float:
-    """Largest difference by the largest expected value."""
+    """Largest difference relative to the largest expected value."""
     return ((expected - seen).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
 def capture(name: str, report: Report) -> None:
-    """Read the model as a graph on the meta device."""
+    """Capture the model on the meta device."""
     model = build(name, "meta")
     report.add(device="meta", parameters=sum(p.numel() for p in model.parameters()))
     _inspect(model, name, report)
@@ -83,7 +84,7 @@ def _inspect(model: torch.nn.Module, name: str, report: Report) -> ee.ModelGraph
 
 
 def full(name: str, report: Report, folder: Path) -> None:
-    """Everything that is done with a model, on its sample."""
+    """All checks of a model, on its sample."""
     model = build(name)
     report.add(device="cpu", parameters=sum(p.numel() for p in model.parameters()))
     graph = _inspect(model, name, report)
@@ -91,7 +92,8 @@ def full(name: str, report: Report, folder: Path) -> None:
     inputs = backbone.sample
     with torch.no_grad():
         eager = backbone.logits(backbone(inputs))
-        (whole,) = cut(graph.capture, graph.liveness, model, [])[0](*tensors(inputs).values())
+        (segment,) = cut(graph.capture, graph.liveness, [])
+        (whole,) = bind("python", segment, lambda name: model)(*tensors(inputs).values())
         report.add(captured_difference=(whole - eager).abs().max().item())
         assert relative(eager, whole) < TOLERANCE, "captured graph and eager differ"
 
@@ -103,10 +105,11 @@ def full(name: str, report: Report, folder: Path) -> None:
 
         rows = torch.tensor([3, 0, 2, 1, 2])
         keeps = [torch.tensor([4, 0, 1, 2]), torch.tensor([2, 0, 3]), torch.tensor([1, 2])]
-        program, live, _ = branched.prepare(select(inputs, backbone.batch_dims, rows))
-        live = program.stages[0](*live)
-        for keep, stage in zip(keeps, program.stages[1:], strict=False):
-            rows, live = rows[keep], stage(*compact(live, stage.axes, keep))
+        given = backbone.batch(inputs).select(rows)
+        program = branched.engine.program(given)
+        live = program.stages[0](*given.tensors)
+        for keep, stage, segment in zip(keeps, program.stages[1:], program.segments[1:], strict=False):
+            rows, live = rows[keep], stage(*compact(live, segment.axes, keep))
         report.add(staged_difference=relative(eager[rows], live[0]))
         assert report.row["staged_difference"] < TOLERANCE, "staged run and whole model differ"
         with branched.exits_disabled():
@@ -137,17 +140,18 @@ def full(name: str, report: Report, folder: Path) -> None:
 
 
 def _points_anywhere(graph: ee.ModelGraph, eager: Tensor) -> tuple[int, list[str]]:
-    """Cut at legal points of any kind with one of two samples leaving: how many, and which go wrong."""
+    """Cut at random legal points with one of two samples leaving: the number of cuts, and the failures."""
     backbone = graph.backbone
     folded = [p for p in graph.points if graph.features(p).axis.folded]
     drawn = random.Random(0).sample(folded, min(2, len(folded)))
     drawn += random.Random(0).sample(graph.points, min(3, len(graph.points)))
-    keep, given = torch.tensor([1]), select(backbone.sample, backbone.batch_dims, torch.tensor([0, 3]))
+    keep, given = torch.tensor([1]), backbone.batch(backbone.sample).select([0, 3])
     wrong = []
     with torch.no_grad():
         for point in drawn:
-            first, rest = cut(graph.capture, graph.liveness, backbone.model, [point.index])
-            (logits,) = rest(*compact(first(*tensors(given).values()), rest.axes, keep))
+            segments = cut(graph.capture, graph.liveness, [point.index])
+            first, rest = (bind("python", segment, lambda name: backbone.model) for segment in segments)
+            (logits,) = rest(*compact(first(*given.tensors), segments[1].axes, keep))
             if not relative(eager[[3]], logits) < TOLERANCE:
                 wrong.append(point.name)
     return len(drawn), wrong
@@ -165,7 +169,7 @@ def reload(name: str, report: Report, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run one job; captures print a line of JSON a model, whatever happened."""
+    """Run one job; captures print one line of JSON per model in any case."""
     job, folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     for name in names:

@@ -1,4 +1,4 @@
-"""Accuracy drops asked for, and what they come to on other samples.
+"""Accuracy drops asked for, and the drops on other samples.
 
     python -m benchmarks.drops runs/cifar10_shortcuts/test_records.safetensors      # ten minutes
 
@@ -23,7 +23,7 @@ from recipes.cifar10_shortcuts import REQUESTS
 
 
 def draw(n: int, number: int, replacement: bool) -> tuple[Tensor, Tensor]:
-    """Samples to choose on, and those to judge by."""
+    """Samples to choose thresholds on, and samples to evaluate on."""
     generator = torch.Generator().manual_seed(number)
     if replacement:
         return torch.randint(n, (n // 2,), generator=generator), torch.arange(n)
@@ -40,7 +40,7 @@ def main() -> None:
     records = ee.ExitRecords.load(options.records)
     asked = {name: request for name, request in REQUESTS.items() if "max_accuracy_drop" in request}
     table = Table(box=box.MARKDOWN)
-    for column in ("asked for", "by", "on those that chose", "luck", "on the others", "deviation"):
+    for column in ("asked for", "by", "calibration", "optimism", "held out", "deviation"):
         table.add_column(column, justify="right")
     for by, replacement in (("the other half", False), ("the population", True)):
         rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in asked}
@@ -50,11 +50,11 @@ def main() -> None:
             for name, request in asked.items():
                 point = frontier.at(**request)
                 accuracy = judged.replay(point.policy).correct.double().mean().item()
-                luck = point.accuracy - point.expected_accuracy
-                rows[name].append((point.accuracy_drop, luck, judged.base_accuracy - accuracy))
-        for name, found in rows.items():
-            seen, luck, new = zip(*found, strict=True)
-            means = [f"{100 * statistics.mean(values):.2f}" for values in (seen, luck, new)]
+                optimism = point.accuracy - point.expected_accuracy
+                rows[name].append((point.accuracy_drop, optimism, judged.base_accuracy - accuracy))
+        for name, drops in rows.items():
+            seen, optimism, new = zip(*drops, strict=True)
+            means = [f"{100 * statistics.mean(values):.2f}" for values in (seen, optimism, new)]
             table.add_row(name, by, *means, f"{100 * statistics.stdev(new):.2f}")
     Console(width=120).print(table)
 

@@ -1,12 +1,12 @@
-"""The best recipe on four pretrained networks, beside what a user could take instead.
+"""The best recipe on four pretrained networks, compared with the alternatives.
 
-    python -m benchmarks.frontier run       # an hour or two on two cores; goes on where it stopped
+    python -m benchmarks.frontier run       # an hour or two on two cores; resumes where it stopped
     python -m benchmarks.frontier page      # docs/frontier.md and its plots from benchmarks/results
 
-Exits are found as `augment(exits="auto")` finds them: some of the images that neither network nor branches have seen
-choose the exits; of the others, one half chooses thresholds and the other is reported, over 10 random splits and both
-ways. `resnet56` are the exits and the long training of recipes.cifar10_shortcuts, whose records it needs;
-`resnet56_short` the same exits, trained no longer than those that are found.
+Exits are searched as in `augment(exits="auto")`: some of the images that neither network nor branches have seen choose
+the exits; of the others, one half chooses thresholds and the other is reported, over 10 random splits, both ways.
+`resnet56` has the exits and the long training of recipes.cifar10_shortcuts, whose records it needs; `resnet56_short`
+has the same exits, trained as briefly as the searched ones.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ RUNS = Path("runs/frontier")
 RESULTS = Path("benchmarks/results/frontier.jsonl")
 DOCS = Path("docs")
 REQUESTS: Requests = {f"{drop:g}": {"max_accuracy_drop": drop / 100} for drop in (0.3, 0.5, 1.0, 2.0)}
-"""By how many points of accuracy are given away."""
+"""Keyed by the points of accuracy given up."""
 DROP = 0.01
-"""What the search places exits for."""
+"""The accuracy drop that the search is run for."""
 SEARCHING = {"resnet56_searched": 2_000, "resnet56_short": 2_000, "resnet20": 2_000, "vit4": 2_000, "mobilenetv2": 200}
 """Unseen images that choose exits and are not reported."""
 
@@ -52,7 +52,7 @@ def shortcuts(*budgets: float) -> list[ee.BranchSpec]:
 
 @dataclass(frozen=True)
 class Setup:
-    """A pretrained network and how its branches learn."""
+    """A pretrained network and how its branches are trained."""
 
     model: nn.Module
     sample: Tensor
@@ -62,9 +62,9 @@ class Setup:
     branches: Sequence[str | ee.BranchSpec]
     config: ee.TrainConfig
     alternatives: Callable[[Tensor], dict[str, tuple[nn.Module, Tensor]]]
-    """Of the test images: smaller networks, and what each is given."""
+    """From the test images: smaller networks, each with its input."""
     by_hand: Sequence[str] = ()
-    """Exits, one for each branch, where they are not searched."""
+    """Exits, one per branch, where they are not searched."""
 
 
 def _cifar(
@@ -80,13 +80,13 @@ def _cifar(
 
 
 def _resnet56() -> Setup:
-    """As recipes.cifar10_shortcuts, but for less than a third of its epochs."""
+    """As recipes.cifar10_shortcuts, with less than a third of its epochs."""
     model = network(56).to(memory_format=torch.channels_last)
     return _cifar(model, TRIED, epochs=10, distill_from=0.7, cutmix=1.0)
 
 
 def _resnet56_short() -> Setup:
-    """The exits of recipes.cifar10_shortcuts, trained no longer than those that are found."""
+    """The exits of recipes.cifar10_shortcuts, trained as briefly as the searched ones."""
     branches = [ee.BranchSpec("shortcut", options={"blocks": blocks}) for blocks in EXITS.values()]
     return replace(_resnet56(), branches=branches, by_hand=list(EXITS))
 
@@ -123,7 +123,7 @@ SETUPS: dict[str, Callable[[], Setup]] = {
 
 
 def train(name: str, folder: Path) -> tuple[ee.ExitRecords, dict[str, Any]]:
-    """Find exits, train their branches, and record the answers to the images that are left."""
+    """Search exits, train their branches, and record logits on the remaining images."""
     setup = SETUPS[name]()
     batches = list(zip(setup.test.split(200), setup.labels.split(200), strict=True))
     number = SEARCHING[name] // 200
@@ -162,7 +162,7 @@ def train(name: str, folder: Path) -> tuple[ee.ExitRecords, dict[str, Any]]:
 
 
 def _alone(networks: dict[str, tuple[nn.Module, Tensor]], records: ee.ExitRecords) -> dict[str, list[float]]:
-    """MACs by the original's, and accuracy, of smaller networks on the images that were recorded."""
+    """MACs as a fraction of the original's, and accuracy, of smaller networks on the recorded images."""
     return {
         name: [
             ee.inspect(model, inputs[:2]).macs / records.base_macs,
@@ -177,7 +177,7 @@ def _smaller(depths: Sequence[int], test: Tensor) -> dict[str, tuple[nn.Module, 
 
 
 def recorded() -> tuple[ee.ExitRecords, dict[str, Any]]:
-    """What recipes.cifar10_shortcuts has recorded of the ResNet-56."""
+    """The records of the ResNet-56 from recipes.cifar10_shortcuts."""
     path = Path("runs/cifar10_shortcuts/test_records.safetensors")
     if not path.exists():
         raise SystemExit(f"No {path}: run python -m recipes.cifar10_shortcuts first.")
@@ -189,7 +189,7 @@ def recorded() -> tuple[ee.ExitRecords, dict[str, Any]]:
 
 
 def compare(name: str, records: ee.ExitRecords, about: dict[str, Any]) -> dict[str, Any]:
-    """Realised drops and costs on the halves that did not choose, and the mean curve."""
+    """Drops and costs on the reported halves, and the mean curve."""
     splits = both_ways(len(records))
     rows = {}
     base = [records.take(reported).base_accuracy for _, reported in splits]
@@ -245,12 +245,12 @@ def _about(line: dict[str, Any]) -> str:
     if "epochs" in line:
         found += (
             f"; {len(line['trained'])} branches trained for {line['epochs']} epochs ({line['train_seconds'] / 60:.0f} "
-            f"min, {line['threads']} thread(s), beside other work)"
+            f"min, {line['threads']} thread(s), on a busy machine)"
         )
     accuracy, cost = line["best_case"]
     return (
         f"Exits at {exits}{found}. Original {line['base']:.2%} on {line['samples']} images. Best case, leaving at the "
-        f"first right exit: {accuracy:.2%} at {cost:.1%} of the MACs."
+        f"first correct exit: {accuracy:.2%} at {cost:.1%} of the MACs."
     )
 
 
@@ -268,7 +268,7 @@ def _asked(line: dict[str, Any]) -> str:
 
 
 def _static(line: dict[str, Any]) -> str:
-    """Smaller networks and lone exits, and what the exits cost at the accuracy of each."""
+    """Smaller networks and single exits, and the cost of early exit at the accuracy of each."""
     lone = {
         f"exit `{e}` alone": values
         for e, *values in zip(line["exits"], line["exit_costs"], line["alone"], strict=False)
@@ -281,7 +281,7 @@ def _static(line: dict[str, Any]) -> str:
         shown = "" if name in lone else verdict
         at = "-" if not len(reach) else f"below {100 * LOW:.0f}" if reach[0] == 0 else f"{100 * there:.0f}"
         rows.append([name, f"{100 * (line['base'] - accuracy):.2f}", f"{100 * cost:.1f}", at, shown])
-    head = ["instead", "points below the original", "MACs %", "exits reach that at %", ""]
+    head = ["instead", "points below the original", "MACs %", "early exit reaches it at %", ""]
     return table(head, rows)
 
 
@@ -297,7 +297,7 @@ def _plot(line: dict[str, Any], path: Path) -> None:
     for name, (cost, accuracy) in line["static"].items():
         axes.plot(cost, 100 * accuracy, "ks", markersize=5)
         axes.annotate(name, (cost, 100 * accuracy), fontsize=8, xytext=(5, -10), textcoords="offset points")
-    axes.set_xlabel("mean MACs of a sample / MACs of the original")
+    axes.set_xlabel("mean MACs per sample / MACs of the original")
     axes.set_ylabel("accuracy (%)")
     axes.set_title(TITLES[line["key"]], fontsize=10)
     axes.grid(alpha=0.3)
@@ -316,19 +316,19 @@ TITLES = {
 _PAGE = """# The frontier of pretrained networks
 
 ```bash
-python -m recipes.cifar10_shortcuts     # its records are what the ResNet-56 is reported from
+python -m recipes.cifar10_shortcuts     # writes the records for the ResNet-56
 python -m benchmarks.frontier run && python -m benchmarks.frontier page
 ```
 
-The original is frozen and its receipt unchanged in all of them; every branch on the way is counted. Exits are found
-as `augment(exits="auto")` finds them, among small branches and shortcuts of two sizes, at up to 12 points, for a drop
-of 1 point; on the ResNet-56 also by hand, with a longer training. Some unseen images choose the exits; of the others,
-one half chooses thresholds and the other is reported, over 10 random splits and both ways. *Go*: at the accuracy of
-that network, exits cost less. All of it is one seed.
+In every case the original is frozen and its receipt unchanged; every branch visited is counted. Exits are searched
+as in `augment(exits="auto")`, among small branches and shortcuts of two sizes, at up to 12 points, for a drop
+of 1 point; on the ResNet-56 also picked by hand, with longer training. Some unseen images choose the exits; of the
+others, one half chooses thresholds and the other is reported, over 10 random splits, both ways. *Go*: at the accuracy
+of that network, exits cost less. One seed throughout.
 
-On the ResNet-56, exits that are found learn for 10 epochs, those by hand for 36. The latter, trained for 10 as well,
-stand below too: they cost about what those that are found do, so it is the longer training that sets them apart. What
-it would make of those that are found was not run."""
+On the ResNet-56, branches at searched exits train for 10 epochs, those at hand-picked exits for 36. The latter are also
+shown after 10 epochs: they then cost about as much as the searched ones, so the difference comes from the longer
+training. Searched exits with 36 epochs were not run."""
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""What happens to those who load an adapter that is damaged or written by an attacker? Every outcome, counted.
+"""Loading adapters that are damaged or written by an attacker: outcomes, counted.
 
     python -m benchmarks.hostile                        # 10,000 folders
     python -m benchmarks.hostile --folders 500 --seed 1
 
 Each folder is a good adapter with one mutation of `benchmarks.mutations`: an accident (bits, digits, blocks, edits by
 hand, with the digests left as they were) or an attack (whose digests fit again). It is loaded, shown and listed for a
-push in a process of its own. Accidents have to be refused by an error of ours, or change nothing; attacks may also make
-another valid adapter, as any author may, but have to be bounded in time and memory all the same.
+push in a process of its own. Accidents must be refused with an error of this package, or change nothing; attacks may
+also make another valid adapter, as any author may, but have to be bounded in time and memory all the same.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ FAULTS = OUTCOMES[3:]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one folder."""
+    """The outcome for one folder."""
 
     kind: str
     """One of `OUTCOMES`."""
     mutation: str
-    told: str
+    detail: str
     seconds: float
     megabytes: float
     """By how much memory grew."""
@@ -92,7 +92,7 @@ def _nothing() -> None:
 
 
 def make_subjects(root: Path) -> dict[str, Subject]:
-    """Adapters of every kind: thresholds, a fitted scheduler, shortcuts, a base of its own, an image processor."""
+    """Adapters of every kind: thresholds, a fitted scheduler, shortcuts, own base weights, an image processor."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
     config = ee.TrainConfig(epochs=1, batch_size=16, validation=0, progress=False)
@@ -110,7 +110,7 @@ def make_subjects(root: Path) -> dict[str, Subject]:
         pixels = big if name == "own base" else x
         method = "eenet" if name == "scheduler" else "search"
         with torch.no_grad():
-            answered = branched.original(pixels)
+            answered = branched.backbone(pixels)
             answered = getattr(answered, "logits", answered).argmax(1)
         labels = torch.where(torch.rand(len(pixels)) < 0.8, answered, y[: len(pixels)])  # something to trade off
         frontier = ee.calibrate(branched, [(pixels, labels)], method=method)
@@ -123,7 +123,7 @@ def make_subjects(root: Path) -> dict[str, Subject]:
 
 
 def answers(branched: ee.EarlyExitModel, x: Tensor) -> str:
-    """A digest of all that a loaded adapter says: answers, exits, costs, frontier, preparation of pictures."""
+    """A digest of everything a loaded adapter gives: logits, exits, costs, frontier, preprocessing."""
     found = branched.predict(x)
     frontier = None if branched.frontier is None else without_tensors(branched.frontier.to_dict(), {})
     tensors = [found.logits, found.exit_index, found.score, found.macs]
@@ -134,27 +134,27 @@ def answers(branched: ee.EarlyExitModel, x: Tensor) -> str:
 
 
 def use(subject: Subject, folder: Path, card: bool) -> str:
-    """Load a folder, show it, list it for a push, perhaps write its card anew; what it answers."""
+    """Load a folder, show it, list it for a push, optionally rewrite its card; the digest of its outputs."""
     model = subject.make()
     branched = ee.from_pretrained(folder, model, own_base=subject.own_base, local_files_only=True)
-    told = answers(branched, subject.x)
+    detail = answers(branched, subject.x)
     config, _, frontier = load_adapter(folder)
     Console(file=io.StringIO(), width=120).print(adapter_table(config, frontier), str(branched.operating_point))
     own_files(folder)
     if card:
         update_card(folder, license="mit")
-    return told
+    return detail
 
 
-def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident: bool, told: str) -> Outcome:
-    """Use a mutated folder, and say what came of it."""
+def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident: bool, detail: str) -> Outcome:
+    """Use a mutated folder, and classify the outcome."""
     _reset_peak()
     before, start = _peak(), time.process_time()
     message = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            same = use(subject, folder, card=len(told) % 10 == 0) == expected
+            same = use(subject, folder, card=len(detail) % 10 == 0) == expected
         kind = "same" if same else "other answers" if accident else "another"
     except ee.SurgeryError as error:
         kind, message = "refused", str(error)
@@ -167,7 +167,7 @@ def judge(subject: Subject, expected: str, folder: Path, mutation: str, accident
         kind = "memory"
     elif len(message) > MESSAGE:
         kind = "long message"
-    return Outcome(kind, mutation, f"{told} -> {message[:300]}", seconds, megabytes)
+    return Outcome(kind, mutation, f"{detail} -> {message[:300]}", seconds, megabytes)
 
 
 def _reset_peak() -> None:
@@ -231,14 +231,16 @@ def _judged(seeds: list[str], subjects: dict[str, Subject], root: Path) -> Itera
         here.recv()
         while seed is not None:
             here.send(seed)
-            seed, told = next(left, None), ""
+            seed, detail = next(left, None), ""
             try:
-                told = here.recv()
+                detail = here.recv()
                 if not here.poll(_PATIENCE):
                     raise TimeoutError
                 yield here.recv()
             except (EOFError, TimeoutError) as error:
-                yield Outcome("hang", told.partition(", ")[2].partition(":")[0], f"{told} {error!r}", _PATIENCE, 0.0)
+                yield Outcome(
+                    "hang", detail.partition(", ")[2].partition(":")[0], f"{detail} {error!r}", _PATIENCE, 0.0
+                )
                 break
         process.kill()
 
@@ -274,7 +276,7 @@ def main() -> None:
     console = Console(width=170)
     for outcome in outcomes:
         if outcome.kind in FAULTS:
-            console.print(f"{outcome.kind}: {outcome.mutation}: {outcome.told!r} "
+            console.print(f"{outcome.kind}: {outcome.mutation}: {outcome.detail!r} "
                           f"({outcome.seconds:.1f} s, {outcome.megabytes:.0f} MB)", markup=False)  # fmt: skip
     console.print(table(outcomes, given.seed))
 

@@ -1,4 +1,4 @@
-"""How long `inspect` takes on every model of the test zoo.
+"""Time of `inspect` on every model of the test zoo.
 
 python -m benchmarks.inspection
 """

@@ -1,15 +1,15 @@
-"""Does memory grow over calls whose sizes, thresholds and scores keep changing?
+"""Memory over calls whose sizes, thresholds and scores keep changing.
 
     python -m benchmarks.memory                      # 3,000 calls
     python -m benchmarks.memory --calls 500 --every 50
 
-A CIFAR ResNet on pictures and a BERT on texts, small ones, are called with batches of 1 to 12 samples; one call in ten
-comes in a size that is none of the eight that were used last, so that programs are captured and dropped all the time.
-Before each call the operating point moves: to other thresholds, of another score, or to none. Now and then a model is
-calibrated, evaluated, and given exits anew.
+A small CIFAR ResNet on images and a small BERT on texts are called with batches of 1 to 12 samples; one call in ten
+has a size not among the last eight, so that programs are captured and dropped all the time.
+Before each call the operating point changes: to other thresholds, another score, or none. Now and then a model is
+calibrated, evaluated or augmented again.
 
-Objects are those that Python's garbage collector knows after a full collection; the resident set is the system's word.
-A first part of the calls fills caches; growth is counted from there.
+Objects are those that Python's garbage collector knows after a full collection; the resident set is as the system
+reports it. The first calls fill caches; growth is counted from there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Traffic:
         """One call.
 
         Args:
-            new_size: how often in a size that is not among those used last.
+            new_size: how often with a size that is not among those used last.
             rare: how often something other than a prediction.
         """
         model = self.choose.choice((self.pictures, self.texts))

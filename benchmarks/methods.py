@@ -46,7 +46,7 @@ IMAGENET_CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 
 @dataclass(frozen=True)
 class Task:
-    """A pretrained network, images to teach its branches with, and images that neither has seen."""
+    """A pretrained network, images to train its branches on, and images that neither has seen."""
 
     model: nn.Module
     sample: Tensor
@@ -57,7 +57,7 @@ class Task:
 
 
 class TenWay(nn.Module):
-    """An ImageNet network that chooses among the ten classes of Imagenette alone."""
+    """An ImageNet network restricted to the ten classes of Imagenette."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class TenWay(nn.Module):
 
 
 class Photographs(Dataset):  # pyright: ignore[reportMissingTypeArgument]
-    """Training photographs, cropped, mirrored and recoloured."""
+    """Training photographs, with random crops, flips and color jitter."""
 
     def __init__(self, images: list[Image.Image], labels: Tensor, transform: v2.Transform) -> None:
         self.images, self.labels, self.transform = images, labels, transform
@@ -127,7 +127,7 @@ TASKS: dict[str, Callable[[int, int], Task]] = {
     "mobilenetv2": _mobilenet,
 }
 PASSES = {"resnet56": 10_000, "vit4": 10_000, "mobilenetv2": 2_500}
-"""Images that the branches of each method see, views of the same image counted each."""
+"""Images that the branches of each method see, counting every augmented view."""
 BATCH = {"resnet56": 32, "vit4": 32, "mobilenetv2": 16}
 COMMON: dict[str, Any] = {
     "optimizer": "adamw",
@@ -141,7 +141,7 @@ COMMON: dict[str, Any] = {
 
 
 def train(backbone: str, method: str, seed: int, passes: int, folder: Path) -> None:
-    """Train one method's branches and record the answers of all exits to the test images."""
+    """Train one method's branches and record all exits on the test images."""
     path = folder / backbone / f"{method}-{seed}.safetensors"
     if path.exists():
         return
@@ -185,7 +185,7 @@ def train(backbone: str, method: str, seed: int, passes: int, folder: Path) -> N
 
 
 def static_networks(backbone: str, records: ee.ExitRecords) -> dict[str, tuple[float, Tensor]]:
-    """Smaller networks that a user might take instead: MACs fraction, and whether each image is right."""
+    """Smaller networks for comparison: MACs fraction, and whether each image is classified correctly."""
     found = {}
     for depth in (20, 32) if backbone == "resnet56" else ():
         small = CifarResNet(depth)

@@ -1,4 +1,4 @@
-"""Policies on recorded answers: thresholds from one half of the samples, results from the other."""
+"""Policies on records: thresholds from one half of the samples, results from the other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compare(
     static: Mapping[str, tuple[float, Tensor]],
     halves: int = HALVES,
 ) -> None:
-    """Append one line a policy to `results`: metrics of these records, means over the halves.
+    """Append one line per policy to `results`: metrics of these records, means over the halves.
 
     A preset gets its paper's policy; our own branches get all policies, the oracle and the static networks.
     """
@@ -62,7 +62,7 @@ def split(n: int, number: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(records: ee.ExitRecords, policy: str, halves: int) -> dict[str, Any]:
-    """What a policy gives on the halves that did not choose its thresholds."""
+    """Results of a policy on the reported halves."""
     rows: list[dict[str, Any]] = []
     seconds: list[float] = []
     score: str | ee.FittedScore = "max_prob"
@@ -92,7 +92,7 @@ GRID = np.linspace(LOW, 1, 71)
 
 
 def realised(frontier: ee.Frontier, reported: ee.ExitRecords) -> dict[str, Any]:
-    """The curve through what the operating points give on other samples, read off at fixed costs and drops.
+    """The curve of the operating points on other samples, interpolated at fixed costs and drops.
 
     Straight lines between neighbours; a cost below the cheapest point is out of reach, and counts as guessing.
     """
@@ -105,7 +105,7 @@ def realised(frontier: ee.Frontier, reported: ee.ExitRecords) -> dict[str, Any]:
     accuracies = np.array([replay.correct.double().mean().item() for replay in replays])
     order = np.argsort(costs, kind="stable")
     costs, accuracies = costs[order], accuracies[order]
-    guess = 1 / reported.logits.shape[-1]
+    guess = 1 / reported.recorded_logits().shape[-1]
     curve = np.interp(GRID, costs, accuracies, left=guess)
     found: dict[str, Any] = {"area": float(curve.mean()), "curve": curve, "base": reported.base_accuracy}
     found["cheapest"] = float(costs[0])
@@ -125,7 +125,7 @@ def _cheapest(costs: _Floats, accuracies: _Floats, floor: float) -> float:
 
 
 def oracle(records: ee.ExitRecords) -> dict[str, Any]:
-    """Leave at the first right exit, or at the cheapest one where none is right: no policy can do better."""
+    """Leave at the first correct exit, or at the cheapest one if none is correct: no policy can do better."""
     accuracy, cost = records.best_case()
     costs = exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))
     return {"cost": cost, "accuracy": accuracy, "base": records.base_accuracy,
@@ -133,12 +133,12 @@ def oracle(records: ee.ExitRecords) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a results file; none where there is no file."""
+    """All lines of a results file; empty if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """One more line."""
+    """Append a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -1,4 +1,4 @@
-"""docs/methods.md and its plots, from what `benchmarks.methods compare` measured."""
+"""docs/methods.md and its plots, from the results of `benchmarks.methods compare`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OURS = ("search", "stopping")
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Write the page and one plot a backbone."""
+    """Write the page and one plot per backbone."""
     parts = [_HEAD]
     for backbone, title in TITLES.items():
         lines = _whole(read(results / f"methods-{backbone}.jsonl"))
@@ -38,14 +38,14 @@ def write_page(results: Path, docs: Path) -> None:
 
 
 def _whole(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of the seeds for which every method has been compared, and those of no seed."""
+    """Lines of the seeds for which every method has been compared, and lines without a seed."""
     oracles = {(line["method"], line["seed"]) for line in lines if line["policy"] == "oracle"}
     seeds = {seed for _, seed in oracles if all((method, seed) in oracles for method in ("ours", *ee.PRESETS))}
     return [line for line in lines if line["seed"] in seeds or (line["seed"] is None and seeds)]
 
 
 def _summary(method: str, results: Path) -> str:
-    """One line for papers.md: what the method gave here."""
+    """One line for papers.md: the results of the method here."""
     found = []
     for backbone, title in (("resnet56", "ResNet-56"), ("vit4", "the ViT"), ("mobilenetv2", "MobileNetV2")):
         policy = ee.PRESETS[method].method
@@ -56,7 +56,7 @@ def _summary(method: str, results: Path) -> str:
         ]
         if lines:
             point = f"{_percent([line['at_0.75'] for line in lines])} % at 0.75 of the MACs"
-            within = f"within 1 point from {np.mean([line['drop_0.01'] for line in lines]):.3f} on"
+            within = f"at most 1 point lost from {np.mean([line['drop_0.01'] for line in lines]):.3f}"
             found.append(f"{title} {point}, {within}")
     return f"Ours (original frozen, short training; [methods.md](methods.md)): {'; '.join(found)}."
 
@@ -69,10 +69,10 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     seeds = sorted({line["seed"] for line in lines if line["seed"] is not None})
     oracles = {method: found for (method, policy), found in groups.items() if policy == "oracle"}
     yield (
-        f"{any_line['samples']} images choose, as many others are reported, {any_line['halves']} random halves; seeds "
-        f"{', '.join(map(str, seeds))}; the original is right on {_percent([any_line['base']])} %. Branches saw "
-        f"{any_line['passes']} images each (torch {any_line['torch']}, timm {any_line['timm']}, {platform.machine()} "
-        f"CPU, {any_line['threads']} thread)."
+        f"{any_line['samples']} images to choose on, as many others to report, {any_line['halves']} random halves; "
+        f"seeds {', '.join(map(str, seeds))}; the original's accuracy is {_percent([any_line['base']])} %. Branches "
+        f"saw {any_line['passes']} images each (torch {any_line['torch']}, timm {any_line['timm']}, "
+        f"{platform.machine()} CPU, {any_line['threads']} thread)."
     )
     head = ["", "exits", *(f"at {cost:g}" for cost in COSTS), *(f"-{100 * drop:g}" for drop in DROPS), "area", "AUROC",
             "train"]  # fmt: skip
@@ -87,7 +87,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
         if policy == "static":
             cost = f"static {method}: {_percent([found[0]['accuracy']])} % at {found[0]['cost']:.3f}"
             rows.append([cost, *[""] * (len(head) - 1)])
-    yield "**Each method as its paper has it**, on the frozen original: its branches, exits, loss and policy."
+    yield "**Each method as published**, on the frozen original: its branches, exits, loss and policy."
     yield table(head, rows)
     rows = []
     for policy in ee.CALIBRATORS:
@@ -99,7 +99,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     rows.sort(key=lambda row: -float(row[len(COSTS) + len(DROPS) + 1].split(" ")[0]))
     for line in oracles.get("ours", [])[:1]:
         rows.append([f"oracle: {_percent([line['accuracy']])} % at {line['cost']:.3f}", *[""] * (len(head) - 2)])
-    yield "**Each policy on the same branches** (ours), sorted by area; bold ones are this project's."
+    yield "**Each policy on the same branches** (ours), sorted by area; this project's are in bold."
     yield table(["", *head[2:-1], "calibration"], rows)
     areas = {
         policy: 100 * float(np.mean([line["area"] for line in groups["ours", policy]]))
@@ -109,7 +109,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
     mine = max(OURS, key=lambda policy: areas.get(policy, 0.0))
     theirs = max(areas.keys() - set(OURS), key=lambda policy: areas[policy])
     yield (
-        f"The best of ours, {mine}, comes to {areas[mine]:.2f}, the best of the published, {theirs}, to "
+        f"The best of ours, {mine}, reaches {areas[mine]:.2f}, the best of the published, {theirs}, reaches "
         f"{areas[theirs]:.2f}: {areas[mine] - areas[theirs]:+.2f} points."
     )
     _plot(groups, docs / f"methods-{backbone}.png", TITLES[backbone].replace("`", ""))
@@ -117,7 +117,7 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
 
 
 def _cells(found: list[dict[str, Any]]) -> list[str]:
-    """Means over the seeds; the spread of the seeds beside the area."""
+    """Means over the seeds; the area also with its standard deviation over the seeds."""
     cells = [_percent([line[f"at_{cost:g}"] for line in found]) for cost in COSTS]
     cells += [f"{np.mean([line[f'drop_{drop:g}'] for line in found]):.3f}" for drop in DROPS]
     area = 100 * np.array([line["area"] for line in found])
@@ -154,7 +154,7 @@ def _plot(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path, title
         top = 100 * max(max(line["curve"]) for found in groups.values() for line in found if "curve" in line)
         axes.set_ylim(top - 16, top + 0.5)
         axes.set_xlim(LOW, 1)
-        axes.set_xlabel("mean MACs of a sample / MACs of the original")
+        axes.set_xlabel("mean MACs per sample / MACs of the original")
         axes.set_ylabel("accuracy (%)")
         axes.set_title(what, fontsize=10)
         axes.grid(alpha=0.3)
@@ -171,30 +171,29 @@ def _curve(axes: Any, found: list[dict[str, Any]], name: str, bold: bool) -> Non
     axes.plot(GRID, shown, label=name, linewidth=2.4 if bold else 1.1, zorder=3 if bold else 2)
 
 
-_HEAD = """# Every method on the same ground
+_HEAD = """# All methods under the same conditions
 
 Generated by `python -m benchmarks.methods page` from `benchmarks/results/methods-*.jsonl`, which `train` and `compare`
 fill (`EE_SURGERY_DATA` names the data folder).
 
-The original is frozen in every row, also for methods whose paper trains it along, so that all start from the same
-network and leave it as it is. Each preset keeps its paper's branches, exits, loss and policy. The training is **far
-shorter than published**: the same few images and the same optimiser for all (AdamW, peak rate 3e-3, cosine), since at
-the papers' own rates some would have learned nothing yet. Costs are MACs by the original's, every branch on the way
-counted, which puts some methods behind what their papers report. Thresholds come from one half of images that neither
-the original nor the branches have seen, results from the other half.
+The original is frozen in every row, also for methods whose paper trains it too, so that all start from the same
+network and leave it unchanged. Each preset keeps its paper's branches, exits, loss and policy. The training is **far
+shorter than published**: the same few images and the same optimizer for all (AdamW, peak rate 3e-3, cosine), since at
+the papers' own rates some would have learned nothing yet. Costs are MACs as a fraction of the original's, including
+every branch visited, which makes some methods look worse than in their papers. Thresholds come from one half of the
+images that neither the original nor the branches have seen, results from the other half.
 
-Columns: accuracy (%) at a share of the MACs (`-`: out of reach); the share of the MACs from which on no more than 0.5,
-1 and 2 points are lost; area: mean accuracy over 0.3 to 1 of the MACs, out of reach counting as guessing, with the
-deviation over the seeds; AUROC of the exits' scores for being right, mean over the exits; time to train or to
-calibrate. What the methods do, and where we differ: [papers.md](papers.md).
+Columns: accuracy (%) at a fraction of the MACs (`-`: out of reach); the fraction of the MACs above which at most 0.5,
+1 and 2 points are lost; area: mean accuracy over 0.3 to 1 of the MACs, counted as chance level where out of reach, with
+the standard deviation over the seeds; AUROC of the exits' scores for correctness, mean over the exits; time to train or
+to calibrate. What the methods do, and where we differ: [papers.md](papers.md).
 
-What to take from it: with thousands of images to choose on, thresholds searched for each exit win; with 250, one
-threshold for all exits does as well. Whose answer a sample gets that never left matters, too. The most confident one
-works as an ensemble where branches and original err differently, as on MobileNetV2, and costs accuracy on CIFAR-10;
-`search` and `stopping` try both by cross-validation. Of whole methods, the heads of Shallow-Deep Networks come near
-ours on CIFAR-10 and are ahead on MobileNetV2: mixed pooling of 4x4 cells, taught by labels alone, learns more there
-in so few steps. Policies that look at confidence units learned in so short a training (`learned`), or that need
-several branches to agree (`patience`), are far behind. Heavy branches (`conv2` ten times, a convolution behind every
-block) cost more than they save on networks as small as these. And the smaller static networks beat every method at
-their cost: branches on frozen features need a longer training than this to come near
-([recipes](results.md))."""
+Conclusions: with thousands of calibration images, thresholds searched per exit win; with 250, one threshold for all
+exits does as well. The fallback for samples that never exit early matters, too. The most confident answer works as an
+ensemble where branches and original err differently, as on MobileNetV2, and costs accuracy on CIFAR-10; `search` and
+`stopping` try both by cross-validation. Of whole methods, the heads of Shallow-Deep Networks come close to ours on
+CIFAR-10 and are ahead on MobileNetV2: mixed pooling of 4x4 cells, trained on labels alone, learns more there in so few
+steps. Policies that rely on confidence units trained for so short a time (`learned`), or that need several branches to
+agree (`patience`), are far behind. Heavy branches (`conv2` ten times, a convolution after every block) cost more than
+they save on networks as small as these. And the smaller static networks beat every method at their cost: branches on
+frozen features need longer training than this to come close ([recipes](results.md))."""

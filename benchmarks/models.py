@@ -1,4 +1,4 @@
-"""The models of the coverage run: which there are, how to build one with random weights, what to feed it."""
+"""The models of the coverage run: names, how to build them with random weights, and their inputs."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _shield_gemma() -> Any:
     )
 
 
-# Sides of the pictures where the model's own are too large for two cores.
+# Image sizes for models whose own are too large for two cores.
 _SMALLER = {
     "timm:deepseek_vit_412m": 210,
     "timm:gemma4_vit_167m": 192,
@@ -210,7 +210,7 @@ _SMALLER = {
 
 
 def sample(name: str) -> Sample | None:
-    """An input, where not the one that the model's own configuration describes."""
+    """An input that differs from what the model's own configuration describes."""
     generator = torch.Generator().manual_seed(0)
     if name in _SMALLER:
         return torch.randn(4, 3, _SMALLER[name], _SMALLER[name], generator=generator)

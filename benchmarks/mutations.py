@@ -1,6 +1,6 @@
-"""Adapter folders gone wrong: damaged by accident, or rewritten by someone who recomputes the digests.
+"""Mutations of adapter folders: accidental damage, or attacks that recompute the digests.
 
-Each mutation is a function of a folder and a random generator, which it changes in place, and says what it did.
+Each mutation is a function of a folder, which it changes in place, and a random generator; it returns a description.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _KEYS = ("_attn_implementation", "quantization_config", "id2label", "torch_dtype
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = CONFIG) -> None:
-    """Change one of the JSON files, and give the folder digests that fit."""
+    """Change one of the JSON files, and update the digests."""
     data = json.loads((folder / name).read_text())
     change(data)
     _write(folder / name, data)
@@ -54,7 +54,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = C
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object], name: str = WEIGHTS) -> None:
-    """Change the tensors, and give the folder digests that fit."""
+    """Change the tensors, and update the digests."""
     with safe_open(folder / name, framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     change(tensors)
@@ -70,7 +70,7 @@ def edit_metadata(path: Path, **metadata: str) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Give a folder digests that fit its files as they are."""
+    """Update the digests of a folder."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError, RecursionError):
@@ -117,7 +117,7 @@ def change_digit(folder: Path, rng: random.Random) -> str:
 
 
 def cut(folder: Path, rng: random.Random) -> str:
-    """A file that ends early, or goes on."""
+    """A truncated or extended file."""
     path = _any_file(folder, rng)
     data = path.read_bytes()
     more = rng.random() < 0.3
@@ -137,7 +137,7 @@ def overwrite(folder: Path, rng: random.Random) -> str:
 
 
 def remove(folder: Path, rng: random.Random) -> str:
-    """A file that is gone, or empty."""
+    """A missing or empty file."""
     path = _any_file(folder, rng)
     path.unlink()
     if empty := rng.random() < 0.5:
@@ -146,12 +146,12 @@ def remove(folder: Path, rng: random.Random) -> str:
 
 
 def hand_edit(folder: Path, rng: random.Random) -> str:
-    """A JSON file that someone edited."""
+    """A JSON file edited by hand."""
     path = rng.choice(sorted(folder.glob("*.json")))
     data = json.loads(path.read_text())
-    told = _mutate(data, rng)
+    description = _mutate(data, rng)
     _write(path, data)
-    return f"{path.name}: {told}"
+    return f"{path.name}: {description}"
 
 
 # --- attacks: digests fit
@@ -161,14 +161,14 @@ def rewritten(folder: Path, rng: random.Random) -> str:
     """A JSON file rewritten in one to three places."""
     path = rng.choice([path for path in sorted(folder.glob("*.json")) for _ in range(3 if path.name == CONFIG else 2)])
     data = json.loads(path.read_text())
-    told = "; ".join(_mutate(data, rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+    description = "; ".join(_mutate(data, rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
     _write(path, data)
     seal(folder)
-    return f"{path.name}: {told}"
+    return f"{path.name}: {description}"
 
 
 def tensors(folder: Path, rng: random.Random) -> str:
-    """Tensors of other kinds, shapes or values."""
+    """Tensors with other dtypes, shapes or values."""
     name = rng.choice([path.name for path in sorted(folder.glob("*.safetensors"))])
     kind = rng.choice(("nan", "inf", "huge", "dtype", "shape", "flat", "extra", "missing", "empty", "swapped", "zero"))
 
@@ -206,7 +206,7 @@ def tensors(folder: Path, rng: random.Random) -> str:
 
 
 def header(folder: Path, rng: random.Random) -> str:
-    """A safetensors header that promises what is not there."""
+    """A safetensors header for data that is missing."""
     path = rng.choice(sorted(folder.glob("*.safetensors")))
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
@@ -249,7 +249,7 @@ def no_file(folder: Path, rng: random.Random) -> str:
 
 
 def bomb(folder: Path, rng: random.Random) -> str:
-    """Numbers that ask for time or memory."""
+    """Numbers that would take much time or memory."""
     name, change = rng.choice(_BOMBS)
     edit(folder, change)
     return name
@@ -269,7 +269,7 @@ def json_bomb(folder: Path, rng: random.Random) -> str:
 
 
 def other_base(folder: Path, rng: random.Random) -> str:
-    """Another base, or one of its own that is not what it says."""
+    """Another base, or its own base with wrong contents."""
     kind = rng.choice(("own", "name", "library", "hub", "classes", "architecture"))
 
     def change(config: dict[str, Any]) -> None:
@@ -414,7 +414,7 @@ ATTACKS: tuple[Mutation, ...] = (rewritten, tensors, header, no_file, bomb, json
 
 
 def mutate(source: Path, target: Path, seed: str) -> tuple[str, bool, str]:
-    """A copy of an adapter folder gone wrong in one way.
+    """A copy of an adapter folder with one mutation.
 
     Returns:
         Which mutation, whether it was an accident, and what it did.
@@ -422,5 +422,5 @@ def mutate(source: Path, target: Path, seed: str) -> tuple[str, bool, str]:
     rng = random.Random(seed)
     shutil.copytree(source, target)
     mutation = rng.choice(rng.choice((ACCIDENTS, ATTACKS)))
-    told = mutation(target, rng)
-    return mutation.__name__, mutation in ACCIDENTS, told
+    description = mutation(target, rng)
+    return mutation.__name__, mutation in ACCIDENTS, description

@@ -1,12 +1,12 @@
-"""Placement by search beside the rules: the same branches at every block, trained alike, then some of them kept.
+"""Searched placement against the rules: identically trained branches at every block, of which some are kept.
 
-    python -m benchmarks.placement run      # half an hour on one core; goes on where it stopped
+    python -m benchmarks.placement run      # half an hour on one core; resumes where it stopped
     python -m benchmarks.placement page     # docs/placement.md from benchmarks/results
 
-With the original frozen a branch learns the same whatever others learn beside it, so one training of branches at all
-blocks stands for every placement with the same steps. The search sees other branches, probes with a quarter of the
+With the original frozen, a branch trains the same regardless of the others, so one training run of branches at all
+blocks covers every placement with the same steps. The search sees other branches, probes with a quarter of the
 steps. Of the images that neither network nor branches have seen, one half chooses (exits, their number, thresholds) and
-the other is reported, over 5 random splits and both ways.
+the other is reported, over 5 random splits, both ways.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SEEDS = (0, 1, 2)
 DROP = 0.01
 MOST = 6
 SHARE = 4
-"""A probe learns for one step where a branch learns for so many."""
+"""A probe trains for one step for every so many steps of a branch."""
 
 
 def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dict[str, Any]:
-    """Train probes and branches, choose exits in each way, and see what they cost."""
+    """Train probes and branches, choose exits in each way, and measure their cost."""
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS[backbone](seed, passes)
     graph = ee.inspect(task.model, task.sample)
@@ -69,7 +69,7 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
         for way, kept in exits.items():
             found = realised(ee.Frontier.search(part.keep(kept)), rest.keep(kept))
             rows[way].append({**found, "exits": len(kept)})
-    told = ("drop_0.005", "drop_0.01", "drop_0.02", "area", "exits")
+    metrics = ("drop_0.005", "drop_0.01", "drop_0.02", "area", "exits")
     return {
         "key": f"{backbone}/{seed}",
         "backbone": backbone,
@@ -81,7 +81,7 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
         "steps": [steps // SHARE, steps],
         "splits": 2 * splits,
         "ways": {
-            way: {name: statistics.mean(row[name] for row in found) for name in told} for way, found in rows.items()
+            way: {name: statistics.mean(row[name] for row in found) for name in metrics} for way, found in rows.items()
         },
         "best": best(full),
         "torch": torch.__version__,
@@ -90,12 +90,12 @@ def run(backbone: str, seed: int, passes: int, splits: int, folder: Path) -> dic
 
 
 def _places(graph: ee.ModelGraph, n: int, rule: str, names: list[str]) -> tuple[int, ...]:
-    """Where a rule puts n exits; one behind the whole cost saves nothing, and is no candidate."""
+    """Where a rule puts n exits; one at the full cost saves nothing and is not a candidate."""
     return tuple(names.index(name) for name in ee.place(graph, n, rule, clip=True).names if name in names)
 
 
 def best(records: ee.ExitRecords) -> dict[str, Any]:
-    """What the search finds in these records beside the best of all lists of up to three exits, and of its own."""
+    """The search result on these records, and the best of all subsets of up to three exits."""
     costs = Costs(records, DROP)
     started = time.perf_counter()
     found = ee.cheapest_exits(records, DROP, most=MOST)
@@ -116,13 +116,13 @@ def page(lines: list[dict[str, Any]]) -> str:
     """docs/placement.md."""
     parts = [_PAGE.format(drop=100 * DROP, most=MOST, share=SHARE, splits=lines[0]["splits"])]
     ways = list(lines[0]["ways"])
-    for told, name in _TABLES.items():
+    for heading, name in _TABLES.items():
         rows = []
         for line in lines:
             values = [line["ways"][way][name] for way in ways]
             shown = [f"{value:.1f}" if name == "exits" else f"{value:.3f}" for value in values]
             rows.append([f"{line['backbone']}, seed {line['seed']}", *shown])
-        parts += [told, table(["", *ways], rows)]
+        parts += [heading, table(["", *ways], rows)]
     rows = [
         [
             f"{line['backbone']}, seed {line['seed']}",
@@ -136,11 +136,11 @@ def page(lines: list[dict[str, Any]]) -> str:
     head = [
         "",
         "candidates",
-        "lists tried",
+        "subsets tried",
         "best of them",
         "search, up to 3",
         f"search, up to {MOST}",
-        "behind the best",
+        "worse than the best by",
     ]
     parts += [_BEST, table(head, rows)]
     parts.append(f"torch {lines[0]['torch']}, timm {lines[0]['timm']}, CPU.")
@@ -148,26 +148,26 @@ def page(lines: list[dict[str, Any]]) -> str:
 
 
 _TABLES = {
-    "Share of the MACs from which on no more than 1 point is lost, what the search was asked for:": "drop_0.01",
-    "The same for 0.5 points, with the exits that were chosen for 1:": "drop_0.005",
+    "Fraction of the MACs above which at most 1 point is lost, the drop that the search was asked for:": "drop_0.01",
+    "The same for 0.5 points, with the exits chosen for 1:": "drop_0.005",
     "For 2 points:": "drop_0.02",
-    "Exits, mean over the halves:": "exits",
+    "Number of exits, mean over the halves:": "exits",
 }
-_PAGE = """# Placement by search
+_PAGE = """# Searched placement against the rules
 
 ```bash
 python -m benchmarks.placement run && python -m benchmarks.placement page
 ```
 
-`auto` branches at every block of three frozen networks, in the few steps of [methods.md](methods.md), then some of
-them kept: by `search_exits` for an accepted drop of {drop:g} point, or by a rule, with whichever number up to {most}
-is best for that rule on the half that chooses. With the original frozen a branch learns the same whatever others
-learn beside it, so all ways have the same branches with the same steps; the search sees probes with 1/{share} of the
-steps first, then those it found worth training. Means over {splits} halves: one chooses exits and thresholds, the
-other is reported."""
-_BEST = """On all recorded answers, the expected cost at that drop beside the best of **all** lists of up to three exits
-(a list's cost is that of the best thresholds, outcomes replaced by the chance that confidences give;
-`search/exit_subset.py`):"""
+`auto` branches at every block of three frozen networks, in the few steps of [methods.md](methods.md), then some of them
+kept: chosen by `search_exits` for an accepted drop of {drop:g} point, or by a rule, with whichever number up to {most}
+is best for that rule on the choosing half. With the original frozen, a branch trains the same regardless of the others,
+so all placements share the same branches with the same steps; the search first sees probes with 1/{share} of the steps,
+then the branches it selected for training. Means over {splits} halves: one chooses exits and thresholds, the other is
+reported."""
+_BEST = """On all records, the expected cost at that drop compared with the best of **all** subsets of up
+to three exits (the cost of a subset is that of the best thresholds, with outcomes replaced by estimated probabilities
+of being correct; `search/exit_subset.py`):"""
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Wall time of an epoch on one process and on several, CPU, one thread each, and how far the weights come apart.
+"""Wall time of an epoch on one process and on several, CPU, one thread each, and how far the weights diverge.
 
     python -m benchmarks.processes --processes 2 --pictures 8000
 
-Three branches on the pretrained CIFAR-10 ResNet-20 by recipes/train.py; the last of its epochs is told. With `auto`
-branches, whose ReLUs turn a rounding error into another gradient where an activation is all but zero; with `pool`
-branches, which have none; and on one process with several threads, which sum in another order, too.
+Three branches on the pretrained CIFAR-10 ResNet-20, trained by recipes/train.py; the time is of the last epoch. With
+`auto` branches, whose ReLUs turn a rounding error into a different gradient where an activation is nearly zero; with
+`pool` branches, which have no ReLUs; and on one process with several threads, which also sum in another order.
 """
 
 from __future__ import annotations
@@ -70,7 +70,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=8000)
     options = parser.parse_args()
-    columns = ("branches", "processes", "threads each", "seconds an epoch", "of one process", "weights differ by")
+    columns = (
+        "branches",
+        "processes",
+        "threads each",
+        "seconds per epoch",
+        "relative to one process",
+        "weights differ by",
+    )
     table = Table(*columns, box=box.MARKDOWN)
     several = options.processes
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +90,7 @@ def main() -> None:
                 table.add_row(*map(str, run), f"{seconds:.1f}", f"{seconds / alone:.2f}", f"{differ:.1e}")
     console = Console(width=120)
     console.print(table)
-    console.print(f"{options.pictures} pictures an epoch, 2 epochs, batch 128, seed 0, CPU, torch {torch.__version__}")
+    console.print(f"{options.pictures} images per epoch, 2 epochs, batch 128, seed 0, CPU, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     git worktree add ../before v0.1.0
     MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python -m benchmarks.releases ../before
 
-In two processes the same program times up to 10 % apart, by where its memory lies; so the package is loaded twice into
-one. Random weights, two exits with `pool` branches at a third and two thirds of the MACs; all samples leave at the exit
-that the row names. The same model objects serve both. Ratios are of medians, this checkout by the other.
+In two processes the times of the same program differ by up to 10 %, depending on memory layout; so the package is
+loaded twice into one. Random weights, two exits with `pool` branches at a third and two thirds of the MACs; all samples
+leave at the exit that the row names. The same model objects serve both. Ratios are of medians, this checkout relative
+to the other.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ class _Unregistered:
         self.function = function
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Leave it be."""
+        """Do nothing."""
         return function
 
 
 def load(checkout: Path, again: bool) -> ModuleType:
-    """The package as a checkout has it, beside one that is loaded already."""
+    """Load the package from a checkout, next to one that is already loaded."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "ee_surgery"]:
         del sys.modules[name]
     unregistered = patch.object(torch.library, "custom_op", lambda *_, **__: _Unregistered)

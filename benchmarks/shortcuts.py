@@ -3,8 +3,8 @@
     python -m benchmarks.shortcuts                 the table of docs/shortcuts.md
     python -m benchmarks.shortcuts resnet10t       of these models
 
-Where the way up to a block and the shortest way on cost least together, that one is built and run beside the original;
-and the one that keeps every block, which must answer as the original does.
+At the block where the cost up to it plus that of the shortest path is least, that shortcut is built and run next to the
+original; and the one that keeps every block, whose logits must be the original's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check(name: str) -> dict[str, Any]:
     """Build and run both on random weights.
 
     Raises:
-        AssertionError: an answer is not what it must be.
+        AssertionError: an output is wrong.
     """
     torch.manual_seed(0)
     graph = ee.inspect(timm.create_model(name).eval())
@@ -52,23 +52,23 @@ def check(name: str) -> dict[str, Any]:
     for kept in ([], every):
         spec = ee.BranchSpec("shortcut", options={"blocks": " ".join(piece.name for piece in kept)})
         branched = ee.attach(graph, ExitPlan(graph.backbone.model_id, "by hand", (point,)), spec)
-        answer, original = branched.all_exits(**branched.sample)
+        answer, original = branched.all_exits(branched.sample)
         assert answer.shape == original.shape, (answer.shape, original.shape)
         if kept:
             error = (answer - original).abs().max() / original.abs().max().clamp_min(1e-6)
             assert error < 1e-3, f"with every block, {error:.1e} off"
         else:
-            row |= {"share": branched.branch_macs[0] / graph.macs, "jumped": len(every)}
+            row |= {"share": branched.branch_macs[0] / graph.macs, "skipped": len(every)}
     return row
 
 
 def main() -> None:
-    """One row a model."""
+    """One row per model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("model", "exit", "live", "MACs up to it", "shortest way on", "pieces jumped over", box=box.MARKDOWN)
+    table = Table("model", "exit", "live", "MACs up to it", "shortest path", "pieces skipped", box=box.MARKDOWN)
     console, found, started = Console(width=140), 0, time.perf_counter()
     for name in options.models or models.SMALLEST.values():
         try:
@@ -84,7 +84,7 @@ def main() -> None:
             continue
         found += 1
         costs = [f"{row[key]:.1%}" for key in ("trunk", "share")]
-        table.add_row(name, row["exit"], str(row["live"]), *costs, str(row["jumped"]))
+        table.add_row(name, row["exit"], str(row["live"]), *costs, str(row["skipped"]))
     console.print(table)
     minutes = (time.perf_counter() - started) / 60
     console.print(f"{found} models have one. timm {timm.__version__}, torch {torch.__version__}, {minutes:.0f} min.")

@@ -1,12 +1,12 @@
-"""Does routing reach the speed that the stages allow? Forced exits, interleaved, one thread.
+"""The time of a routed run against that of its stages and branches alone. Forced exits, interleaved, one thread.
 
     MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python -m benchmarks.speed
 
 Half of the samples are made to leave at a third of the depth and a quarter of them at two thirds, by thresholds at
 quantiles of the batch's own scores. Ideal, in the same interleaved rounds: the sum of the times of the stages and
-branches that ran, each measured on its own, on the samples that reached it; at batch 1, where a warm cache is worth
-more than what is measured, one call of them all, one after the other; where nobody leaves, the original plus the
-branches' own times. Random weights: time does not depend on them.
+branches that ran, each measured alone, on the samples that reached it; at batch 1, where a warm cache matters more than
+the overhead being measured, all of them called in sequence; if no samples leave, the original plus the branches' own
+times. Random weights: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main() -> None:
     console = Console(width=140)
     rounds = 2 if options.smoke else options.rounds
     names = ["CIFAR ResNet-56"] if options.smoke else options.case or list(CASES)
-    routed, single = _table("forced exits 50 % + 25 %"), _table("batch 1, leaving at each exit in turn")
-    closed = _table("nobody leaves, batch 64")
+    routed, single = _table("forced exits, 50 % + 25 %"), _table("batch 1, leaving at each exit in turn")
+    closed = _table("no sample leaves, batch 64")
     for name in names:
         make, size, batch = CASES[name]
         branched = ee.augment(make().eval(), 2, "linear", sample=torch.randn(3, 3, size, size))
@@ -67,7 +67,9 @@ def main() -> None:
     for table in (routed, single, closed):
         console.print(table)
     stage = _stage_against_modules(rounds * 8)
-    console.print(f"a stage by the same piece of the original, batch 1, CIFAR ResNet-56 (stem + layer1): {stage:.3f}")
+    console.print(
+        f"a stage relative to the same part of the original, batch 1, CIFAR ResNet-56 (stem + layer1): {stage:.3f}"
+    )
     console.print(environment(torch.device("cpu")), f"median of {rounds} rounds or more, seed 0", sep=", ")
 
 
@@ -100,7 +102,7 @@ def _force(branched: ee.EarlyExitModel, x: Tensor) -> None:
 def _compare(
     branched: ee.EarlyExitModel, x: Tensor, rounds: int, ideal: Literal["parts", "sequence", "original"]
 ) -> tuple[float, float, float]:
-    """Medians of the original, of the routed run, and of the ideal, in the same rounds.
+    """Median times of the original, of the routed run, and of the ideal, in the same rounds.
 
     Args:
         ideal: `parts`: the sum of the times of its stages and branches, each on its own; `sequence`: one call of
@@ -121,11 +123,11 @@ def _compare(
 
 
 def _stage_against_modules(rounds: int) -> float:
-    """Stage 0 of the CIFAR ResNet-56, cut behind layer1, by the modules it stands for, at batch 1."""
+    """Stage 0 of the CIFAR ResNet-56, cut after layer1, relative to the same modules of the original, at batch 1."""
     model = CifarResNet(56).eval()
     branched = ee.augment(model, ["layer1"], sample=torch.randn(3, 3, 32, 32))
     x = torch.randn(1, 3, 32, 32)
-    stage = branched.program(x).stages[0]
+    stage = branched.engine.program(x).stages[0]
 
     def modules() -> Tensor:
         return model.layer1(F.relu(model.bn1(model.conv1(x))))

@@ -1,17 +1,17 @@
-"""Is every answer right when many threads share a model? Wrong, stale or failed calls, counted.
+"""Many threads share a model: counts calls whose output is wrong or stale, or which fail.
 
     python -m benchmarks.threads                     # 8 threads x 500 calls
     python -m benchmarks.threads --threads 4 --calls 50
 
 Two models serve routed calls from all threads at once: a CIFAR ResNet on images of changing sizes and a BERT on texts
-of changing lengths. Meanwhile another thread moves the operating points; one puts the ResNet's original into train mode
+of changing lengths, in batches of changing sizes and now and then of another dtype. Meanwhile another thread moves the
+operating points, with its own exits disabled half of the time; one puts the ResNet's original into train mode
 and back, as its owner would who fine-tunes elsewhere; one runs the BERT's original on its own; one evaluates; one
 augments further models, two at a time; some calls disable the exits for themselves; and asyncio hands calls to a pool.
 New sizes keep coming, so that programs are captured, and dropped, beside running calls.
 
-An answer is right when exits, logits and costs are those that a serial run of an independent copy gives at one of the
-operating points that were set: the one in force, where it was not moved between the start of the call and its end. With
-exits disabled it has to be the original's.
+An output is right if exits, logits and costs are those that a serial run of an independent copy gives at one of the
+operating points that were set during the call. With exits disabled it must be the original's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ POINTS: tuple[float | None, ...] = (None, 0.25, 0.5, 0.75)  # quantiles of the s
 
 @dataclass
 class Expected:
-    """What a serial run gives for the samples of one size."""
+    """The output of a serial run for the samples of one size."""
 
     inputs: Inputs
     original: Tensor
@@ -57,23 +58,36 @@ class Expected:
 
 @dataclass
 class Subject:
-    """A model that serves, and what it has to answer."""
+    """A model under load, and its expected outputs."""
 
     name: str
     branched: ee.EarlyExitModel
     thresholds: list[list[float] | None]
-    """Of each operating point; None: no sample leaves."""
+    """Of each operating point; None: no early exit."""
     expected: dict[int, Expected]
     known: list[int]
     """Sizes that most calls come in."""
+    dtypes: tuple[torch.dtype, ...]
+    """That the same inputs may come in, the usual one first."""
+
+
+class _AnyDtype(CifarResNet):
+    """Takes pictures of any floating dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) to logits, in the dtype of the weights."""
+        return super().forward(x.to(self.conv1.weight.dtype))
 
 
 def image_subject(sizes: list[int]) -> Subject:
     """A CIFAR ResNet-20 of random weights with two exits."""
     torch.manual_seed(0)
-    model = CifarResNet(20).eval()
+    model = _AnyDtype(20).eval()
     branched = ee.augment(model, 2, branch="pool", sample=torch.randn(4, 3, 32, 32))
-    return _subject("ResNet-20", branched, {size: torch.randn(POOL, 3, size, size) for size in sizes})
+    pictures: dict[int, Inputs] = {
+        size: torch.randn(POOL, 3, size, size).half().float() for size in sizes
+    }  # exact in all dtypes
+    return _subject("ResNet-20", branched, pictures, (torch.float32, torch.float64, torch.float16))
 
 
 def text_subject(lengths: list[int]) -> Subject:
@@ -88,17 +102,19 @@ def text_subject(lengths: list[int]) -> Subject:
     for length in lengths:
         mask = (torch.arange(length) < torch.randint(length // 2, length + 1, (POOL, 1))).long()
         inputs[length] = {"input_ids": torch.randint(1, 100, (POOL, length)) * mask, "attention_mask": mask}
-    return _subject("BERT", branched, inputs)
+    return _subject("BERT", branched, inputs, (torch.int64, torch.int32))
 
 
-def _subject(name: str, branched: ee.EarlyExitModel, inputs: dict[int, Inputs]) -> Subject:
+def _subject(
+    name: str, branched: ee.EarlyExitModel, inputs: dict[int, Inputs], dtypes: tuple[torch.dtype, ...]
+) -> Subject:
     for parameter in branched.branches.parameters():  # or all answers would be about equally sure
         nn.init.normal_(parameter, std=0.5)
     serial = branched.copy()
     first = ee.record(serial, [next(iter(inputs.values()))]).scores("max_prob")
     thresholds = [None if q is None else [row.quantile(q).item() for row in first] for q in POINTS]
     expected = {size: _expect(serial, given, thresholds) for size, given in inputs.items()}
-    return Subject(name, branched, thresholds, expected, list(inputs)[:2])
+    return Subject(name, branched, thresholds, expected, list(inputs)[:2], dtypes)
 
 
 def _expect(serial: ee.EarlyExitModel, inputs: Inputs, thresholds: list[list[float] | None]) -> Expected:
@@ -115,14 +131,14 @@ def _expect(serial: ee.EarlyExitModel, inputs: Inputs, thresholds: list[list[flo
 
 @dataclass
 class Tally:
-    """What the calls came to."""
+    """Counts of the calls and their outcomes."""
 
     calls: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
     def count(self, kind: str, call: Callable[[], bool]) -> None:
-        """Make one call and note whether its answer was right."""
+        """Make one call and record whether its output was right."""
         self.calls[kind] += 1
         try:
             if not call():
@@ -133,25 +149,26 @@ class Tally:
 
 
 class Traffic:
-    """Everything that goes on at once.
+    """All concurrent activities.
 
     Args:
         subjects: what serves.
         calls: of each thread.
+        rare: share of the calls with another size, and of those with another dtype.
     """
 
-    def __init__(self, subjects: list[Subject], threads: int, calls: int, seed: int = 0) -> None:
-        self.subjects, self.threads, self.calls, self.seed = subjects, threads, calls, seed
+    def __init__(self, subjects: list[Subject], threads: int, calls: int, seed: int = 0, rare: float = 0.03) -> None:
+        self.subjects, self.threads, self.calls, self.seed, self.rare = subjects, threads, calls, seed, rare
         self.tally = Tally()
         self.over = threading.Event()
         # Per subject: the operating point, and how often it was moved; even while it rests.
         self.points = [[0, 0] for _ in subjects]
 
     def run(self) -> Tally:
-        """Serve until every thread has made its calls."""
+        """Run until every thread has made its calls."""
         jobs = [threading.Thread(target=self._serve, args=(number,)) for number in range(self.threads)]
-        beside = [self._move_knobs, self._own, self._run_original, self._evaluate, self._augment, self._serve_async]
-        others = [threading.Thread(target=job) for job in beside]
+        background = [self._move_knobs, self._own, self._run_original, self._evaluate, self._augment, self._serve_async]
+        others = [threading.Thread(target=job) for job in background]
         for job in [*others, *jobs]:
             job.start()
         for job in jobs:
@@ -171,12 +188,14 @@ class Traffic:
 
     def _call(self, which: int, choose: random.Random) -> None:
         subject = self.subjects[which]
-        size = choose.choice(subject.known if choose.random() < 0.97 else [*subject.expected])
+        size = choose.choice([*subject.expected] if choose.random() < self.rare else subject.known)
+        dtype = choose.choice(subject.dtypes[1:]) if choose.random() < self.rare else subject.dtypes[0]
         rows = torch.tensor(choose.sample(range(POOL), choose.choice([1, 1, 2, 5, POOL])))
         expected = subject.expected[size]
-        inputs = take(expected.inputs, rows)
+        inputs = _cast(take(expected.inputs, rows), dtype)
         kind = choose.choice(["predict", "predict", "call", "disabled"])
-        self.tally.count(f"{subject.name}, {kind}", lambda: self._right(which, kind, inputs, expected, rows))
+        told = f"{subject.name}, {kind}" if dtype == subject.dtypes[0] else f"{subject.name}, {dtype}"
+        self.tally.count(told, lambda: self._right(which, kind, inputs, expected, rows))
 
     def _right(self, which: int, kind: str, inputs: Inputs, expected: Expected, rows: Tensor) -> bool:
         branched = self.subjects[which].branched
@@ -187,13 +206,13 @@ class Traffic:
         before = tuple(self.points[which])
         if kind == "predict":
             found = branched.predict(inputs)
-            logits, told = found.logits, found
+            logits, output = found.logits, found
         else:
             answer: Any = branched(inputs)
-            logits, told = getattr(answer, "logits", answer), None
+            logits, output = getattr(answer, "logits", answer), None
         resting = before == tuple(self.points[which]) and before[1] % 2 == 0
         points = [before[0]] if resting else range(len(POINTS))
-        return any(self._matches(point, logits, told, expected, rows) for point in points)
+        return any(self._matches(point, logits, output, expected, rows) for point in points)
 
     @staticmethod
     def _matches(point: int, logits: Tensor, output: ee.ExitOutput | None, expected: Expected, rows: Tensor) -> bool:
@@ -204,7 +223,7 @@ class Traffic:
         same = torch.equal(output.exit_index, expected.exits[point][rows])
         return same and torch.equal(output.costs, expected.costs[point])
 
-    # --- what goes on beside them
+    # --- concurrent jobs
 
     def _move_knobs(self) -> None:
         choose = random.Random(self.seed)
@@ -213,12 +232,13 @@ class Traffic:
             subject, point = self.subjects[which], choose.randrange(len(POINTS))
             self.points[which][1] += 1
             values = subject.thresholds[point]
-            subject.branched.operate(None if values is None else OperatingPoint.by_hand(values, "max_prob"))
+            with subject.branched.exits_disabled() if choose.random() < 0.5 else nullcontext():
+                subject.branched.operate(None if values is None else OperatingPoint.by_hand(values, "max_prob"))
             self.points[which][0] = point
             self.points[which][1] += 1
 
     def _own(self) -> None:
-        """The owner of the first original goes back and forth between training and evaluation."""
+        """Switch the first original between train and eval mode."""
         mode = True
         while not self.over.wait(0.002):
             self.subjects[0].branched.backbone.train(mode)
@@ -226,7 +246,7 @@ class Traffic:
         self.subjects[0].branched.backbone.eval()
 
     def _run_original(self) -> None:
-        """The other original is called on its own, known sizes and new ones."""
+        """Call the other original directly, with known sizes and new ones."""
         choose, subject = random.Random(self.seed + 1), self.subjects[-1]
         while not self.over.is_set():
             expected = subject.expected[choose.choice([*subject.expected])]
@@ -243,7 +263,7 @@ class Traffic:
             self.over.wait(0.01)
 
     def _evaluate(self) -> None:
-        """Evaluation turns exits off and on while others are served; the original's accuracy tells."""
+        """Evaluate, which disables exits in its own context, during other calls; check the original's accuracy."""
         subject = self.subjects[0]
         expected = subject.expected[subject.known[0]]
         labels = expected.original.argmax(-1)
@@ -259,7 +279,7 @@ class Traffic:
             self.over.wait(0.05)
 
     def _augment(self) -> None:
-        """Two more models at once, each of which has to come out as one that is augmented alone."""
+        """Augment two more models at once; each must equal one that is augmented alone."""
         inputs = torch.randn(4, 3, 32, 32)
         depths = (8, 14)
         alone = [_first_weights(ee.augment(CifarResNet(depth).eval(), 1, sample=inputs)) for depth in depths]
@@ -283,7 +303,7 @@ class Traffic:
             self.over.wait(5)
 
     def _serve_async(self) -> None:
-        """Calls from asyncio, handed to a pool; a task that disables its exits does so for itself alone."""
+        """Calls from asyncio through a thread pool; a task that disables exits does so only for itself."""
 
         async def one(which: int, choose: random.Random) -> None:
             await asyncio.to_thread(self._call, which, choose)
@@ -292,7 +312,7 @@ class Traffic:
             subject = self.subjects[which]
             expected = subject.expected[subject.known[0]]
 
-            def right() -> bool:  # the context goes along into the pool's thread
+            def right() -> bool:  # the context is copied to the pool's thread
                 output = subject.branched.predict(expected.inputs)
                 return bool((output.exit_index == 2).all()) and _close(output.logits, expected.original)
 
@@ -309,6 +329,12 @@ class Traffic:
         asyncio.run(serve())
 
 
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype)
+    return {name: value.to(dtype) for name, value in inputs.items()}
+
+
 def _first_weights(branched: ee.EarlyExitModel) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in branched.branches.parameters()])
 
@@ -318,7 +344,7 @@ def _close(seen: Tensor, expected: Tensor) -> bool:
 
 
 def aftermath(subjects: list[Subject]) -> list[str]:
-    """What is broken afterwards: originals, receipts, flags, or training."""
+    """Checks afterwards: originals, receipts, flags and training; the failures."""
     broken: list[str] = []
     for subject in subjects:
         branched = subject.branched
@@ -331,19 +357,19 @@ def aftermath(subjects: list[Subject]) -> list[str]:
         with torch.no_grad():
             answer = branched.backbone(**inputs).logits if isinstance(inputs, dict) else branched.backbone(inputs)
         if not torch.equal(answer, expected.original):
-            broken.append(f"{subject.name}: the original answers otherwise")
+            broken.append(f"{subject.name}: the original's output has changed")
         batch: Any = (
             {**inputs, "labels": answer.argmax(-1)} if isinstance(inputs, dict) else (inputs, answer.argmax(-1))
         )
         before = deepcopy(branched.branches.state_dict())
         ee.train(branched, [batch], ee.TrainConfig(epochs=1, progress=False))
         if all(torch.equal(tensor, before[name]) for name, tensor in branched.branches.state_dict().items()):
-            broken.append(f"{subject.name}: the branches do not learn")
+            broken.append(f"{subject.name}: the branches do not train")
     return broken
 
 
 def main() -> None:
-    """Print the table; exit with 1 where an answer was wrong."""
+    """Print the table; exit with 1 if an output was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=500, help="of each thread")
@@ -357,8 +383,8 @@ def main() -> None:
     traffic = Traffic(subjects, threads, calls, options.seed)
     tally = traffic.run()
     seconds = time.perf_counter() - started
-    told = f"{threads} threads x {calls} calls, seed {options.seed}, {seconds:.0f} s, torch {torch.__version__}"
-    table = Table(title=told)
+    title = f"{threads} threads x {calls} calls, seed {options.seed}, {seconds:.0f} s, torch {torch.__version__}"
+    table = Table(title=title)
     for column in ("call", "made", "wrong, stale or failed"):
         table.add_column(column, justify="left" if column == "call" else "right")
     for kind, made in sorted(tally.calls.items()):

@@ -1,10 +1,10 @@
-"""Every part of a training recipe alone, on one shortcut branch of the CIFAR-10 ResNet-56.
+"""An ablation of the training recipe, on one shortcut branch of the CIFAR-10 ResNet-56.
 
-    python -m benchmarks.training run       # an hour or two; goes on where it stopped
+    python -m benchmarks.training run       # an hour or two; resumes where it stopped
     python -m benchmarks.training page      # docs/training.md from benchmarks/results
 
 All settings start from the same branch and see the same images in the same order for the same number of steps; the
-original stays frozen. Answers to the test images decide: thresholds from one half, results from the other.
+original stays frozen. On the test images, thresholds come from one half, results from the other.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ RESULTS = Path("benchmarks/results/training.jsonl")
 PAGE = Path("docs/training.md")
 EXIT = "layer1.1"
 UNSEEN = 5_000
-"""Test images that one setting learns from, without their labels; no setting is judged by them."""
+"""Test images that one setting is trained on, without labels; no setting is evaluated on them."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs from learning the labels alone."""
+    """What differs from training on labels alone."""
 
     config: dict[str, Any] = field(default_factory=dict)
     rand_augment: bool = False
@@ -51,14 +51,14 @@ SETTINGS = {
     "CutMix": Setting({"cutmix": 1.0}),
     "Mixup": Setting({"mixup": 0.2}),
     "RandAugment (m9, n2)": Setting(rand_augment=True),
-    "average of the weights (0.998)": Setting({"ema": 0.998}),
+    "weight averaging (EMA, 0.998)": Setting({"ema": 0.998}),
     "distillation, half of the loss": Setting({"distill": 0.5}),
     "distillation at temperature 4": Setting({"distill": 0.5, "temperature": 4.0}),
     "distillation and CutMix": Setting({"distill": 0.5, "cutmix": 1.0}),
-    "the original's answers, 5,000 unseen images": Setting({"teach": "original", "distill": 0.5}, unseen=True),
+    "the original's predictions, 5,000 unseen images": Setting({"teach": "original", "distill": 0.5}, unseen=True),
     "two branches, labels alone": Setting(pair=True),
-    "two branches, who stays below 0.5 counts more": Setting({"survivor": 0.5}, pair=True),
-    "two branches, who stays below 0.9 counts more": Setting({"survivor": 0.9}, pair=True),
+    "two branches, survivor=0.5": Setting({"survivor": 0.5}, pair=True),
+    "two branches, survivor=0.9": Setting({"survivor": 0.9}, pair=True),
 }
 
 
@@ -74,7 +74,7 @@ class Augmented(Batches):
 
 
 def run(name: str, epochs: int, few: int | None) -> dict[str, Any]:
-    """Train by one setting; what it gives on the test images that none learned from."""
+    """Train with one setting, and evaluate it on test images that no setting was trained on."""
     setting = SETTINGS[name]
     (images, labels), mean, std = pictures("train", few)
     (test, truth), _, _ = pictures("test", few)
@@ -136,30 +136,30 @@ def page(lines: list[dict[str, Any]]) -> str:
     ]
     first = lines[0]
     head = ["", "alone %", "AUROC", "0.5 points", "1 point", "2 points", "area", "steps"]
-    told = _PAGE.format(exit=EXIT, blocks=EXITS[EXIT], epochs=first["epochs"], half=first["samples"], unseen=UNSEEN)
+    text = _PAGE.format(exit=EXIT, blocks=EXITS[EXIT], epochs=first["epochs"], half=first["samples"], unseen=UNSEEN)
     versions = f"torch {first['torch']}, timm {first['timm']}, CPU"
     precision = first.get("precision", "bf16")
-    return f"{told}\n{table(head, rows)}\n\n{versions}, mixed precision {precision}, seed 0.\n"
+    return f"{text}\n{table(head, rows)}\n\n{versions}, mixed precision {precision}, seed 0.\n"
 
 
-_PAGE = """# Each part of a training recipe alone
+_PAGE = """# An ablation of the training recipe
 
 ```bash
 python -m benchmarks.training run && python -m benchmarks.training page
 ```
 
 One shortcut branch on the frozen CIFAR-10 ResNet-56, at `{exit}`, blocks `{blocks}`, {epochs} epochs of AdamW (3e-3,
-cosine, weight decay 5e-3), all settings from the same start. Accuracy of the branch alone and AUROC of its
-confidence on {half} x 2 test images that none learned from; the share of the MACs from which on no more than 0.5, 1
-and 2 points are lost, and the area of the frontier (mean accuracy over 0.3 to 1 of the MACs), thresholds from one
-half and results from the other, 20 halves. The original's answers are to {unseen} more test images, without labels,
-which are not among those reported.
+cosine, weight decay 5e-3), all settings from the same initialization. Accuracy of the branch alone and AUROC of its
+confidence on {half} x 2 test images that no setting was trained on; the fraction of the MACs above which at most 0.5, 1
+and 2 points are lost, and the area of the frontier (mean accuracy over 0.3 to 1 of the MACs), thresholds from one half
+and results from the other, 20 halves. The row with the original's predictions uses {unseen} more test images, without
+labels, which are not among the reported ones.
 
-One seed: differences below half a point of accuracy, or 0.03 of the MACs, are taken for noise. In so short a training
-RandAugment and CutMix alone are behind labels alone at 1 point; nothing is ahead by more than noise, so the defaults
-stay as they were (distillation at temperature 2, no mixing). The 36 epochs of [results.md](results.md) use CutMix.
-Weighing samples by who survives does nothing with one branch: it is measured on two, `{exit}` being the later one,
-where it is clearly behind when those below 0.5 count, within noise at 0.9; it stays off unless asked for.
+One seed: differences below half a point of accuracy, or 0.03 of the MACs, are treated as noise. In such short training
+RandAugment or CutMix is worse than labels alone at 1 point; nothing is better by more than noise, so the defaults stay
+as they were (distillation at temperature 2, no mixing). The 36 epochs of [results.md](results.md) use CutMix. Weighting
+samples by their probability of reaching an exit does nothing with one branch: it is measured on two, `{exit}` being the
+later one, where it is clearly worse with `survivor=0.5` and within noise with 0.9; it stays off by default.
 """
 
 

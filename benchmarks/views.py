@@ -1,9 +1,9 @@
-"""Passes that come again, their features kept on disk, beside passes that run the original anew.
+"""Repeated epochs with features cached on disk, against repeated epochs that run the original again.
 
     python -m benchmarks.views      # some minutes; prints a table
 
-On the frozen CIFAR-10 ResNet-56, images of its training set: the same training twice in one run, with the same weights
-at the end. The first passes are computed in both; the ratio is of those that come again.
+On the frozen CIFAR-10 ResNet-56 and images of its training set: the same training twice in one run, with the same
+weights at the end. The first passes are computed in both; the ratio is of the repeated ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def main() -> None:
-    """Train each kind of branch with and without, and print what an epoch takes."""
+    """Train each kind of branch with and without a cache, and print the time per epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=3_000)
     parser.add_argument("--threads", type=int, default=1)
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images, mean, std = pictures("train", options.images)
     table = Table(box=box.MARKDOWN)
-    for column in ("branches", "computed, s an epoch", "kept, s an epoch", "ratio"):
+    for column in ("branches", "computed, s per epoch", "cached, s per epoch", "ratio"):
         table.add_column(column, justify="right")
     for name, (exits, branch) in KINDS.items():
         seconds, weights = {}, []
@@ -48,7 +48,7 @@ def main() -> None:
             seconds[cache_gb] = statistics.median(epoch.seconds for epoch in report.epochs[1:])
             weights.append(list(branched.branches.parameters()))
         if not all(torch.equal(a, b) for a, b in zip(*weights, strict=True)):
-            raise SystemExit(f"{name}: kept features taught something else.")
+            raise SystemExit(f"{name}: training on cached features gave other weights.")
         computed, kept = seconds[0.0], seconds[10.0]
         table.add_row(name, f"{computed:.1f}", f"{kept:.1f}", f"{kept / computed:.2f}")
     console = Console()

@@ -49,6 +49,7 @@ from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.router import ExitOutput
 from ee_surgery.search.exit_search import ExitSearch, prune_exits, search_exits
 from ee_surgery.search.exit_subset import Subset, cheapest_exits
+from ee_surgery.task import TASKS, Classification, MultiLabel, Task
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import TrainReport, train
 from ee_surgery.training.objectives import OBJECTIVES
@@ -64,12 +65,14 @@ __all__ = [
     "PRESETS",
     "RISKS",
     "SCORES",
+    "TASKS",
     "AdapterError",
     "Branch",
     "BranchError",
     "BranchSpec",
     "CaptureError",
     "Certificate",
+    "Classification",
     "ConfigError",
     "DataError",
     "EarlyExitModel",
@@ -86,6 +89,7 @@ __all__ = [
     "Frontier",
     "HubError",
     "ModelGraph",
+    "MultiLabel",
     "OperatingPoint",
     "OperatingPointError",
     "Preset",
@@ -93,6 +97,7 @@ __all__ = [
     "Subset",
     "SurgeryError",
     "SurgeryWarning",
+    "Task",
     "ThresholdPolicy",
     "TrainConfig",
     "TrainReport",

@@ -24,9 +24,10 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
 from ee_surgery.share.weights import Weights
+from ee_surgery.task import Task, require
 
 
-@torch.inference_mode(False)  # weights that are made in inference mode can never learn
+@torch.inference_mode(False)  # weights created in inference mode cannot be trained
 def attach(
     model: nn.Module | ModelGraph,
     plan: ExitPlan,
@@ -36,38 +37,43 @@ def attach(
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
     output: OutputKey | None = None,
+    task: str | Task | type[Task] | None = None,
     seed: int = 0,
 ) -> EarlyExitModel:
     """Put untrained branches at the exits of a plan. The model itself is not changed and stays usable.
 
     Args:
-        model: the model, or the graph that `inspect` gave (spares capturing it again).
-        branch: `auto`, a registered name or a `BranchSpec`; or one for each exit.
+        model: the model, or its graph from `inspect` (saves capturing it again).
+        branch: `auto`, a registered name or a `BranchSpec`; or one per exit.
         sample: see `inspect`.
         opaque: see `inspect`.
         num_classes: see `inspect`.
         output: see `inspect`.
-        seed: of the branches' first weights; the global random state is left alone.
+        task: see `inspect`.
+        seed: of the branches' initial weights; the global random state is not changed.
     Raises:
         CaptureError: weights of the model have no data (meta, offloaded).
         ExitPointError: the stages cut at these exits do not reproduce the model on its sample.
-        BranchError: a branch does not fit its features, or their number is not that of the exits.
+        BranchError: a branch does not fit its features, or the number of branches and exits differs.
+        ConfigError: a branch that is not for the model's task.
     """
     instance("plan", plan, ExitPlan, hint="place(graph, exits) makes one.")
     seed, given = count("seed", seed, low=0), known(branch)
     if isinstance(model, ModelGraph):
         graph = model
     else:
-        graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
+        graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
     check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
     if isinstance(branch, (str, BranchSpec)):
         given *= len(plan.points)
+    for spec in given:
+        _check_task(spec, graph)
     if len(given) != len(plan.points):
         raise BranchError(f"{len(given)} branches for {len(plan.points)} exits at {plan.names}.")
     for point in plan.points:
         if graph[point.name].shape != point.shape:
             raise ExitPointError(
-                f"The plan has features of shape {point.shape} at {point.name!r}, this model "
+                f"The plan has features of shape {point.shape} at {point.name!r}, this model has "
                 f"{graph[point.name].shape}: make the plan from this model's own graph."
             )
     with _seeded(seed):
@@ -81,18 +87,20 @@ def attach(
 
 @torch.inference_mode(False)
 def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec], weights: Weights) -> EarlyExitModel:
-    """Put the branches of an adapter at its exits; each is measured without memory first: anyone may have written it.
+    """Build the branches of an untrusted adapter; sizes are first checked on the meta device, without memory.
 
     Raises:
-        AdapterError: the stored tensors are not those of these branches; the first difference is named.
+        AdapterError: the stored tensors do not match these branches; names the first difference.
         BranchError, ConfigError, UnknownNameError: there is no such branch, or it does not fit its features.
     """
     classes = graph.backbone.num_classes
     branches: list[Branch] = []
+    for spec in specs:
+        _check_task(spec, graph)
     with _seeded(0):
         for depth, (spec, point) in enumerate(zip(specs, plan.points, strict=True)):
             prefix = f"exits.{depth}."
-            if not BRANCHES[spec.name].reads_all:  # those copy the original, and are no larger
+            if not BRANCHES[spec.name].reads_all:  # those copy parts of the original, so are no larger
                 weights.check(_measured(spec, point, classes, depth, prefix), prefix)
             branches.append(build(spec, point, classes, depth, graph))
             weights.check(_named(branches[-1], prefix), prefix)
@@ -102,6 +110,17 @@ def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec]
         bank = BranchBank(branches, _head(graph))
     weights.fill(bank)
     return EarlyExitModel(graph, plan, specs, bank)
+
+
+def _check_task(spec: BranchSpec, graph: ModelGraph) -> None:
+    """Refuse a branch that cannot give answers of the model's task.
+
+    Raises:
+        ConfigError: so it is.
+        UnknownNameError: no branch of that name.
+    """
+    if spec.name != "auto":
+        require(f"The branch {spec.name!r}", BRANCHES[spec.name].tasks, graph.backbone.task)
 
 
 def _measured(spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str) -> dict[str, Tensor]:
@@ -122,7 +141,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _head(graph: ModelGraph) -> Branch | None:
-    """A linear layer on what a model without a head gives: what it was made for."""
+    """A linear head for a model without one."""
     return None if graph.head is None else build(_HEAD[graph.head.layout], graph.head, graph.backbone.num_classes)
 
 

@@ -1,4 +1,4 @@
-"""What users hand in, checked at the door: numbers, choices, names, objects. An error says what was wrong and seen."""
+"""Checks of user arguments: numbers, choices, names, objects. Errors say what was wrong and what was seen."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ T = TypeVar("T")
 C = TypeVar("C", bound=str)
 Error = type[SurgeryError]
 
-_LONGEST = 80  # characters of a value that an error repeats
+_LONGEST = 80  # most characters of a value in an error
 MOST = 2**63 - 1
-"""The largest whole number that torch and numpy take, as a seed for example."""
+"""The largest integer that torch and numpy accept, as a seed for example."""
 
 
 def shown(value: object) -> str:
-    """A value as an error repeats it: short, whatever it is."""
+    """A short description of any value for an error."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
@@ -35,20 +35,20 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__}"
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists
+    except (ValueError, RecursionError):  # numbers with thousands of digits; deeply nested lists
         return f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def refuse(name: str, wanted: str, value: object, error: Error = ConfigError, hint: str = "") -> NoReturn:
-    """Raise the one sentence that all of these raise.
+    """Raise the error of all these checks: "<name> must be <wanted>, got <value>. <hint>"
 
     Args:
         name: of the argument.
         wanted: what it must be.
         value: what was seen.
-        error: a class of ours.
-        hint: what to do; a sentence of its own.
+        error: its class.
+        hint: a sentence on what to do.
     """
     raise error(f"{name} must be {wanted}, got {shown(value)}.{f' {hint}' if hint else ''}")
 
@@ -57,9 +57,9 @@ def refuse(name: str, wanted: str, value: object, error: Error = ConfigError, hi
 
 
 def plain(value: object) -> int | float | None:
-    """A number as Python's own int or float; None for what is none: flags, words, arrays, complex numbers.
+    """A number as a Python int or float; None for anything else: flags, strings, arrays, complex numbers.
 
-    Numbers of numpy count, and tensors and arrays without dimensions.
+    Numpy numbers are accepted, and tensors and arrays without dimensions.
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0 and not getattr(value, "is_meta", False):
         value = value.item()
@@ -80,20 +80,23 @@ def number(
     error: Error = ConfigError,
     hint: str = "",
 ) -> float:
-    """A number within limits, as Python's own int or float.
+    """A number within limits, as a Python int or float.
+
+    >>> number("drop", np.float32(0.5), low=0, high=1)
+    0.5
 
     Args:
         name: of the argument.
-        value: a number of Python or numpy, or a tensor without dimensions; never a flag or a word.
-        low: the least that it may be.
-        high: the largest.
-        above: what it must be above.
-        below: what it must be below.
-        infinite: whether infinity is a number here; NaN never is.
-        error: what to raise.
+        value: a Python or numpy number, or a tensor without dimensions; not a flag or a string.
+        low: smallest value allowed.
+        high: largest value allowed.
+        above: exclusive lower limit.
+        below: exclusive upper limit.
+        infinite: whether infinity is allowed; NaN never is.
+        error: class of the error.
         hint: a sentence for the error.
     Raises:
-        SurgeryError: it is none; of the class `error`.
+        SurgeryError: it is not such a number; of the class `error`.
     """
     found = plain(value)
     if found is None or not ((low <= found <= high and above < found < below) or (infinite and abs(found) == math.inf)):
@@ -104,17 +107,17 @@ def number(
 def count(
     name: str, value: object, *, low: int = 1, high: int = MOST, error: Error = ConfigError, hint: str = ""
 ) -> int:
-    """A whole number of at least `low`, as an int; 1e3 is one.
+    """A whole number of at least `low`, as an int; 1e3 is allowed.
 
     Args:
         name: of the argument.
         value: as for `number`.
-        low: the least that it may be.
-        high: the largest.
-        error: what to raise.
+        low: smallest value allowed.
+        high: largest value allowed.
+        error: class of the error.
         hint: a sentence for the error.
     Raises:
-        SurgeryError: it is none; of the class `error`.
+        SurgeryError: it is not such a number; of the class `error`.
     """
     found = plain(value)
     if found is None or not low <= found <= high or found != int(found):
@@ -128,10 +131,10 @@ def numbers(name: str, value: object, **limits: Any) -> tuple[float, ...]:
 
     Args:
         name: of the argument.
-        value: as for `number`, several of them.
-        limits: of each, as for `number`.
+        value: a sequence of numbers.
+        limits: of each number, as for `number`.
     Raises:
-        SurgeryError: one is none.
+        SurgeryError: one of them is invalid.
     """
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist() if value.ndim == 1 else None
@@ -165,21 +168,21 @@ def positive(name: str, value: object, error: Error = ConfigError, hint: str = "
 
 
 def flag(name: str, value: object, error: Error = ConfigError) -> bool:
-    """True or False, and nothing that only counts as such."""
+    """True or False, not a truthy or falsy value."""
     if not isinstance(value, (bool, np.bool_)):
         refuse(name, "True or False", value, error)
     return bool(value)
 
 
 def word(name: str, value: object, error: Error = ConfigError, hint: str = "") -> str:
-    """Text that is not empty."""
+    """A non-empty string."""
     if not isinstance(value, str) or not value.strip():
         refuse(name, "text", value, error, hint)
     return value
 
 
 def choice(name: str, value: object, known: Iterable[C], error: Error = ConfigError) -> C:
-    """One of a few words; the error suggests near ones."""
+    """One of several strings; the error suggests close ones."""
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
         near = suggest(value, known) if isinstance(value, str) else ""
@@ -188,7 +191,7 @@ def choice(name: str, value: object, known: Iterable[C], error: Error = ConfigEr
 
 
 def names(name: str, value: object, error: Error = ConfigError, hint: str = "") -> list[str]:
-    """A list of names; one alone stands for a list of it."""
+    """A list of names; a single name becomes a list of one."""
     if isinstance(value, str):
         return [word(name, value, error, hint)]
     if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping, Tensor)):
@@ -202,7 +205,7 @@ def names(name: str, value: object, error: Error = ConfigError, hint: str = "") 
 def instance(
     name: str, value: object, kind: type[T] | tuple[type[T], ...], error: Error = ConfigError, hint: str = ""
 ) -> T:
-    """An object of a class."""
+    """An instance of a class."""
     if not isinstance(value, kind):
         kinds = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else (kind,)))
         refuse(name, f"{'an' if kinds[0] in 'AEIOU' else 'a'} {kinds}", value, error, hint)
@@ -210,14 +213,14 @@ def instance(
 
 
 def path(name: str, value: object, error: Error = ConfigError, hint: str = "") -> Path:
-    """A path, which is not empty."""
+    """A non-empty path."""
     if not isinstance(value, (str, os.PathLike)) or not str(value).strip() or "\0" in str(value):
         refuse(name, "a path", value, error, hint)
     return Path(value)
 
 
 def optional(check: Callable[..., T]) -> Callable[..., T | None]:
-    """The same check, but None passes."""
+    """The same check, but None is allowed."""
 
     def checked(name: str, value: object, **limits: Any) -> T | None:
         return None if value is None else check(name, value, **limits)

@@ -1,4 +1,4 @@
-"""`ee-surgery`: one sub-command a stage, each a call of a public function."""
+"""`ee-surgery`: one sub-command per step, each a call of a public function."""
 
 from __future__ import annotations
 
@@ -43,16 +43,20 @@ console = Console()
 Model = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder.")]
 Seen = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder, of a model or an adapter.")]
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder that `augment` wrote.")]
-Weights = Annotated[str, typer.Option(help="Weights file for a timm model, in place of its pretrained ones.")]
-Random = Annotated[bool, typer.Option("--random-weights", help="Leave a timm model untrained (to look, not to use).")]
-Images = Annotated[Path, typer.Option(help="Folder with one sub-folder of pictures a class.")]
-MaybeImages = Annotated[Optional[Path], typer.Option(help="Folder with one sub-folder of pictures a class.")]  # noqa: UP045
-Unlabelled = Annotated[bool, typer.Option(help="Ignore the classes: teach and judge by the original's own answers.")]
+Weights = Annotated[str, typer.Option(help="Weights file for a timm model, instead of its pretrained weights.")]
+Random = Annotated[
+    bool, typer.Option("--random-weights", help="Use a timm model with random weights (to inspect, not to use).")
+]
+Images = Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")]
+MaybeImages = Annotated[Optional[Path], typer.Option(help="Folder with one sub-folder of images per class.")]  # noqa: UP045
+Unlabelled = Annotated[
+    bool, typer.Option(help="Ignore the classes: train on the original's predictions and measure agreement with it.")
+]
 Drop = Annotated[Optional[float], typer.Option(help="Accepted accuracy drop; 0.01 is one percentage point.")]  # noqa: UP045
 Budget = Annotated[Optional[float], typer.Option(help="Mean MACs as a fraction of the original's.")]  # noqa: UP045
-BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
+BatchSize = Annotated[int, typer.Option(help="Batch size.")]
 Repo = Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit; the main branch when left out.")]  # noqa: UP045
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit; default: the main branch.")]  # noqa: UP045
 
 
 @contextmanager
@@ -68,11 +72,13 @@ def _errors() -> Iterator[None]:
 @app.command(epilog="Example: ee-surgery inspect resnet18 --random-weights")
 def inspect(
     model: Seen,
-    everything: Annotated[bool, typer.Option("--all", help="Every position, with why samples cannot leave.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every position, with the reason if samples cannot leave.")
+    ] = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Show where samples could leave a model, and the best that exits could give; of an adapter, the exits it has."""
+    """Show where samples can leave a model and the best possible saving; for an adapter, show its exits."""
     with _errors():
         if (folder := _adapter_folder(model)) is not None:
             _show(folder)
@@ -85,29 +91,31 @@ def inspect(
 def augment(
     model: Model,
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    preset: Annotated[str | None, typer.Option(help=f"A paper's method: {', '.join(ee.PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"A published method: {', '.join(ee.PRESETS)}.")] = None,
     exits: Annotated[
-        str | None, typer.Option(help="How many (3), `all`, `auto` (searched), or names with commas.")
+        str | None, typer.Option(help="Number (default 3), `all`, `auto` (searched), or comma-separated names.")
     ] = None,
-    placement: Annotated[str | None, typer.Option(help=f"Rule (linear): {', '.join(ee.PLACEMENTS)}.")] = None,
+    placement: Annotated[
+        str | None, typer.Option(help=f"Placement rule (default linear): {', '.join(ee.PLACEMENTS)}.")
+    ] = None,
     branch: Annotated[
-        str | None, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}; several with commas for `--exits auto`.")
+        str | None, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}; comma-separated for `--exits auto`.")
     ] = None,
     train: MaybeImages = None,
     calibrate: MaybeImages = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training pictures.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
     max_accuracy_drop: Annotated[
-        float, typer.Option(help="What `--exits auto` places exits for; 0.01: a point.")
+        float, typer.Option(help="Accuracy drop for `--exits auto`; 0.01 is one percentage point.")
     ] = 0.01,
     batch_size: BatchSize = 64,
     unlabelled: Unlabelled = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Add branches to a model, train and calibrate them where pictures are given, and write the adapter folder."""
+    """Add branches to a model, train and calibrate them if images are given, and write the adapter folder."""
     with _errors():
         if out.exists() and not out.is_dir():
-            raise ee.ConfigError(f"--out {out} is a file: give a folder, or the name of one to be made.")
+            raise ee.ConfigError(f"--out {out} is a file: give an existing folder, or the name of a new one.")
         config = replace(
             ee.TrainConfig() if preset is None else ee.PRESETS[preset].config,
             epochs=epochs,
@@ -115,7 +123,7 @@ def augment(
             teach="original" if unlabelled else "labels",
         )
         base = _model(model, checkpoint, random_weights)
-        training = out.with_name(f"{out.name}.training")  # a killed run goes on from here, run again
+        training = out.with_name(f"{out.name}.training")  # a killed run resumes from here when started again
         branched = ee.augment(
             base,
             _exits(exits),
@@ -147,7 +155,7 @@ def calibrate(
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Search thresholds on held-out pictures, and store the frontier and the operating point in the adapter folder."""
+    """Search thresholds on held-out images, and store the frontier and the operating point in the adapter folder."""
     with _errors():
         method = renamed("--policy", policy, "--method", method)
         asked = _asked(max_accuracy_drop, budget)
@@ -157,7 +165,7 @@ def calibrate(
         try:
             if asked:
                 branched.operate(**asked)
-        finally:  # what was found is kept, whether or not a point of it meets the request
+        finally:  # the frontier is kept even if no point meets the request
             branched.save_pretrained(adapter)
             console.print(frontier)
 
@@ -171,12 +179,12 @@ def evaluate(
     batch_size: BatchSize = 64,
     unlabelled: Unlabelled = False,
     save: Annotated[
-        bool, typer.Option("--save", help="Keep result and operating point in the folder, and on its card.")
+        bool, typer.Option("--save", help="Store results and operating point in the folder and on its card.")
     ] = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Run an adapter on pictures, samples really leaving; at its stored operating point unless one is asked for."""
+    """Run an adapter with early exit on images, at its stored operating point unless another one is given."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
         pictures = _images(branched, data, unlabelled)
@@ -192,12 +200,12 @@ def bench(
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
     batch_size: BatchSize = 1,
-    samples: Annotated[int, typer.Option(help="How many pictures to time.")] = 64,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    samples: Annotated[int, typer.Option(help="Number of images to time.")] = 64,
+    threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Time an adapter against its original, interleaved, on real pictures."""
+    """Time an adapter against its original, interleaved, on real images."""
     with _errors():
         torch.set_num_threads(count("--threads", threads))
         batch_size, samples = count("--batch-size", batch_size), count("--samples", samples, low=batch_size)
@@ -211,17 +219,19 @@ def bench(
 @app.command(epilog="Example: ee-surgery card runs/adapter --license apache-2.0 --dataset cifar10")
 def card(
     adapter: Adapter,
-    license: Annotated[str | None, typer.Option(help="Of the branches: apache-2.0, mit, ...")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of what trained them; may be repeated.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Of the texts: en; may be repeated.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="One more; may be repeated.")] = None,
-    repo_id: Annotated[str | None, typer.Option(help="Where it will be on the Hub: user/name.")] = None,
-    eval_dataset: Annotated[str | None, typer.Option(help="Hub id of what it was evaluated on.")] = None,
-    eval_name: Annotated[str | None, typer.Option(help="The name of that in words.")] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Its split: test.")] = None,
-    eval_task: Annotated[str | None, typer.Option(help="Its task, where it is a benchmark on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the branches: apache-2.0, mit, ...")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a training data set; may be repeated.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Language of the texts: en; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Additional tag; may be repeated.")] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Its Hub repository: user/name.")] = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="Hub id of the evaluation data.")] = None,
+    eval_name: Annotated[str | None, typer.Option(help="Display name of the evaluation data.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split of the evaluation data: test.")] = None,
+    eval_task: Annotated[
+        str | None, typer.Option(help="Task of the evaluation data, if it is a benchmark on the Hub.")
+    ] = None,
 ) -> None:
-    """Write the model card of an adapter folder anew, from the folder alone."""
+    """Rewrite the model card of an adapter folder, from the folder alone."""
     with _errors():
         about = {"license": license, "datasets": dataset, "language": language, "tags": tag, "repo_id": repo_id,
                  "eval_dataset": eval_dataset, "eval_name": eval_name, "eval_split": eval_split,
@@ -235,13 +245,14 @@ def push(
     adapter: Adapter,
     repo_id: Repo,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="A new repository's; the account's default when left out.")
+        bool | None,
+        typer.Option("--private/--public", help="Visibility of a new repository; default: that of the account."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to, made where it is not there.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload early exits",
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload early exits",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
 ) -> None:
-    """Upload an adapter folder to the Hub in one commit, its card naming the repository. Log in by `hf auth login`."""
+    """Upload an adapter folder to the Hub in one commit. Log in first with `hf auth login`."""
     with _errors():
         update_card(adapter, repo_id=repo_id)
         hub = {"private": private, "revision": revision, "message": message, "create_pr": create_pr}
@@ -252,14 +263,14 @@ def push(
 def pull(
     repo_id: Repo,
     revision: Revision = None,
-    out: Annotated[Path | None, typer.Option(help="New folder to copy it to; it stays in the cache otherwise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder to copy it to; default: it stays in the cache.")] = None,
 ) -> None:
-    """Download an adapter from the Hub and say what it is."""
+    """Download an adapter from the Hub and describe it."""
     with _errors():
         if out is not None and out.exists():
-            raise ee.ConfigError(f"{out} is there already: give --out a new folder.")
+            raise ee.ConfigError(f"{out} already exists: give --out a new folder.")
         folder = fetch(repo_id, revision=revision)
-        load_adapter(folder)  # whole and undamaged, before it is copied
+        load_adapter(folder)  # check that it is complete and undamaged before copying
         if out is not None:
             try:
                 with atomic_write(out) as partial:
@@ -274,8 +285,8 @@ def pull(
 
 
 @app.command(epilog="Example: ee-surgery demo --out runs/demo")
-def demo(out: Annotated[Path, typer.Option(help="Where to leave adapter and plot.")] = Path("runs/demo")) -> None:
-    """The whole pipeline on scikit-learn's handwritten digits: minutes, no download."""
+def demo(out: Annotated[Path, typer.Option(help="Folder for the adapter and the plot.")] = Path("runs/demo")) -> None:
+    """Run the whole pipeline on scikit-learn's handwritten digits: minutes, no download."""
     with _errors():
         from ee_surgery.demo import run  # needs scikit-learn
 
@@ -283,7 +294,7 @@ def demo(out: Annotated[Path, typer.Option(help="Where to leave adapter and plot
 
 
 def _say(text: object) -> None:
-    """Print text that holds names of other people: no markup, no control characters."""
+    """Print text that may contain names from an adapter: no markup, no control characters."""
     console.print(plain(text), soft_wrap=True)
 
 
@@ -297,7 +308,7 @@ def _exits(text: str | None) -> int | str | list[str] | None:
 
 
 def _asked(drop: float | None, budget: float | None) -> dict[str, Any]:
-    """What `operate` is to be asked for, checked before anything is loaded."""
+    """Arguments for `operate`, checked before anything is loaded."""
     asked: dict[str, Any] = {}
     if drop is not None:
         asked["max_accuracy_drop"] = accuracy_drop("--max-accuracy-drop", drop)
@@ -309,14 +320,14 @@ def _asked(drop: float | None, budget: float | None) -> dict[str, Any]:
 
 
 def _adapter_folder(name: str) -> Path | None:
-    """The folder of an adapter, given as such or as a repository; None where the name is that of a model."""
+    """The folder of an adapter, given as a folder or a repository; None if the name is that of a model."""
     path = Path(name)
     if not path.is_dir():
         if "/" not in name:
             return None
         try:
             path = Path(hf_hub_download(name, CONFIG)).parent
-        except Exception:  # no such repository, or none that can be asked: `_model` says what is wrong
+        except Exception:  # no such repository, or no connection: `_model` reports it
             return None
     try:
         kind = json.loads((path / CONFIG).read_text()).get("model_type")
@@ -343,15 +354,15 @@ def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ee.DataError(
-            f"Cannot make {name!r}: {first} Give a timm model name (timm.list_models()), or the id or folder of a "
-            "Hugging Face image classifier; --random-weights to look at a timm model without its weights."
+            f"Cannot create {name!r}: {first} Give a timm model name (timm.list_models()), or the id or folder of a "
+            "Hugging Face image classifier; --random-weights to inspect a timm model without its weights."
         ) from error
 
 
 def _load(
     adapter: Path, checkpoint: str, random_weights: bool, asked: Mapping[str, Any] | None = None
 ) -> ee.EarlyExitModel:
-    base = None  # made by its library from the id in the adapter
+    base = None  # created by its library from the id in the adapter
     if checkpoint or random_weights:
         base = _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights)
     branched = ee.from_pretrained(adapter, base)
@@ -361,14 +372,14 @@ def _load(
 
 
 def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
-    """Pictures with the model's own preprocessing; folders named by class, WordNet id or number, or in class order."""
+    """Images with the model's own preprocessing; folders named by class, WordNet id or number, or in class order."""
     from torchvision.datasets import ImageFolder
 
-    backbone = model._backbone if isinstance(model, ee.EarlyExitModel) else Backbone(model)
+    backbone = model.engine.backbone if isinstance(model, ee.EarlyExitModel) else Backbone(model)
     try:
         pictures = ImageFolder(folder, transform=_preprocess(model, backbone), loader=_picture)
     except OSError as error:
-        raise ee.DataError(f"{folder} holds no pictures in sub-folders: {error}") from error
+        raise ee.DataError(f"{folder} has no images in sub-folders: {error}") from error
     if unlabelled:
         return ee.unlabelled(pictures)
     index = _class_index(pictures.classes, backbone, folder)
@@ -381,11 +392,11 @@ def _picture(path: str) -> Image.Image:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for damaged files
-        raise ee.DataError(f"Cannot read the picture {path}: {error}. Remove it, or replace it.") from error
+        raise ee.DataError(f"Cannot read the image {path}: {error}. Remove or replace it.") from error
 
 
 def _class_index(names: list[str], backbone: Backbone, folder: Path) -> list[int]:
-    """Which class of the model each folder is."""
+    """The class number of each folder."""
     try:
         return class_numbers(names, backbone).tolist()
     except ee.ConfigError as error:
@@ -408,7 +419,7 @@ def main() -> None:
     """Entry point."""
     try:
         app(prog_name="ee-surgery")
-    except Exception:  # a fault of ours, or of a library: its message may quote what was loaded
+    except Exception:  # a bug here or in a library: its message may quote loaded data
         sys.stderr.write(paragraph(traceback.format_exc(), 100_000) + "\n")
         sys.exit(1)
 

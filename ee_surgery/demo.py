@@ -1,4 +1,4 @@
-"""The whole pipeline on scikit-learn's digits, with a small timm model trained on the spot as the pretrained one."""
+"""The whole pipeline on scikit-learn's digits; a small timm model, trained here, serves as the pretrained one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPOCHS = 12
 
 
 def run(out: Path, console: Console) -> ee.EarlyExitModel:
-    """Train a stand-in, then inspect, augment, train, calibrate, run and save; leaves adapter and plot in `out`."""
+    """Train a stand-in model, then inspect, augment, train, calibrate, run and save; adapter and plot go to `out`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = digits()
@@ -45,7 +45,9 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     console.rule("run: samples leave early")
     point = branched.operate(max_accuracy_drop=0.02)
     assert point is not None
-    console.print(f"operating at {point.macs_fraction:.1%} of the MACs, expecting {point.expected_accuracy:.2%}")
+    console.print(
+        f"operating at {point.macs_fraction:.1%} of the MACs, expected accuracy {point.expected_accuracy:.2%}"
+    )
     console.print(str(ee.evaluate(branched, test)), highlight=False)
     torch.set_num_threads(1)
     for batch_size in (1, 64):
@@ -58,11 +60,11 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     same = torch.equal(again.predict(test.tensors[0]).logits, branched.predict(test.tensors[0]).logits)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     console.print(
-        f"adapter of {size:.2f} MB in {folder}, plot in {out / 'frontier.png'}; loaded again: same logits {same}"
+        f"adapter of {size:.2f} MB in {folder}, plot in {out / 'frontier.png'}; same logits after loading: {same}"
     )
     console.print(f"original {branched.receipt()}")
     if not (same and branched.receipt().unchanged):
-        raise SurgeryError("The demo broke a promise: see above.")
+        raise SurgeryError("The demo failed: the logits or the original changed, see above.")
     return branched
 
 
@@ -83,7 +85,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def pretrain(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> None:
-    """Train a whole model the plain way: what a user has done, or downloaded, before this library comes in."""
+    """Train a whole model in the usual way: the step that a user has done, or downloaded, before using this library."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     steps = epochs * (len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)

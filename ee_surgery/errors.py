@@ -1,7 +1,7 @@
-"""Every error this package raises on purpose. Each says what was wrong, what was seen and what to do.
+"""All errors of this package. Each says what was wrong, what was seen and what to do.
 
-Messages quote names out of adapters, repositories and models of other people, and end in terminals and logs: printed,
-they hold no control characters and are of bounded length. `args` keeps them as they were.
+Messages quote names from adapters, repositories and models, and are shown in terminals and logs: printed, they contain
+no control characters and have bounded length. `args` keeps them unchanged.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from ee_surgery.text import paragraph
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-"""Says nothing about the model or the data at hand: never taken for an answer, always passed on as it is."""
+"""Out of memory says nothing about the model or data: these errors are always re-raised unchanged."""
 
 
 class SurgeryError(Exception):
@@ -20,7 +20,7 @@ class SurgeryError(Exception):
 
 
 class SurgeryWarning(UserWarning):
-    """What ee_surgery warns of; printed as its errors are."""
+    """Warnings of ee_surgery, displayed like its errors."""
 
     def __str__(self) -> str:
         return paragraph(super().__str__())
@@ -31,7 +31,7 @@ class CaptureError(SurgeryError, RuntimeError):
 
 
 class ExitPointError(SurgeryError, ValueError):
-    """An exit was asked for where there is none, or where a sample cannot leave."""
+    """There is no such exit point, or samples cannot leave there."""
 
 
 class BranchError(SurgeryError, ValueError):
@@ -43,27 +43,27 @@ class ConfigError(SurgeryError, ValueError):
 
 
 class DataError(SurgeryError, ValueError):
-    """Data that was handed in cannot be used as it is."""
+    """The data cannot be used as it is."""
 
 
 class OperatingPointError(SurgeryError, ValueError):
-    """No operating point meets the request, or none has been searched yet."""
+    """No operating point meets the request, or there is no frontier yet."""
 
 
 class TrainingError(SurgeryError, RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class AdapterError(SurgeryError, ValueError):
-    """An adapter folder is damaged, incomplete or of another format."""
+    """An adapter folder is damaged, incomplete or of a different format."""
 
 
 class FingerprintError(AdapterError):
-    """An adapter was offered a backbone other than the one its branches were trained on."""
+    """The backbone is not the one that the adapter's branches were trained on."""
 
 
 class HubError(SurgeryError, OSError):
-    """The Hub refused, is out of reach, or has no such repository."""
+    """The Hub refused, cannot be reached, or has no such repository."""
 
 
 class WriteError(SurgeryError, OSError):
@@ -71,7 +71,7 @@ class WriteError(SurgeryError, OSError):
 
 
 class UnknownNameError(SurgeryError, KeyError):
-    """A registry holds nothing under that name."""
+    """A registry has nothing under that name."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return paragraph(self.args[0]) if self.args else ""

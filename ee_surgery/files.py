@@ -1,19 +1,18 @@
-"""Files that are whole or not there, and folders whose files change all at once.
+"""Atomic file writes, and folders whose files change all at once.
 
 `atomic_write` replaces one file. `change_folder` replaces files that belong together, by one rename of the manifest
 that names them all:
 
-    .config.json.<random>.partial/      every new file under its own name                killed here: as before
-    .config.json.<digest of list>.new/  the same folder, complete and on the disk        killed here: as before
-    config.json                         moved out of it, lists every file's SHA-256      <- the change happens here
-    ee_adapter.safetensors, ...         moved out of it, one after the other             killed here: as it shall be
+    .config.json.<random>.partial/      every new file under its own name                killed here: old state
+    .config.json.<digest of list>.new/  the same folder, complete and on the disk        killed here: old state
+    config.json                         moved out of it, lists every file's SHA-256      <- the commit
+    ee_adapter.safetensors, ...         moved out of it, one after the other             killed here: new state
 
-In the last step a listed file may still lie in the `.new` folder, whose name follows from the list: readers take it
-from there (`locate`), writing nothing, and the next writer finishes the move.
+In the last step a listed file may still be in the `.new` folder, whose name follows from the list: readers take it
+from there (`locate`) without writing, and the next writer finishes the move.
 
-A folder may come from a stranger. Nothing is written through its links: new files are made in a folder that was made
-for them, and a rename replaces a link itself. Nothing is moved into place but what the manifest lists, and nothing but
-regular files is read.
+A folder may be untrusted. Nothing is written through its links: new files are created in a new folder, and a rename
+replaces a link itself. Only files that the manifest lists are moved into place, and only regular files are read.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ from ee_surgery.errors import SurgeryError, WriteError
 Found = TypeVar("Found")
 
 LISTED, DIGEST = "files", "digest"
-"""Where a manifest holds the SHA-256 of each file, by its name (`assets/plot.png`), and of its own other data."""
+"""Keys of a manifest with the SHA-256 of each file, by name (`assets/plot.png`), and of its own other data."""
 JSON_LIMIT = 4 << 20
-"""Bytes that a manifest, or another JSON file, may hold: a hundred times what they take."""
+"""Largest size in bytes of a manifest or another JSON file: a hundred times a typical one."""
 _MOST_FILES = 256  # that a manifest may list
 _PATIENCE = 600.0  # seconds that a writer waits for another one
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
-    """Where to write a file, or a new folder, that then takes its place at `path`; on an error nothing changes.
+    """A temporary path to write a file or new folder to, then moved to `path`; on an error nothing changes.
 
     Args:
         durable: wait until it is on the disk, so that it survives a loss of power.
@@ -71,16 +70,16 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Itera
     except SurgeryError:
         raise
     except (OSError, SafetensorError) as error:
-        state = "It is there, but may not survive a loss of power." if replaced else "Nothing there was changed."
+        state = "It is written, but may not survive a loss of power." if replaced else "Nothing was changed."
         raise write_error(path, error, state) from error
 
 
 def write_error(path: Path, error: Exception, state: str = "") -> WriteError:
-    """What to raise where a file cannot be written.
+    """The error for a file that cannot be written.
 
     Args:
-        error: what the system, or a library that wrote, raised.
-        state: what became of the file, in a sentence.
+        error: raised by the system or a library.
+        state: a sentence on the state of the file.
     """
     found = WriteError(f"{path} cannot be written: {explained(error)} {state}".rstrip())
     found.errno = _number(error)
@@ -93,50 +92,50 @@ def explained(error: Exception) -> str:
     if isinstance(error, SurgeryError):
         return said
     if isinstance(error, Timeout):
-        return f"{said} Another process is writing there: try again when it is done."
-    return f"{said} {_WAYS_OUT.get(_number(error), 'Check that the disk has space and that you may write there.')}"
+        return f"{said} Another process is writing there: try again later."
+    return f"{said} {_WAYS_OUT.get(_number(error), 'Check disk space and write permission.')}"
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of an error; safetensors has it in its text alone."""
+    """The errno of an error; safetensors has it only in its message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
     return int(found[1]) if found else None
 
 
-_FULL = "Free some space on that disk, or write to another one."
-_DENIED = "Choose a folder that you may write to."
+_FULL = "Free some disk space, or write to another disk."
+_DENIED = "Choose a folder with write permission."
 _WAYS_OUT: dict[int | None, str] = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _DENIED),
-    errno.EIO: "The disk itself may be failing: write to another one.",
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "Something else is in its place: choose another."),
+    errno.EIO: "The disk may be failing: write to another one.",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "Something else is at that path: choose another."),
 }
 
 
 class FolderChange:
-    """New files of a folder, written beside it until all of them take their places; see `change_folder`."""
+    """New files of a folder, staged until all of them are moved into place; see `change_folder`."""
 
     def __init__(self, folder: Path, manifest: str, staging: Path) -> None:
         self.folder, self.manifest, self.staging = folder, manifest, staging
         self.data = read_manifest(folder / manifest)
-        """What the manifest says, as plain data; the list of files is added at the end."""
+        """Data of the manifest; the list of files is added at the end."""
         self.before = dict(listed(self.data))
         self.kept = dict(self.before)
-        """SHA-256 of listed files that stay as they are, unless written anew: all, unless it is made smaller."""
+        """SHA-256 of listed files to keep unless rewritten; all by default."""
         self.stray: set[str] = set()
-        """Files that go although no list has them: left by an interrupted change, or by older versions."""
+        """Unlisted files to remove: left by an interrupted change or by older versions."""
         self.committed = False
 
     def place(self, name: str) -> Path:
-        """Where to write the file of this name, which may name folders (`assets/plot.png`)."""
+        """The staging path for a file name, which may include folders (`assets/plot.png`)."""
         new = self.staging / name
         new.parent.mkdir(parents=True, exist_ok=True)
         return new
 
     def wrote(self, name: str) -> bool:
-        """Whether a file of this name was placed."""
+        """Whether a file of this name was staged."""
         return (self.staging / name).exists()
 
     def holds(self, name: str) -> bool:
@@ -145,10 +144,10 @@ class FolderChange:
         return self.wrote(name) or (there and name not in self.stray and (self.folder / name).exists())
 
     def commit(self) -> None:
-        """Make the change.
+        """Commit the change.
 
         Raises:
-            OSError: something cannot be written: before `committed` nothing has changed, after it all has.
+            OSError: a file cannot be written: before `committed` nothing has changed, after it everything has.
         """
         new = {path.relative_to(self.staging).as_posix(): sha256(path) for path in _files(self.staging)}
         files = dict(sorted({**self.kept, **new}.items()))
@@ -175,20 +174,20 @@ class FolderChange:
         for name in gone:
             path = self.folder / name
             mine = not _is_folder(path) if name in self.stray else _is(path, self.before[name])
-            if mine:  # never what its user made of it
+            if mine:  # never a file that the user has edited
                 path.unlink(missing_ok=True)
 
 
 @contextmanager
 def change_folder(folder: Path, manifest: str) -> Iterator[FolderChange]:
-    """Change files of a folder all at once: what was placed is there in the end, or on an error nothing of it.
+    """Change files of a folder atomically: either all staged files are in place at the end or, on an error, none.
 
-    One writer at a time; a change that was interrupted before is finished or undone first.
+    One writer at a time; an earlier interrupted change is finished or undone first.
 
     Args:
         manifest: name of the JSON file that lists the others.
     Raises:
-        OSError: the folder cannot be written, or another process has been writing for ten minutes.
+        OSError: the folder cannot be written, or another process holds the lock for ten minutes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _writer(folder / manifest):
@@ -203,7 +202,7 @@ def change_folder(folder: Path, manifest: str) -> Iterator[FolderChange]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest as plain data; nothing where there is none, or none that can be read."""
+    """The manifest as plain data; empty if it is missing or unreadable."""
     try:
         return read_object(path)
     except (OSError, ValueError):
@@ -211,9 +210,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def listed(data: Mapping[str, Any]) -> Mapping[str, str]:
-    """SHA-256 of each file that a manifest lists, by name; nothing for one from before there were lists.
+    """SHA-256 of each file that a manifest lists, by name; empty for older manifests without a list.
 
-    Names that lead out of the folder are left out, and so is a list of more names than any writer makes.
+    Names that lead out of the folder are dropped, and so is a list with too many names.
     """
     files = data.get(LISTED)
     files = files if isinstance(files, dict) and len(files) <= _MOST_FILES else {}
@@ -221,18 +220,18 @@ def listed(data: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The data of a manifest with its digest, in which neither the order of keys nor the layout of the file counts."""
+    """The data of a manifest with its digest, which is independent of key order and formatting."""
     rest = {key: value for key, value in data.items() if key != DIGEST}
     return {**rest, DIGEST: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def locate(manifest: Path, name: str, files: Mapping[str, str]) -> Path | None:
-    """Where the very file lies that a manifest's list means; None where it does not.
+    """The path of a file that matches the manifest's digest; None if there is none.
 
-    A name that is not listed, or a list of no files, is taken as it is.
+    An unlisted name is taken as it is.
 
     Raises:
-        OSError: a file that is not listed is no regular file.
+        OSError: an unlisted file is not a regular file.
     """
     place = manifest.parent / name
     if name not in files:
@@ -240,7 +239,7 @@ def locate(manifest: Path, name: str, files: Mapping[str, str]) -> Path | None:
             return None
         open_regular(place).close()
         return place
-    # Its place is looked at twice: a writer may move it there in between.
+    # Check the final path twice: a writer may move the file there in between.
     for path in (place, _ready(manifest, files) / name, place):
         if _is(path, files[name]):
             return path
@@ -248,24 +247,24 @@ def locate(manifest: Path, name: str, files: Mapping[str, str]) -> Path | None:
 
 
 def by_hand(folder: Path, name: str) -> Path | None:
-    """Where a file lies that no digest vouches for: in the folder itself; None where it is missing.
+    """The path of an unlisted file in the folder; None if it is missing.
 
     Raises:
-        OSError: it is no regular file, or a link, lies behind one, or is another name of some file.
+        OSError: it is not a regular file, is a link or behind one, or is a hard link.
     """
     path = folder / name
     if not os.path.lexists(path):
         return None
     if _behind_link(folder, name):
-        raise OSError(f"{path} is a link, or lies behind one, and could be any file of this machine.")
+        raise OSError(f"{path} is a link, or behind one, and could be any file on this machine.")
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_nlink > 1:
-            raise OSError(f"{path} is a second name of another file of this machine (a hard link): copy it.")
+            raise OSError(f"{path} is a hard link to another file on this machine: copy the file.")
     return path
 
 
 def read_consistently(manifest: Path, read: Callable[[], Found]) -> Found:
-    """What `read` returns or raises, again and again where a writer changed the folder meanwhile."""
+    """The result of `read`, repeated if a writer changed the folder meanwhile."""
     while True:
         before = _state(manifest)
         try:
@@ -274,19 +273,19 @@ def read_consistently(manifest: Path, read: Callable[[], Found]) -> Found:
             if _state(manifest) == before:
                 raise
             continue
-        if _state(manifest)[0] == before[0]:  # files that were moved to their places are the same files
+        if _state(manifest)[0] == before[0]:  # moving files into place does not change their content
             return found
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file, or a link to one, for reading: never waits, as opening a fifo would.
+    """Open a regular file, or a link to one, for reading; never blocks, as opening a fifo would.
 
     Raises:
-        OSError: it is missing, or something else: a folder, a fifo, a socket, a device, a link that leads nowhere.
+        OSError: it is missing or not a regular file: a folder, a fifo, a socket, a device, a broken link.
     """
-    # Without O_NONBLOCK opening a fifo waits for a writer; reads of regular files are the same with it.
+    # Without O_NONBLOCK, opening a fifo waits for a writer; it does not affect regular files.
     extra = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra))  # noqa: SIM115 (handed on)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra))  # noqa: SIM115 (returned)
     mode = os.fstat(file.fileno()).st_mode
     if not stat.S_ISREG(mode):
         file.close()
@@ -295,33 +294,33 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
-    """What a regular file holds.
+    """The content of a regular file.
 
     Args:
-        limit: bytes that it may hold.
+        limit: largest size in bytes.
     Raises:
-        OSError: it is missing, no regular file, or larger.
+        OSError: it is missing, not a regular file, or larger.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        found = b"" if size > limit else file.read(limit + 1)  # one that grows meanwhile too
+        found = b"" if size > limit else file.read(limit + 1)  # the file may grow meanwhile
     if size > limit or len(found) > limit:
-        raise OSError(f"{path} holds {max(size, len(found))} bytes; {limit} at most are read.")
+        raise OSError(f"{path} has {max(size, len(found))} bytes; at most {limit} are read.")
     return found
 
 
 def read_object(path: str | os.PathLike[str], limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The JSON object that a regular file holds.
+    """The JSON object in a regular file.
 
     Args:
-        limit: bytes that it may hold.
+        limit: largest size in bytes.
     Raises:
         OSError: see `read_bytes`.
-        ValueError: it is no JSON, nested too deep, holds numbers of thousands of digits, or is no object.
+        ValueError: it is not a JSON object, is nested too deep, or has numbers with thousands of digits.
     """
-    data = from_json(read_bytes(path, limit), allow_inf_nan=False)  # bounded, where the standard library is not
+    data = from_json(read_bytes(path, limit), allow_inf_nan=False)  # unlike the standard library, bounded in depth
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not an object")
+        raise ValueError(f"{path} contains a {type(data).__name__}, not an object")
     return data
 
 
@@ -339,8 +338,8 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def _writer(path: Path) -> Iterator[None]:
-    """Take turns with other writers of `path`; what killed ones left of it goes."""
-    # The lock file goes with its last holder; filelock drops a lock on a file that was removed meanwhile.
+    """Lock out other writers of `path`, and remove leftovers of killed ones."""
+    # The last holder removes the lock file; filelock retries if it was removed meanwhile.
     lock = path.with_name(f".{path.name}.lock")
     _check_lock(lock)
     with FileLock(lock, timeout=_PATIENCE):
@@ -349,15 +348,15 @@ def _writer(path: Path) -> Iterator[None]:
                 _remove(left)
             yield
         finally:
-            with suppress(OSError):  # Windows keeps an open file
+            with suppress(OSError):  # Windows cannot remove an open file
                 lock.unlink()
 
 
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
-    """A folder of our own beside `path`, gone in the end."""
+    """A temporary folder next to `path`, removed at the end."""
     staging = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    staging.mkdir()  # never an existing one, and through no link
+    staging.mkdir()  # fails if it exists, and follows no link
     try:
         yield staging
     finally:
@@ -365,18 +364,18 @@ def _staging(path: Path) -> Iterator[Path]:
 
 
 def _check_lock(lock: Path) -> None:
-    """Refuse what is no lock file: filelock would wait at a fifo, or empty the file behind a link."""
+    """Refuse anything but a lock file: filelock would block on a fifo, or truncate the target of a link."""
     with suppress(FileNotFoundError):
         found = lock.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            kind = "a second name of another file" if stat.S_ISREG(found.st_mode) else _kind(found.st_mode)
+            kind = "a hard link to another file" if stat.S_ISREG(found.st_mode) else _kind(found.st_mode)
             raise WriteError(f"{lock} is {kind}, not a lock file: remove it.")
 
 
 def _roll_forward(manifest: Path) -> None:
-    """Move the files that an accepted change has ready to their places, and remove those of one that never was.
+    """Move the staged files of a committed change into place, and remove those of an uncommitted one.
 
-    Anyone may have prepared them: only the very files that the manifest lists are moved, and none out of a link.
+    The staged files are untrusted: only files that match the manifest's digests are moved, and none out of a link.
     """
     folder = manifest.parent
     files = listed(read_manifest(manifest))
@@ -393,7 +392,7 @@ def _roll_forward(manifest: Path) -> None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name out of a manifest, which anyone may have written, stays in its folder."""
+    """Whether a name in an untrusted manifest stays inside its folder."""
     path = PurePath(name)
     try:
         os.fsencode(name)
@@ -410,16 +409,16 @@ def _refuse_linked_folders(folder: Path, name: str) -> None:
 
 def _refuse_folder(path: Path) -> None:
     if _is_folder(path):
-        raise WriteError(f"{path} is a folder, where a file belongs: remove it.")
+        raise WriteError(f"{path} is a folder where a file is expected: remove it.")
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder itself, and no link to one."""
+    """Whether it is a folder, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def _behind_link(folder: Path, name: str) -> bool:
-    """Whether a file in a folder, or a folder on the way to it, is a link."""
+    """Whether a file in a folder, or a folder on its path, is a link."""
     path = PurePath(name)
     return any((folder / part).is_symlink() for part in (path, *path.parents[:-1]))
 
@@ -437,13 +436,13 @@ def _kind(mode: int) -> str:
 
 
 def _ready(manifest: Path, files: Mapping[str, str]) -> Path:
-    """Where the files of this list wait for their places."""
+    """The folder of the staged files of this list."""
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return manifest.with_name(f".{manifest.name}.{digest[:16]}.new")
 
 
 def _finish(staging: Path, durable: bool) -> None:
-    """Modes as the umask has them, whatever libraries made of them, and all on the disk."""
+    """Set modes according to the umask, and sync to disk."""
     mode = staging.stat().st_mode & 0o666
     for path in _files(staging):
         path.chmod(mode)
@@ -474,7 +473,7 @@ def _is(path: Path, digest: str) -> bool:
 
 
 def _state(manifest: Path) -> tuple[tuple[int, ...], list[str]]:
-    """Which manifest it is, and which files are still on their way to their places."""
+    """Identity of the manifest, and the files that are still staged."""
     try:
         found = manifest.stat()
     except OSError:
@@ -486,7 +485,7 @@ def _state(manifest: Path) -> tuple[tuple[int, ...], list[str]]:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # which has no such call for folders
+    if os.name == "nt" and path.is_dir():  # folders cannot be synced there
         return
     number = os.open(path, os.O_RDONLY)
     try:

@@ -1,27 +1,24 @@
-"""The one-liners: the whole pipeline made of its public parts."""
+"""`augment` and `from_pretrained`: the whole pipeline, built from public functions."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from torch import nn
 
 from ee_surgery.attach import attach, attach_stored
 from ee_surgery.backbone.answers import OutputKey
-from ee_surgery.backbone.base import Backbone, Sample
-from ee_surgery.backbone.wrappers import unwrapped
+from ee_surgery.backbone.base import Sample
 from ee_surgery.branches import BranchSpec, known
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
-from ee_surgery.checks import count, flag, instance, path
+from ee_surgery.checks import count, flag, instance
 from ee_surgery.data.batches import Data, halves
 from ee_surgery.data.labels import ClassMap
-from ee_surgery.errors import AdapterError, ConfigError, FingerprintError, SurgeryWarning
+from ee_surgery.errors import AdapterError, ConfigError
 from ee_surgery.evaluation.calibrate import calibrate as calibrate_exits
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
@@ -29,18 +26,18 @@ from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
-from ee_surgery.presets import PRESETS
+from ee_surgery.presets import PRESETS, Preset
 from ee_surgery.search.exit_search import TRIED, prune_exits, search_exits
-from ee_surgery.share.adapter import AdapterConfig, load_adapter, load_base
-from ee_surgery.share.base import make_base
-from ee_surgery.share.hub import fetch
-from ee_surgery.share.probe import make_inputs
-from ee_surgery.share.processor import load_preprocessing, load_processor
-from ee_surgery.share.provenance import as_stated
+from ee_surgery.share.adapter import AdapterConfig
+from ee_surgery.share.save_load import load
+from ee_surgery.task import Task
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def augment(
@@ -55,6 +52,7 @@ def augment(
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
     output: OutputKey | None = None,
+    task: str | Task | type[Task] | None = None,
     train: Data | None = None,
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
@@ -63,56 +61,55 @@ def augment(
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
 ) -> EarlyExitModel:
-    """Give a pretrained model early exits: inspect -> place -> attach, and train and calibrate where data is given.
+    """Add early exits to a pretrained model: inspect -> place -> attach, then train and calibrate if data is given.
 
-    The model itself is not changed and stays usable; until an operating point is set the result answers exactly as
-    it does.
+    The model itself is not changed and stays usable; without an operating point the result gives exactly its output.
 
     Args:
         model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
-        exits: how many, `all`, names of exit points (`inspect` lists them), or a plan; 3 when left out. `auto`: their
-            number and places by search, which needs `train=` and `calibrate=`; see below.
-        placement: rule for a number of exits: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
-        branch: `auto` (the default), a registered name, a `BranchSpec`, or one for each exit; with `exits="auto"`,
-            one or several to choose among at each point, by default small ones and shortcuts; see `search_exits`.
-        preset: a paper's method, by its name in `PRESETS`: its exits, branches, training and calibration, in place of
-            the defaults. What is given beside it wins. Its training is as long as published: shorten it by `config`.
-        joint: train the original along, on a copy; needs `train=`; see `train`.
-        sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed where the model does not
-            say what it takes.
+        exits: number (default 3), `all`, names of exit points (`inspect` lists them), or a plan. `auto`: number and
+            positions by search, which needs `train=` and `calibrate=`; see below.
+        placement: rule if `exits` is a number: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
+        branch: `auto` (the default), a registered name, a `BranchSpec`, or one per exit; with `exits="auto"`, one or
+            several to choose from at each point, by default small ones and shortcuts; see `search_exits`.
+        preset: a published method, by its name in `PRESETS`: its exits, branches, training and calibrator replace the
+            defaults; other arguments override them. Training is as long as published: shorten it with `config`.
+        joint: also train the original, on a copy; needs `train=`; see `train`.
+        sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed if the model does not
+            describe its inputs.
         opaque: names of modules to keep whole; see `inspect`.
-        num_classes: for a model without a classification head: how many classes a head shall tell apart, which is
-            put on its features and trained with the branches.
-        output: which part of the answer the logits are, by index or name, where more than one could be; see `inspect`.
+        num_classes: for a model without a classification head: number of classes of a new head on its features,
+            trained with the branches.
+        output: which part of the output the logits are, by index or name, if more than one could be; see `inspect`.
+        task: `classification` (one right class), `multi_label`, or one of your own in `TASKS`; by default, that of the
+            transformers configuration; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
         config: of the training.
-        max_accuracy_drop: with `exits="auto"`: the accuracy drop that exits are to be cheapest at; any other can still
-            be asked for later.
-        seed: of the branches' first weights.
-        accelerator: your own, as for `train`: of several processes, each runs its part.
-        class_map: which class of the model each label of `train` and `calibrate` is, where they are not the same; see
-            `train`.
+        max_accuracy_drop: with `exits="auto"`: the accuracy drop at which to minimize the cost; `operate` may later
+            ask for any other.
+        seed: of the branches' initial weights.
+        accelerator: your own, as for `train`; each process runs its shard.
+        class_map: the model's class for each label of `train` and `calibrate`, if they differ; see `train`.
 
-    With `exits="auto"`, branches at many points learn for a few steps (`search_exits`), those that are chosen are
-    trained anew, and what then costs more than it saves is left out (`prune_exits`). Both look at one half of the
-    calibration data; thresholds, and what is certified of them, come from the other. `provenance["placement"]` keeps
-    what was tried.
+    With `exits="auto"`, branches at many points are trained for a few steps (`search_exits`), the chosen ones are
+    trained from scratch, and those that cost more than they save are left out (`prune_exits`). Both use one half of the
+    calibration data; thresholds and certificates come from the other. `provenance["placement"]` keeps the candidates.
     """
     joint, seed = flag("joint", joint), count("seed", seed, low=0)
     max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
     config = None if config is None else instance("config", config, TrainConfig)
     if joint and train is None:
-        raise ConfigError("joint=True trains the original along, but there is nothing to train on: give train=.")
+        raise ConfigError("joint=True also trains the original, but there is no training data: give train=.")
     method = None if preset is None else PRESETS[preset]
     searched = isinstance(exits, str) and exits == "auto"
     if exits is not None and not searched and not isinstance(exits, ExitPlan):
-        exits = check_exits(exits)  # before the model is read, which may take a minute
+        exits = check_exits(exits)  # before capturing the model, which may take a minute
     if placement is not None:
-        PLACEMENTS[placement]  # a name that is known
+        PLACEMENTS[placement]  # raises for an unknown name
     if branch is not None:
         known(branch)
-    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output)
+    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
     config = config or (TrainConfig() if method is None else method.config)
     calibrator = "search" if method is None else method.method
     if searched:
@@ -124,13 +121,7 @@ def augment(
         return _by_search(
             graph, kinds, train, calibrate, config, calibrator, joint, max_accuracy_drop, seed, accelerator, class_map
         )
-    if isinstance(exits, ExitPlan):
-        plan = exits
-    elif method is not None and exits is None and placement is None:
-        plan = method.plan(graph)
-    else:
-        rule = placement or ("linear" if method is None else method.placement)
-        plan = place(graph, 3 if exits is None else exits, rule)
+    plan = _plan(graph, exits, placement, method)
     if branch is None:
         branch = "auto" if method is None else method.branches(plan.points)
     branched = attach(graph, plan, branch, seed=seed)
@@ -140,6 +131,18 @@ def augment(
     if calibrate is not None:
         calibrate_exits(branched, calibrate, method=calibrator, accelerator=accelerator, class_map=class_map)
     return branched
+
+
+def _plan(
+    graph: ModelGraph, exits: int | str | Sequence[str] | ExitPlan | None, placement: str | None, method: Preset | None
+) -> ExitPlan:
+    """The exits that were asked for; else those of a preset, or three."""
+    if isinstance(exits, ExitPlan):
+        return exits
+    if method is not None and exits is None and placement is None:
+        return method.plan(graph)
+    rule = placement or ("linear" if method is None else method.placement)
+    return place(graph, 3 if exits is None else exits, rule)
 
 
 def _by_search(
@@ -155,7 +158,7 @@ def _by_search(
     accelerator: Accelerator | None,
     class_map: ClassMap | None,
 ) -> EarlyExitModel:
-    """`augment(exits="auto")`: what chooses exits never chooses thresholds."""
+    """`augment(exits="auto")`: exits and thresholds are chosen on different samples."""
     searching, thresholds = halves(held_out, config.batch_size)
     accelerator = accelerator or make_accelerator(config)
     shared = {"accelerator": accelerator, "class_map": class_map}
@@ -180,19 +183,19 @@ def _by_search(
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:
-            print(f"left out after training, they cost more than they save: {', '.join(map(visible, left))}")
+            print(f"left out after training, since they cost more than they save: {', '.join(map(visible, left))}")
         print(_outcome(frontier.at(max_accuracy_drop=drop), records, drop))
     return branched
 
 
 def _outcome(point: OperatingPoint, records: ExitRecords, drop: float) -> str:
-    """Whether exits pay on this model, in two lines."""
+    """Whether exits pay off on this model, in two lines."""
     accuracy, cost = records.best_case()
-    best = f"best case, leaving at the first right exit: {accuracy:.2%} at {cost:.1%} of the MACs"
+    best = f"best case, leaving at the first correct exit: {accuracy:.2%} at {cost:.1%} of the MACs"
     if 1 - point.macs_fraction <= drop:
-        end = "not answering some samples would save as much. Take the original, or a smaller model"
+        end = "giving no prediction for some samples would save as much. Use the original, or a smaller model"
         return f"{best}\nno-go: trained, exits save {1 - point.macs_fraction:.1%} at a drop of {drop:.1%}; {end}"
-    return f"{best}\ntrained: {point}; whether a smaller model is cheaper, ee.verdict tells"
+    return f"{best}\ntrained: {point}; ee.verdict compares it with a smaller model"
 
 
 def from_pretrained(
@@ -208,83 +211,55 @@ def from_pretrained(
     other_base: bool = False,
     own_base: bool = False,
 ) -> EarlyExitModel:
-    """Load an adapter onto its base. Whoever wrote it: what is read is bounded and checked, and nothing is executed.
+    """Load an adapter onto its base. Adapters are untrusted: data is bounded and checked, and nothing is executed.
 
     Args:
         source: a folder written by `save_pretrained`, or a repository on the Hub such as `user/name`.
-        model: the base; made by timm or transformers from the id in the adapter, with pretrained weights, when
-            left out. Where the folder holds a base of its own, a copy of `model` takes those weights.
-        sample: an example input, as for `augment`; needed where random numbers of the right shapes are none.
-        output: which part of the base's answer the logits are, as for `augment`; the adapter's own when left out.
+        model: the base; by default created by timm or transformers from the id in the adapter, with pretrained
+            weights. If the folder has its own base weights, they are loaded into a copy of `model`.
+        sample: an example input, as for `augment`; needed if random inputs of the right shapes are not valid.
+        output: which part of the base's output the logits are, as for `augment`; by default as stored.
         revision: branch, tag or commit of the repository.
-        token: to read a private one; by default the one stored by `hf auth login`, or `HF_TOKEN`.
+        token: for a private repository; by default the one stored by `hf auth login`, or `HF_TOKEN`.
         cache_dir: where downloads are kept.
-        local_files_only: take what is in the cache, as `HF_HUB_OFFLINE=1` does.
-        other_base: take a base with other weights than the branches were trained on, or one that computes something
-            else with them, with a warning; kept in `provenance`. Nothing that was measured holds for it: calibrate
-            again.
-        own_base: expect an adapter that brings the weights of its base along (`train(joint=True)`): another model than
-            the one it is named after. Without it such an adapter loads with a warning.
+        local_files_only: use only the cache, as with `HF_HUB_OFFLINE=1`.
+        other_base: accept a base with other weights than the branches were trained on, or one that computes something
+            different with them, with a warning; recorded in `provenance`. No measurement holds for it: calibrate again.
+        own_base: expect an adapter with its own base weights (`train(joint=True)`), which differ from the published
+            model. Without it, such an adapter loads with a warning.
     Raises:
-        HubError: the repository cannot be had.
-        AdapterError: a file is missing, damaged or larger than it may be, or the base cannot be made from its id.
+        HubError: the repository cannot be downloaded.
+        AdapterError: a file is missing, damaged or too large, or the base cannot be created from its id.
         FingerprintError: the base is not the one that the branches were trained on.
     """
-    folder = path("source", source, hint="A folder that save_pretrained wrote, or a repository such as user/name.")
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    local = folder.is_dir()
-    if not local:
-        folder = fetch(str(source), revision=revision, **hub)
-    model = None if model is None else unwrapped(model)
-    config, weights, frontier = load_adapter(folder)
-    given = model
-    if model is None:
-        model = make_base(config, folder, **hub)
-    if config.own_base:
-        if not own_base:
-            warnings.warn(
-                f"{source} is another model than {config.base.hub_id or config.base.model_id!r}: it brings the weights "
-                "of its base along, and these answer. own_base=True says that this is expected.",
-                SurgeryWarning,
-                stacklevel=2,
-            )
-        model = model if given is None else deepcopy(model)
-        load_base(folder, model, config.files)
-    if sample is None:
-        sample = make_inputs(config.inputs, config.options)
-    if unknown := sorted(set(config.opaque) - {name for name, _ in model.named_modules()}):
-        raise AdapterError(f"{folder} keeps modules {unknown[:5]} whole, which {type(model).__name__} does not have.")
-    backbone = Backbone(model, sample, config.opaque, config.head_classes, config.output if output is None else output)
-    calibrated = frontier is not None or config.operating_point is not None
-    name = folder.resolve().name if local else str(source)
-    provenance = as_stated(config.provenance, name, calibrated=calibrated)
-    if (differ := _difference(config, backbone)) is not None:
-        if not other_base:
-            raise FingerprintError(" ".join(differ))
-        told = f"{differ[0]} other_base=True: what was measured does not hold, calibrate again."
-        warnings.warn(told, SurgeryWarning, stacklevel=2)
-        provenance.pop("evaluation", None)
-        provenance["other_base"] = {"trained_on": config.base.fingerprint, "model_id": config.base.model_id}
-    graph = read(backbone, backbone.sample)
-    plan = ExitPlan(backbone.model_id, config.placement, _points(graph, config, same=differ is None))
-    branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], weights)
-    branched.own_base = config.own_base
-    branched.provenance = provenance
-    branched.preprocessing = load_preprocessing(folder, config.preprocessing) or branched.preprocessing
-    branched.processor = load_processor(folder, config.files, backbone)
-    branched.frontier = frontier
+    found = load(
+        source,
+        model,
+        sample=sample,
+        output=output,
+        revision=revision,
+        other_base=other_base,
+        own_base=own_base,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    config, graph = found.config, read(found.backbone)
+    plan = ExitPlan(found.backbone.model_id, config.placement, _points(graph, config, same=found.same))
+    branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], found.weights)
+    branched.state = found.state
     branched.operate(config.operating_point)
     return branched
 
 
 def _points(graph: ModelGraph, config: AdapterConfig, same: bool) -> tuple[ExitPoint, ...]:
-    """The exit points of an adapter in this very model.
+    """The exit points of an adapter in this model.
 
     Args:
-        same: whether the base is the one that the adapter belongs to.
+        same: whether the base is the adapter's own.
     Raises:
-        ExitPointError: there is none of a name.
-        AdapterError: features there are of another kind than stated, or exits come twice or out of order.
+        ExitPointError: an exit point does not exist.
+        AdapterError: its features differ from those stated, or exits are repeated or out of order.
     """
     points = tuple(graph[exit.name] for exit in config.exits)
     for stored, point in zip(config.exits, points, strict=True):
@@ -296,24 +271,3 @@ def _points(graph: ModelGraph, config: AdapterConfig, same: bool) -> tuple[ExitP
     if any(a.index >= b.index for a, b in pairwise(points)):
         raise AdapterError(f"The exits of the adapter are not in the order of the model: {[p.name for p in points]}.")
     return points
-
-
-def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | None:
-    """How a base is not the one that an adapter belongs to, in weights or in what it computes, and what to do."""
-    base, identity = config.base, backbone.identity()
-    if identity.fingerprint != base.fingerprint:
-        return (
-            f"These branches belong to {base.model_id} with fingerprint {base.fingerprint}; the model given is "
-            f"{identity.model_id} with fingerprint {identity.fingerprint}.",
-            "Load the very same weights (same checkpoint, dtype and number of classes).",
-        )
-    answers = config.probe and config.probe.difference(backbone, config.inputs, config.options)
-    if not answers:
-        return None
-    saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
-    return (
-        f"The {identity.model_id} given has the weights of the one that these branches belong to (fingerprint "
-        f"{base.fingerprint}), but computes something else: {answers}.",
-        "Something that is no tensor differs: an activation, pooling, stride or dilation, an epsilon, the number of "
-        f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
-    )

@@ -1,4 +1,4 @@
-"""Where to put exits: rules over the cost of the blocks, or explicit names."""
+"""Placement of exits: rules on the cost of the blocks, or explicit names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fine(n: int) -> list[float]:
 
 @PLACEMENTS.register("pareto")
 def pareto(n: int) -> list[float]:
-    """Each exit a fifth of what is left: 1 - 0.8 ** (i + 1)."""
+    """Each exit takes a fifth of the remaining cost: 1 - 0.8 ** (i + 1)."""
     return [1 - 0.8 ** (i + 1) for i in range(n)]
 
 
@@ -62,18 +62,18 @@ class ExitPlan:
 
 
 def check_exits(exits: int | str | Sequence[str]) -> int | str | list[str]:
-    """How many exits, `all`, or their names; any model may turn out to lack them.
+    """Validate a number of exits, `all` or names, without a model.
 
     Raises:
-        ExitPointError: it is none of them.
+        ExitPointError: it is none of these.
     """
     if plain(exits) is not None:
         return count("exits", exits, error=ExitPointError)
     if isinstance(exits, str) and exits == "all":
         return exits
-    given = names("exits", exits, ExitPointError, "Or a whole number: how many.")
+    given = names("exits", exits, ExitPointError, "Or a number of exits.")
     if not given:
-        raise ExitPointError("An empty list of exits: name at least one, or give a number.")
+        raise ExitPointError("The list of exits is empty: name at least one, or give a number.")
     return given
 
 
@@ -82,18 +82,17 @@ def place(
 ) -> ExitPlan:
     """Choose exit points.
 
-    A rule walks the blocks in program order and takes, for each of its targets, the first one whose share of the
-    MACs reaches the target to a thousandth (three of four equal layers end a little before 3/4: the head costs
-    something, too), the next search starting behind it. Only convolutions, linear layers and matrix products count,
-    so several positions may have the same share: the outermost module that ends there is taken, and the last of
-    several (behind the activation).
+    A rule walks the blocks in program order and takes, for each target, the first block whose fraction of the MACs
+    reaches it within 0.001 (three of four equal layers end slightly before 3/4, because of the head), then continues
+    after it. Only convolutions, linear layers and matrix products count, so several positions may have the same cost:
+    the outermost module that ends there is taken, and the last of several (after the activation).
 
     Args:
-        exits: how many, `all` for every block but the last, or the names of the points (`layer2.1`, `blocks.5`).
+        exits: a number, `all` for every block but the last, or the names of the points (`layer2.1`, `blocks.5`).
         rule: `linear`, `fine`, `pareto`, `gold_ratio` or a registered one; not used for names and `all`.
-        clip: take fewer exits where the model has no room for as many, instead of raising.
+        clip: take fewer exits if the model has no room for as many, instead of raising.
     Raises:
-        ExitPointError: an unknown or illegal name, one named twice, or fewer blocks than asked for.
+        ExitPointError: an unknown, illegal or repeated name, or too few blocks.
         UnknownNameError: no such rule.
     Source: EENets (Demir & Akbas, arXiv:2409.05336) and PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
     """
@@ -101,14 +100,14 @@ def place(
     clip = flag("clip", clip)
     model_id = graph.backbone.model_id
     blocks = sorted(graph.blocks, key=lambda p: (-p.name.count("."), p.index))
-    # One candidate a share of the cost: the outermost block that ends there, the last of several.
+    # One candidate per cost: the outermost block that ends there, the last of several.
     candidates = {p.macs: p for p in blocks if 0 < p.macs < graph.macs}
     rest = sorted(candidates.values(), key=lambda point: point.index)
     exits = check_exits(exits)
     if isinstance(exits, str):  # all
         points = tuple(point for point in rest if point.macs_fraction < 1 - _NEARLY)
         if not points:
-            raise ExitPointError(f"{model_id} has no block that ends before the whole cost: name points yourself.")
+            raise ExitPointError(f"{model_id} has no block that ends before the full cost: name points yourself.")
         return ExitPlan(model_id, "all", points)
     if isinstance(exits, list):
         points = sorted((graph[name] for name in exits), key=lambda point: point.index)
@@ -123,8 +122,8 @@ def place(
             break
         if found is None:
             raise ExitPointError(
-                f"{model_id} has no room for {exits} exits by the rule {rule!r}: {len(candidates)} blocks end before "
-                f"the whole cost, and none is left that reaches {target:.1%} of it after {[p.name for p in chosen]}. "
+                f"{model_id} has no room for {exits} exits with the rule {rule!r}: {len(candidates)} blocks end before "
+                f"the full cost, and none after {[p.name for p in chosen]} reaches {target:.1%} of it. "
                 f"Ask for fewer, use another rule, or name points yourself ({len(graph.points)} are legal)."
             )
         chosen.append(rest[found])

@@ -1,4 +1,4 @@
-"""The methods of the papers by name: branches, placement, training and calibration, as published."""
+"""Published methods by name: branches, placement, training and calibrator."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ee_surgery.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One paper's method. `augment(model, preset="sdn")` uses it; any argument given beside it wins."""
+    """One published method. `augment(model, preset="sdn")` uses it; other arguments override it."""
 
     paper: str
     """Authors, venue, arXiv id."""
     branch: BranchSpec
-    """Where the features are no map (texts, odd numbers of tokens) `token` stands for branches that need one."""
+    """If the features are not a map (texts, non-square token grids), `token` replaces branches that need one."""
     exits: int | str
-    """How many, fewer where the model has no room; or `all`."""
+    """Number of exits, fewer if the model has no room; or `all`."""
     placement: str
     config: TrainConfig
-    """The published protocol: long. `dataclasses.replace(preset.config, epochs=5)` shortens it."""
+    """The published training, which is long. `dataclasses.replace(preset.config, epochs=5)` shortens it."""
     method: str
-    """A name in `CALIBRATORS`: how `calibrate` chooses thresholds."""
+    """A name in `CALIBRATORS`: the calibrator that chooses thresholds."""
     joint: bool = False
-    """Whether the paper trains the original along. A preset never does unless asked with `joint=True`."""
+    """Whether the paper also trains the original. A preset does so only with `joint=True`."""
     token_options: Mapping[str, Option] = field(default_factory=dict)
-    """Of the `token` branch that stands in."""
+    """Options of the `token` replacement."""
 
     def plan(self, graph: ModelGraph) -> ExitPlan:
-        """Where the paper puts its exits on this model."""
+        """The paper's placement of exits on this model."""
         return place(graph, self.exits, self.placement, clip=True)
 
     def branches(self, points: Sequence[ExitPoint]) -> list[BranchSpec]:
-        """The branch for each exit point."""
+        """The branch of each exit point."""
         stand_in = replace(self.branch, name="token", options=self.token_options)
         anywhere = self.branch.name == "auto" or BRANCHES[self.branch.name].any_layout
         return [self.branch if anywhere or grid(point) is not None else stand_in for point in points]
@@ -54,13 +54,13 @@ PRESETS: Registry[Preset] = Registry("preset")
 
 
 def _adam(**settings: object) -> TrainConfig:
-    """Adam at a constant rate, no tricks: what most of the papers used."""
+    """Adam at a constant rate, without warmup, clipping or distillation, as in most of the papers."""
     plain = TrainConfig(optimizer="adam", lr=1e-3, schedule="constant", warmup=0, clip_grad=None, distill=0)
     return replace(plain, **settings)
 
 
 def _sgd(**settings: object) -> TrainConfig:
-    """SGD with momentum 0.9, divided by ten twice."""
+    """SGD with momentum 0.9; the rate is divided by ten at milestones."""
     return _adam(optimizer="sgd", schedule="step", **settings)
 
 
@@ -83,7 +83,7 @@ PRESETS.register("eenet")(
         config=_sgd(
             objective="weighted_ce",
             exit_weights="linear",
-            distill=0.02,  # a hundredth of the weights' published sum, which is a half
+            distill=0.02,  # 1/100 of the published sum of the weights, which is 1/2
             distill_from=0.75,
             temperature=3.0,
             lr=0.1,

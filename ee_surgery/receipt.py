@@ -1,4 +1,4 @@
-"""The proof that the original is what it was."""
+"""The proof that the original is unchanged."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from ee_surgery.text import visible
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that the original was not touched: SHA-256 of every parameter and buffer then and now; its function."""
+    """Proof that the original is unchanged: SHA-256 of every parameter and buffer, then and now, and its structure."""
 
     before: dict[str, str]
     after: dict[str, str]
     altered: tuple[str, ...] = ()
-    """What else its owner changed that decides what it computes: modules, hooks, attributes, active adapters."""
+    """Other changes that affect its computation: modules, hooks, attributes, active adapters."""
     own_base: bool = False
-    """Whether the original is one that was trained along with the branches, or came with the adapter."""
+    """Whether the original was trained together with the branches, or came with the adapter."""
 
     @property
     def changed(self) -> list[str]:
-        """Names of the tensors that differ, are new or are gone."""
+        """Names of the tensors that differ, were added or were removed."""
         return sorted(n for n in self.before.keys() | self.after.keys() if self.before.get(n) != self.after.get(n))
 
     @property
     def unchanged(self) -> bool:
-        """True when every parameter and buffer is equal bit for bit, and nothing else about the model was altered."""
+        """True if every parameter and buffer is equal bit for bit, and nothing else about the model was changed."""
         return not self.changed and not self.altered
 
     def __str__(self) -> str:

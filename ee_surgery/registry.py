@@ -1,4 +1,4 @@
-"""Name -> object tables that users may extend and that suggest near names on a miss."""
+"""Name -> object tables that users can extend and that suggest close names on a miss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the nearest of `known`, or listing some of them."""
+    """A sentence naming the nearest of `known`, or listing some of them.
+
+    >>> suggest("entropi", ["max_prob", "entropy"])
+    "Did you mean 'entropy'?"
+    """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
@@ -23,8 +27,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 class Registry(Mapping[str, T], Generic[T]):
     """An open table of named objects; registering a name twice is an error.
 
-    What the package must know of an object that the object itself cannot say is a property, stated where it is
-    registered, so that no list of names elsewhere has to be complete.
+    Facts about an object that the package needs and the object cannot tell are properties, given at registration, so
+    that no list of names elsewhere has to be complete.
 
     >>> HEADS = Registry("head", learns=True)
     >>> @HEADS.register("mean", learns=False)
@@ -33,8 +37,8 @@ class Registry(Mapping[str, T], Generic[T]):
     ('mean', False)
 
     Args:
-        kind: what is registered, for errors.
-        defaults: the properties that may be stated, and what holds where they are not.
+        kind: of the objects, for errors.
+        defaults: known properties with their default values.
     """
 
     def __init__(self, kind: str, **defaults: object) -> None:
@@ -44,22 +48,22 @@ class Registry(Mapping[str, T], Generic[T]):
         self._stated: dict[str, dict[str, object]] = {}
 
     def register(self, name: str, **properties: object) -> Callable[[T], T]:
-        """Decorator that files its argument under `name`.
+        """Decorator that registers its argument under `name`.
 
         Args:
             name: not taken yet.
-            properties: of the object, as the registry documents them.
+            properties: of the object, as documented by the registry.
         Raises:
-            ConfigError: there is one of that name already, it is no name, or there is no such property.
+            ConfigError: the name is taken, is not a non-empty string, or a property is unknown.
         """
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"A {self.kind} is registered under a name, not under {name!r}.")
+            raise ConfigError(f"The name to register as {self.kind} must be a non-empty string, got {name!r}.")
         for unknown in properties.keys() - self._defaults.keys():
             raise ConfigError(f"A {self.kind} has no property {unknown!r}. {suggest(unknown, self._defaults)}")
 
         def add(item: T) -> T:
             if name in self._items:
-                raise ConfigError(f"A {self.kind} named {name!r} is registered already: {self._items[name]!r}.")
+                raise ConfigError(f"A {self.kind} named {name!r} is already registered: {self._items[name]!r}.")
             self._items[name] = item
             self._stated[name] = properties
             return item

@@ -1,4 +1,4 @@
-"""Tables for the terminal, in which rich finds no markup whatever the names in them are."""
+"""Tables for the terminal, without rich markup from untrusted names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ee_surgery.text import plain, visible
 def table(
     title: str, caption: str, columns: dict[str, Literal["left", "right"]], rows: Iterable[Sequence[str]]
 ) -> Table:
-    """Text cells under titled columns, each justified as `columns` says."""
+    """Text cells under titled columns, justified according to `columns`."""
     table = Table(title=plain(title, "table.title"), caption=plain(caption, "table.caption") if caption else None)
     for name, justify in columns.items():
         table.add_column(plain(name), justify=justify, overflow="fold")

@@ -1,10 +1,10 @@
-"""Early exit on a pretrained CIFAR-10 ResNet-56 against the smaller networks a user would pick instead.
+"""Early exit on a pretrained CIFAR-10 ResNet-56 against smaller networks.
 
     python -m recipes.cifar10_resnet56
 
-The branches learn from the training set; thresholds are chosen on 5,000 test images and reported on the other 5,000,
-and the other way round, over 10 random splits: the pretrained network has seen all training images, and is 99.98 %
-right there.
+The branches are trained on the training set; thresholds are chosen on 5,000 test images and reported on the other
+5,000, and the other way round, over 10 random splits: the pretrained network has seen all training images, and is 99.98
+% right there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLUMNS = (
     "",
     "accuracy %",
     "below original",
-    "luck",
+    "optimism",
     "mean MACs %",
     "share at each exit",
     "latency b1",
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def arguments(about: str | None, out: Path, epochs: int) -> argparse.Namespace:
-    """What these recipes take; torch has its threads, `few` pictures are read, all of them where it is None."""
+    """Command-line options of these recipes; sets the threads of torch. `few`: images to read, None for all."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--out", type=Path, default=out)
@@ -103,14 +103,14 @@ def arguments(about: str | None, out: Path, epochs: int) -> argparse.Namespace:
 
 
 def pictures(split: str, few: int | None) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Pictures (N, 3, 32, 32) of whole numbers and labels (N,); mean and deviation that the networks take."""
+    """Images (N, 3, 32, 32) as integers and labels (N,); mean and standard deviation for the networks."""
     _, mean, std = data.weights("cifar10_resnet56")
     images, labels = data.cifar10(split)
     return (images[:few], labels[:few]), mean, std
 
 
 def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namespace) -> None:
-    """Thresholds from one half of the test set, results on the other, 20 times, beside the smaller networks."""
+    """Thresholds from one half of the test set, results on the other, 20 times, compared with the smaller networks."""
     branched, original = trained.model, trained.model.backbone
     console = Console(width=160, record=True)
     (test, truth), mean, std = pictures("test", options.few)
@@ -128,7 +128,7 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     base = [records.take(reported).base_accuracy for _, reported in splits]
     table.add_row("original", _spread(base), "", "", "100", "", "1", "1")
     unseen, kept = test[splits[0][1]], []
-    for name, (accuracy, cost, shares, luck) in over_splits(records, splits, requests).items():
+    for name, (accuracy, cost, shares, optimism) in over_splits(records, splits, requests).items():
         branched.operate(frontier.at(**requests[name]))
         one = measure(branched, unseen[:192], batch_size=1, rounds=rounds)
         many = measure(branched, unseen[:640], batch_size=64, rounds=rounds)
@@ -136,8 +136,8 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
         kept += [(1 - timed.latency_ratio) / (1 - timed.macs_fraction) for timed in saving]
         speed = f"{one.latency_ratio:.3f}", f"{1 / many.latency_ratio:.3f}"
         shown = " ".join(f"{statistics.mean(column):.0%}" for column in zip(*shares, strict=True))
-        lucky = f"{100 * statistics.mean(luck):.2f}"
-        table.add_row(name, _spread(accuracy), _below(accuracy, base), lucky, _spread(cost), shown, *speed)
+        optimistic = f"{100 * statistics.mean(optimism):.2f}"
+        table.add_row(name, _spread(accuracy), _below(accuracy, base), optimistic, _spread(cost), shown, *speed)
     for depth in (20, 32):
         smaller = network(depth)
         found = right(smaller, test, truth)
@@ -152,11 +152,11 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     console.print(f"Exits at {', '.join(branched.exits)}, 10 splits of {len(test)} test images in halves, both ways.")
     console.print(f"Each exit alone on the whole test set: {alone}; the branches cost {costs} of the original.")
     minutes = sum(epoch.seconds for epoch in trained.epochs) / 60
-    told = f"seed {options.seed}, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s)"
-    console.print(f"Training: {told}.")
+    run = f"seed {options.seed}, {len(trained.epochs)} epochs, {minutes:.0f} min, {options.threads} thread(s)"
+    console.print(f"Training: {run}.")
     console.print(f"Speed on split 0: {environment(test.device)}.")
     if kept:
-        console.print(f"Of the saving in MACs on the timed images, {min(kept):.1%} or more is saved in time.")
+        console.print(f"Of the MACs saved on the timed images, at least {min(kept):.1%} is also saved in time.")
     branched.frontier = frontier
     branched.operate(max_accuracy_drop=0.01)
     branched.save_pretrained(options.out / "adapter")
@@ -181,7 +181,7 @@ def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:
     """Halves of n samples, to choose on and to report: `pairs` random splits, and each the other way round.
 
-    The luck of one half is the bad luck of the other: over both ways it cancels.
+    Halves are complements: if one is easier than average, the other is harder. Over both ways this cancels.
     """
     halves = [torch.randperm(n, generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(pairs)]
     return [split for first, second in halves for split in ((first, second), (second, first))]
@@ -190,15 +190,15 @@ def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:
 def over_splits(
     records: ee.ExitRecords, splits: list[tuple[Tensor, Tensor]], requests: Requests
 ) -> dict[str, tuple[list[float], list[float], list[list[float]], list[float]]]:
-    """Of every request, split by split: accuracy, mean MACs and exit shares on the reported half, luck on the other."""
+    """Per request and split: accuracy, mean MACs and exit shares on the reported half, optimism on the other."""
     rows = {name: ([], [], [], []) for name in requests}
     for chosen, reported in splits:
         frontier, test = ee.Frontier.search(records.take(chosen)), records.take(reported)
         for name, request in requests.items():
             point = frontier.at(**request)
             replay = test.replay(point.policy)
-            accuracy, cost, shares, luck = rows[name]
-            luck.append(point.accuracy - point.expected_accuracy)
+            accuracy, cost, shares, optimism = rows[name]
+            optimism.append(point.accuracy - point.expected_accuracy)
             accuracy.append(replay.correct.double().mean().item())
             cost.append(replay.macs.mean().item() / records.base_macs)
             shares.append((torch.bincount(replay.exit_index, minlength=len(records.exits) + 1) / len(test)).tolist())

@@ -1,9 +1,9 @@
-"""Shortcut branches on a pretrained CIFAR-10 ResNet-56 against the smaller networks a user would pick instead.
+"""Shortcut branches on a pretrained CIFAR-10 ResNet-56 against smaller networks.
 
     python -m recipes.cifar10_shortcuts
     python -m recipes.cifar10_shortcuts --smoke    a few images, one epoch
 
-Two exits behind the first blocks, whose branches are copies of every fourth or eighth of the later ones. Thresholds are
+Two exits after the first blocks, whose branches are copies of every fourth or eighth later block. Thresholds are
 chosen on 5,000 test images and reported on the other 5,000, and the other way round, over 10 random splits.
 """
 
@@ -20,7 +20,7 @@ import ee_surgery as ee
 from recipes.cifar10_resnet56 import Requests, arguments, network, pictures, report
 
 EXITS = {"layer1.0": "layer2 layer3", "layer1.1": "layer2.4 layer2 layer3.4 layer3"}
-"""Blocks that each branch keeps, beside those that change the size of the maps."""
+"""Blocks that each branch keeps, besides those that change the size of the maps."""
 SIZE = 128  # of a batch
 REQUESTS: Requests = {
     "drop 0.3 points": {"max_accuracy_drop": 0.003},
@@ -32,11 +32,11 @@ REQUESTS: Requests = {
     "budget 0.5": {"budget": 0.5},
     "budget 0.4": {"budget": 0.4},
 }
-"""Among them the drops of the static ResNet-32 and ResNet-20."""
+"""Including the drops of the static ResNet-32 and ResNet-20."""
 
 
 class Batches:
-    """Training images in batches, shifted and mirrored, a batch at once: one by one would take as long as the steps."""
+    """Training images, shifted and mirrored a whole batch at a time: one by one would take as long as the steps."""
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, steps: int | None = None) -> None:
         self.images, self.labels, self.mean, self.std = images, labels, mean, std
@@ -50,7 +50,7 @@ class Batches:
             yield self.vary(self.images[rows]), self.labels[rows]
 
     def vary(self, images: Tensor) -> Tensor:
-        """Whole numbers (B, 3, 32, 32) to what the networks take."""
+        """Integer images (B, 3, 32, 32) -> augmented and normalized."""
         n, side = len(images), torch.arange(32)
         down, right = torch.randint(0, 9, (n,)), torch.randint(0, 9, (n,))
         ys, xs = down[:, None] + side, right[:, None] + side
@@ -71,7 +71,7 @@ def main() -> None:
         epochs=options.epochs,
         lr=3e-3,
         weight_decay=5e-3,
-        distill_from=0.7,  # from there on the whole original runs
+        distill_from=0.7,  # from there on, the whole original runs
         cutmix=1.0,
         mixed_precision="auto",
         validation=0,
@@ -79,7 +79,7 @@ def main() -> None:
         checkpoint_dir=str(options.out / "training"),
     )
     trained = ee.train(branched, Batches(*images, mean, std), config)
-    trained.model.to(memory_format=torch.contiguous_format)  # as the networks it is timed beside
+    trained.model.to(memory_format=torch.contiguous_format)  # like the networks it is compared with
     report(trained, REQUESTS, options)
 
 

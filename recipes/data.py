@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def folder() -> Path:
-    """Where the data is: `EE_SURGERY_DATA`, or `../shared/data` beside the repository."""
+    """Where the data is: `EE_SURGERY_DATA`, or `../shared/data` next to the repository."""
     return Path(os.environ.get("EE_SURGERY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -40,7 +40,7 @@ class Photos(NamedTuple):
     imagenet_index: Tensor
     """int64 (N,), in 0..999."""
     from_imagenet_val: Tensor
-    """bool (N,): of the ImageNet validation set, so that no ImageNet network has learnt from it."""
+    """bool (N,): of the ImageNet validation set, on which no ImageNet network was trained."""
 
 
 def imagenette(split: str, where: Path | None = None) -> Photos:
@@ -56,7 +56,7 @@ def imagenette(split: str, where: Path | None = None) -> Photos:
 
 
 def weights(name: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """A pretrained network: float32 tensors by name, and the mean and deviation of its inputs, each (3, 1, 1)."""
+    """A pretrained network: float32 tensors by name, and mean and standard deviation of its inputs, each (3, 1, 1)."""
     path = folder() / "weights" / f"{name}.safetensors"
     with safe_open(path, framework="pt") as file:
         header = file.metadata()

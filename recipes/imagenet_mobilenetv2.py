@@ -1,9 +1,9 @@
-"""Branches for an ImageNet network, taught without labels on 2,500 photographs.
+"""Branches for an ImageNet network, trained without labels on 2,500 photographs.
 
     python -m recipes.imagenet_mobilenetv2
 
-timm's mobilenetv2_100 with ImageNet-1k weights; the branches learn from its own answers on the Imagenette training
-photographs, thresholds are set on the 500 test photographs of ImageNet-train origin, and the 500 of
+timm's mobilenetv2_100 with ImageNet-1k weights; the branches are trained on its own predictions for the Imagenette
+training photographs, thresholds are chosen on the 500 test photographs of ImageNet-train origin, and the 500 of
 ImageNet-validation origin, which no network here has seen, are reported.
 """
 
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def _speed(branched: ee.EarlyExitModel, inputs: Tensor) -> tuple[str, str]:
-    """Latency at batch 1 and throughput at batch 32, by the original's."""
+    """Latency at batch 1 and throughput at batch 32, relative to the original's."""
     torch.set_num_threads(1)
     one, many = (measure(branched, inputs, batch_size=batch, rounds=3).latency_ratio for batch in (1, 32))
     return f"{one:.3f}", f"{1 / many:.3f}"

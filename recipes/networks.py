@@ -1,4 +1,4 @@
-"""Small CIFAR-10 networks whose pretrained weights the recipes use. Plain torch modules, as a user would have them."""
+"""Small CIFAR-10 networks whose pretrained weights the recipes use. Plain torch modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any pictures with classes, as a Dataset: from the Hub, a local folder, or npz files."""
+"""Labelled images as a Dataset: from the Hub, a local folder, or npz files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 
 class Rows(Protocol):
-    """A whole split: (picture, class number) by row."""
+    """A whole split: (image, class number) by row."""
 
     def __len__(self) -> int: ...
 
@@ -45,7 +45,7 @@ class Columns:
     """Two columns of a data set, decoded as they are read.
 
     Args:
-        numbers: the model's number of each of its classes; None where they are the same.
+        numbers: the model's number for each class; None if they are the same.
     """
 
     def __init__(self, found: Any, image: str, label: str, numbers: list[int] | None) -> None:
@@ -61,7 +61,7 @@ class Columns:
 
 
 class Pictures(Dataset):  # pyright: ignore[reportMissingTypeArgument]
-    """Some rows of a split, prepared for the model."""
+    """Some rows of a split, preprocessed for the model."""
 
     def __init__(self, rows: Rows, index: Sequence[int], transform: Transform) -> None:
         self.rows, self.index, self.transform = rows, index, transform
@@ -81,8 +81,8 @@ def part(settings: Source, name: str, transform: Transform, classes: Sequence[st
         name: a split, or a range of one in a fixed random order, in rows or percent: `test[:50%]`, `train[1000:]`.
         classes: names of the model's classes; a data set whose classes have the same names gets the model's numbers.
     Raises:
-        ConfigError: the name is none, or the part is empty.
-        DataError: there is no such data.
+        ConfigError: the name is invalid, or the part is empty.
+        DataError: the data does not exist.
     """
     found = re.fullmatch(r"([\w.-]+)(?:\[(\d*%?):(\d*%?)\])?", name)
     if found is None:
@@ -95,7 +95,7 @@ def part(settings: Source, name: str, transform: Transform, classes: Sequence[st
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         index = order[start : stop if ends[1] else None]
     if not index:
-        raise ee.ConfigError(f"{name} is empty: {split} of {settings.source} has {len(rows)} pictures.")
+        raise ee.ConfigError(f"{name} is empty: {split} of {settings.source} has {len(rows)} images.")
     return Pictures(rows, index, transform)
 
 
@@ -109,8 +109,8 @@ def _rows(settings: Source, split: str, classes: Sequence[str] | None) -> Rows:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise ee.DataError(
-            f"No npz file of split {split!r} in {folder}; data sets of the Hub and folders of pictures or parquet "
-            "files are read by the package datasets: pip install 'ee-surgery[data]'."
+            f"No npz file of split {split!r} in {folder}; data sets of the Hub and folders of images or parquet "
+            "files need the package datasets: pip install 'ee-surgery[data]'."
         ) from None
     try:
         found = datasets.load_dataset(settings.source, split=split)
@@ -120,8 +120,8 @@ def _rows(settings: Source, split: str, classes: Sequence[str] | None) -> Rows:
     label = settings.label or _first(found.features, datasets.ClassLabel)
     if image not in found.features or label not in found.features:
         raise ee.DataError(
-            f"{settings.source} has the columns {list(found.features)}. Which hold pictures and class numbers? Say so "
-            "in data: image and label."
+            f"{settings.source} has the columns {list(found.features)}. Name those of images and class "
+            "numbers in data: image and label."
         )
     return Columns(found, image, label, _numbers(getattr(found.features[label], "names", None), classes))
 
@@ -131,7 +131,7 @@ def _first(features: Any, kind: type) -> str:
 
 
 def _numbers(names: Sequence[str] | None, classes: Sequence[str] | None) -> list[int] | None:
-    """The model's number of each class of the data, where names tell it."""
+    """The model's number for each class of the data, if names match."""
     if names and classes and set(names) <= set(classes):
         return [classes.index(name) for name in names]
     if names and all(name.isdigit() for name in names):  # folders, sorted as text: 0, 1, 10, 2
@@ -149,7 +149,7 @@ def _npz(folder: Path, split: str) -> Rows:
 
 
 def _synthetic(split: str) -> Rows:
-    """64 pictures of 32 pixels: ten colours under noise."""
+    """64 images of 32 x 32 pixels: ten colours with noise."""
     generator = torch.Generator().manual_seed(len(split))
     labels = torch.randint(10, (64,), generator=generator)
     colours = torch.randint(256, (10, 1, 1, 3), generator=torch.Generator().manual_seed(0))

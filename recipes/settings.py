@@ -1,23 +1,27 @@
-"""Settings of `recipes.train`: a YAML file, checked against dataclasses."""
+"""Settings of `recipes.train`: a YAML file, checked against dataclasses by pydantic."""
 
 from __future__ import annotations
 
+import json
 import re
-import types
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 import ee_surgery as ee
 from ee_surgery.presets import PRESETS
 from ee_surgery.registry import suggest
 
+_STRICT = ConfigDict(extra="forbid", strict=True)  # holds for the dataclasses of the package inside a recipe, too
+_UNKNOWN, _MISSING = "unexpected_keyword_argument", "missing"  # what pydantic calls these errors
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Model:
     """The original."""
 
@@ -26,81 +30,94 @@ class Model:
     library: Literal["timm", "transformers", "cifar10"] = "timm"
     pretrained: bool = True
     checkpoint: str = ""
-    """Weights file for a timm model, in place of its pretrained ones."""
+    """Weights file for a timm model, instead of its pretrained ones."""
     num_classes: int | None = None
-    """Of a timm model, where not its own."""
+    """Of a timm model, if different from its own."""
     image_size: int | None = None
-    """Side of the pictures for a timm model, where not its own."""
+    """Side of the images for a timm model, if different from its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Source:
     """The data. A part of it is a split, `test`, or a range of one in a fixed random order, `test[:50%]`."""
 
     source: str = ""
-    """Data set on the Hub, folder of pictures or parquet files, folder of npz files, or `synthetic`; as `--data`."""
+    """Data set on the Hub, folder of images or parquet files, folder of npz files, or `synthetic`; as `--data`."""
     train: str = "train"
     calibrate: str = "test[:50%]"
     """Neither trained on nor reported."""
     test: str = "test[50%:]"
     image: str = ""
-    """Column of the pictures; the first one of that type when left out."""
+    """Column of the images; by default the first of that type."""
     label: str = ""
-    """Column of the classes; the first one of that type when left out."""
+    """Column of the classes; by default the first of that type."""
     augment: bool = False
-    """Vary the training pictures."""
+    """Augment the training images."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Operate:
-    """One way to choose the operating point that is evaluated and saved; none: never leave early."""
+    """How to choose the operating point that is evaluated and saved; without any, no early exit."""
 
     max_accuracy_drop: float | None = None
     budget: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Recipe:
-    """All settings. What a preset says holds where nothing else is given."""
+    """All settings; those of a preset apply unless overridden."""
 
     model: Model
     data: Source = field(default_factory=Source)
     preset: str | None = None
     exits: int | str | list[str] | None = None
-    """`auto`: by search, for the accuracy drop under `operate`, or one point."""
+    """`auto`: by search, for the accuracy drop in `operate`, by default one point."""
     placement: str | None = None
     branch: str | ee.BranchSpec | list[str] | None = None
     joint: bool = False
-    """Train the original along, on a copy."""
+    """Also train the original, on a copy."""
     train: ee.TrainConfig = field(default_factory=ee.TrainConfig)
     operate: Operate = field(default_factory=Operate)
     out: str = "runs/train"
-    """Folder of the adapter, the report and the numbers of each epoch, `log.jsonl`."""
+    """Folder of the adapter, the report and the metrics of each epoch, `log.jsonl`."""
     push: str | None = None
     """Repository on the Hub."""
     log_with: list[str] = field(default_factory=list)
-    """More trackers that Accelerate knows, such as `tensorboard`."""
+    """Additional trackers of Accelerate, such as `tensorboard`."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as most people write it: 1e-3 is a number, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a YAML file.
 
     Args:
-        changes: settings that win over the file's, such as `train.epochs=2`.
+        changes: settings that override the file's, such as `train.epochs=2`.
     Raises:
-        ConfigError: the file cannot be read, a name is unknown or missing, or a value is of another type.
+        ConfigError: the file cannot be read, a name is unknown or missing, or a value has the wrong type.
     """
     try:
-        given = yaml.safe_load(path.read_text())
+        given = yaml.load(path.read_text(), _Loader)
     except (OSError, yaml.YAMLError) as error:
         raise ee.ConfigError(f"{path} cannot be read: {error}") from error
     for change in changes:
         _set(given, change)
     if isinstance(given, Mapping):
-        preset = given.get("preset")
+        given = {name: {} if name in ("data", "operate") and value is None else value for name, value in given.items()}
+        preset, train = given.get("preset"), given.get("train") or {}
         base = PRESETS[preset].config if isinstance(preset, str) else ee.TrainConfig()
-        given = {**given, "train": replace(base, **_checked(ee.TrainConfig, given.get("train") or {}, "train"))}
-    return Recipe(**_checked(Recipe, given, path.name))
+        given["train"] = {**asdict(base), **train} if isinstance(train, Mapping) else train
+    try:  # as JSON, where lists stand for tuples and objects for dataclasses, and nothing else is converted
+        return TypeAdapter(Recipe).validate_json(json.dumps(given, default=str))
+    except ValidationError as error:
+        raise _explained(error, given, path.name) from error
 
 
 def _set(settings: Any, change: str) -> None:
@@ -112,48 +129,29 @@ def _set(settings: Any, change: str) -> None:
             settings = settings[section]
     if not equals or not isinstance(settings, dict):
         raise ee.ConfigError(f"A change must look like section.name=value, got {change!r}.")
-    settings[last] = yaml.safe_load(text)
+    settings[last] = yaml.load(text, _Loader)
 
 
-def _checked(cls: type, given: Any, where: str) -> dict[str, Any]:
-    """Settings of a dataclass, each of the type that its field says."""
-    if not isinstance(given, Mapping):
-        raise ee.ConfigError(f"{where} must hold settings by name, got {given!r}.")
-    hints = get_type_hints(cls)
-    for name in given:
-        if name not in hints:
-            raise ee.ConfigError(f"{where} has no setting {name!r}. {suggest(str(name), hints)}")
-    for one in fields(cls):
-        if one.name not in given and one.default is MISSING and one.default_factory is MISSING:
-            raise ee.ConfigError(f"{where} lacks the setting {one.name!r}.")
-    return {name: _typed(value, hints[name], f"{where}: {name}") for name, value in given.items()}
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """The value as what a type hint says; YAML has lists for tuples, and takes 1e-3 for text."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and is_dataclass(hint):
-        return value if isinstance(value, hint) else hint(**_checked(hint, value or {}, where))
-    if kind in (Union, types.UnionType):
-        named = [option for option in inner if is_dataclass(option)]
-        if isinstance(value, Mapping) and named:
-            return _typed(value, named[0], where)
-        for option in inner:
-            if not is_dataclass(option):
-                with suppress(ee.ConfigError):
-                    return _typed(value, option, where)
-    elif kind is Literal and value in inner:
-        return value
-    elif kind in (tuple, list) and isinstance(value, list):
-        return kind(_typed(item, inner[0], where) for item in value)
-    elif kind is Mapping and isinstance(value, Mapping):
-        return dict(value)
-    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif type(value) is hint:
-        return value
+def _explained(error: ValidationError, given: Any, file: str) -> ee.SurgeryError:
+    """The first thing that is wrong, as an error of ours: where it stands, what it must be and what was seen."""
+    found = error.errors(include_url=False)
+    first = next((each for each in found if each["type"] in (_UNKNOWN, _MISSING)), found[0])
+    if isinstance(cause := first.get("ctx", {}).get("error"), ee.SurgeryError):
+        return cause
+    *parts, last = first["loc"] or [None]
+    if first["type"] not in (_UNKNOWN, _MISSING):
+        parts.append(last)
+    where, hint, value, known = file, Recipe, given, get_type_hints(Recipe)
+    for part in parts:
+        if part in known:  # else the member of a union that was tried, or the place in a list
+            where, hint, value = f"{where}: {part}", known[part], value[part]
+            dataclasses = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
+            known = get_type_hints(dataclasses[0]) if dataclasses else {}
+    if first["type"] == _UNKNOWN:
+        return ee.ConfigError(f"{where} has no setting {last!r}. {suggest(str(last), known)}")
+    if first["type"] == _MISSING:
+        return ee.ConfigError(f"{where} lacks the setting {last!r}.")
+    if is_dataclass(hint):
+        return ee.ConfigError(f"{where} must hold settings by name, got {value!r}.")
     shown = re.sub(r"<class '(.*)'>", r"\1", str(hint)).replace("typing.", "").replace("NoneType", "None")
-    raise ee.ConfigError(f"{where} must be {shown}, got {value!r}, a {type(value).__name__}.")
+    return ee.ConfigError(f"{where} must be {shown}, got {value!r}, a {type(value).__name__}.")

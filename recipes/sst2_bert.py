@@ -1,10 +1,10 @@
-"""Early exit on a text classifier: a 6-layer BERT on SST-2 with an exit behind each of its layers.
+"""Early exit on a text classifier: a 6-layer BERT on SST-2 with an exit after each layer.
 
     python -m recipes.sst2_bert
 
-The tokenizer and the network are trained here, on the 6,920 training sentences alone, by `tokenizers` and the Trainer
-of transformers: that network then plays the pretrained one. Its branches learn from the same sentences, thresholds come
-from the 872 development sentences, and what is reported are the 1,821 test sentences; all of it for each seed.
+The tokenizer and the network are trained here, on the 6,920 training sentences only, with `tokenizers` and the Trainer
+of transformers; that network serves as the pretrained one. Its branches are trained on the same sentences, thresholds
+come from the 872 development sentences, and results are on the 1,821 test sentences; all of it for each seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Sentences = list[tuple[str, int]]
 
 
 def tokenizer_of(sentences: Sentences, size: int) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer learnt from the sentences."""
+    """A WordPiece tokenizer trained on the sentences."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
     raw.normalizer = normalizers.BertNormalizer()
@@ -76,7 +76,7 @@ def encoded(sentences: Sentences, tokenizer: PreTrainedTokenizerFast) -> list[di
 def trained(
     rows: list[dict[str, Any]], vocabulary: int, collate: Callable[..., Any], epochs: int, seed: int, out: Path
 ) -> BertForSequenceClassification:
-    """A 6-layer BERT, from nothing."""
+    """A 6-layer BERT, trained from scratch."""
     set_seed(seed)
     config = BertConfig(
         vocab_size=vocabulary,
@@ -111,7 +111,7 @@ def main() -> None:
     """Train, calibrate and evaluate once for every seed; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8, help="of the network; its branches get half")
+    parser.add_argument("--epochs", type=int, default=8, help="of the network; its branches train for half as many")
     parser.add_argument("--out", type=Path, default=Path("runs/sst2_bert"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a few sentences, one epoch")

@@ -1,10 +1,10 @@
-"""Early exits for a model, on your pictures, as a YAML file says: train, calibrate, evaluate, save.
+"""Early exits for a model on your images, configured by a YAML file: train, calibrate, evaluate, save.
 
     python -m recipes.train --config recipes/configs/cifar10_resnet20.yaml --set train.epochs=2
     accelerate launch --multi_gpu --num_processes 2 recipes/train.py --config my.yaml --data user/pictures
 
-recipes/settings.py lists all settings. `--data` is a data set on the Hub, a folder of pictures or of parquet files
-(`pip install 'ee-surgery[data]'`), or npz files such as `cifar10` (recipes/data.py). On several CPU processes, say
+recipes/settings.py lists all settings. `--data` is a data set on the Hub, a folder of images or parquet files
+(`pip install 'ee-surgery[data]'`), or npz files such as `cifar10` (recipes/data.py). For several CPU processes, set
 ACCELERATE_USE_CPU=true before `accelerate launch --multi_gpu`; see docs/scale.md.
 """
 
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where the file is run by its path, as above
+sys.path.insert(0, str(Path(__file__).parents[1]))  # if the file is run by its path, as above
 
 import ee_surgery as ee
 from ee_surgery.backbone.base import Backbone, make_model
@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the settings and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file")
-    parser.add_argument("--data", help="in place of the file's data.source")
-    parser.add_argument("--out", help="in place of the file's")
+    parser.add_argument("--data", help="overrides data.source")
+    parser.add_argument("--out", help="overrides out")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as train.epochs=2")
-    parser.add_argument("--threads", type=int, help="of each process, on a CPU")
+    parser.add_argument("--threads", type=int, help="CPU threads per process")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, seconds: configs/smoke.yaml")
     options = parser.parse_args(arguments)
     changes = list(options.set)
@@ -70,11 +70,11 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
     console = Console(width=160, record=True, quiet=not accelerator.is_main_process)
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         console.print(
-            "One process only: `accelerate launch --cpu` starts several with MPI alone. Without it: "
+            "Only one process: `accelerate launch --cpu` starts several only with MPI. Without it: "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ..."
         )
-    set_seed(recipe.train.seed)  # random weights, too, must be the same in all processes
-    with accelerator.local_main_process_first():  # of several, one downloads
+    set_seed(recipe.train.seed)  # random weights must be the same in all processes
+    with accelerator.local_main_process_first():  # one process downloads
         model, sample = _model(recipe.model)
     varied, plain = _transforms(recipe.model, model, recipe.data.augment)
     classes = Backbone(model, sample).label_names
@@ -112,7 +112,7 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
     console.print(f"Saved in {branched.save_pretrained(out / 'adapter', **_about(recipe.data))}.")
     if recipe.push:
         console.print(f"Pushed: {branched.push_to_hub(recipe.push)}")
-    if accelerator.is_main_process:  # who alone saves and pushes, too
+    if accelerator.is_main_process:  # only this process saves and pushes
         console.save_text(str(out / "report.md"))
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -120,7 +120,7 @@ def run(recipe: Recipe) -> ee.EarlyExitModel:
 
 
 def _model(settings: Model) -> tuple[nn.Module, torch.Tensor | None]:
-    """The original, and a sample where it does not say itself what it takes."""
+    """The original, and a sample if it does not describe its inputs."""
     if settings.library == "cifar10":
         model = CifarResNet(int(settings.name.rpartition("resnet")[2]))
         model.load_state_dict(data.weights(settings.name)[0], strict=False)  # no BatchNorm counters in the file
@@ -141,14 +141,14 @@ def _pixels(processor: Any, picture: Any) -> torch.Tensor:
 
 
 def _about(settings: Source) -> dict[str, str]:
-    """What the model card says of the data."""
+    """Fields of the model card about the data."""
     if "/" not in settings.source or Path(settings.source).exists():
         return {"eval_name": f"{settings.source}, {settings.test}"}
     return {"datasets": settings.source, "eval_dataset": settings.source, "eval_split": settings.test.partition("[")[0]}
 
 
 def _transforms(settings: Model, model: nn.Module, augment: bool) -> tuple[Any, Any]:
-    """What prepares pictures to train on, and those to calibrate and test on."""
+    """Transforms for training, and for calibration and testing."""
     if settings.library == "cifar10":
         _, mean, std = data.weights(settings.name)
         scale = v2.Normalize(mean.flatten().tolist(), std.flatten().tolist())

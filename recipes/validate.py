@@ -1,10 +1,10 @@
-"""Judge an adapter on a folder of pictures, as timm's validate.py judges a model, beside the original it belongs to.
+"""Evaluate an adapter and its original on a folder of images, like timm's validate.py.
 
     python -m recipes.validate FOLDER --adapter user/name --max-accuracy-drop 0.01 --results-file results.json
 
-FOLDER has one sub-folder of pictures a class, named by class, WordNet id or class number, or in the order of the
-classes. Pictures are prepared by the adapter's own transform. Original and routed model see the same batches in turn;
-the time is that of the model alone, pictures in memory, after a warm-up.
+FOLDER has one sub-folder of images per class, named by class, WordNet id or class number, or in the order of the
+classes. Images are preprocessed by the adapter's own transform. Original and routed model run on the same batches in
+turn; times are of the model alone, with images in memory, after a warm-up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ee_surgery.share.hub import fetch
 
 @dataclass
 class Sums:
-    """What one of the two models did so far."""
+    """Running totals of one model."""
 
     top1: int = 0
     top5: int = 0
@@ -57,13 +57,13 @@ class Row:
     """In [0, 1], as `top5`."""
     top5: float
     macs_fraction: float
-    """Mean of the samples, of the original's."""
+    """Mean per sample, as a fraction of the original's."""
     images_per_second: float
     exit_shares: tuple[float, ...]
 
 
 def base_of(config: AdapterConfig, weights: str) -> nn.Module | None:
-    """The base with weights of one's own: a file for timm, a folder or repository for transformers; None by default."""
+    """The base with your own weights: a file for timm, a folder or repository for transformers; None by default."""
     base = config.base
     if not weights:
         return None
@@ -76,7 +76,7 @@ def class_numbers(folders: Sequence[str], config: AdapterConfig) -> list[int]:
     """The class number of each folder."""
     names = list(config.label_names or [])
     classes = config.head_classes or config.base.num_classes
-    if classes == 1000 and folders[0][0] == "n" and folders[0][1:].isdigit():  # n01440764: names of WordNet
+    if classes == 1000 and folders[0][0] == "n" and folders[0][1:].isdigit():  # n01440764: WordNet ids
         from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 
         names = ImageNetInfo().label_names()
@@ -91,7 +91,7 @@ def class_numbers(folders: Sequence[str], config: AdapterConfig) -> list[int]:
 
 
 def timed(model: ee.EarlyExitModel, pixels: Tensor, amp: bool) -> tuple[ee.ExitOutput, float]:
-    """What the model answers, and the seconds it took."""
+    """The model's output, and the time in seconds."""
     wait = torch.cuda.synchronize if pixels.is_cuda else lambda: None
     wait()
     started = time.perf_counter()
@@ -104,7 +104,7 @@ def timed(model: ee.EarlyExitModel, pixels: Tensor, amp: bool) -> tuple[ee.ExitO
 def validate(
     branched: ee.EarlyExitModel, loader: DataLoader[tuple[Tensor, Tensor]], device: torch.device, amp: bool
 ) -> list[Row]:
-    """The original and the routed model on all batches, by turns."""
+    """Run the original and the routed model on all batches, in turn."""
     original, routed = Sums(), Sums()
     left = torch.zeros(len(branched.exits) + 1, dtype=torch.long)
     macs, samples = 0.0, 0
@@ -123,25 +123,25 @@ def validate(
         macs += float(answer.macs_fraction.sum())
         samples += len(labels)
     shares = tuple((left / samples).tolist())
-    nobody = (*[0.0] * len(branched.exits), 1.0)
+    no_exits = (*[0.0] * len(branched.exits), 1.0)
     return [
         Row(name, sums.top1 / samples, sums.top5 / samples, cost, samples / sums.seconds, exits)
         for name, sums, cost, exits in (
-            ("original", original, 1.0, nobody),
+            ("original", original, 1.0, no_exits),
             ("early exit", routed, macs / samples, shares),
         )
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    """Load, run, print the table, and write it where asked to."""
+    """Load, run, print the table, and optionally write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="FOLDER", help="one sub-folder of pictures a class")
+    parser.add_argument("data", type=Path, metavar="FOLDER", help="one sub-folder of images per class")
     parser.add_argument("--adapter", required=True, help="folder, or repository on the Hub")
     parser.add_argument("--revision", help="of the repository")
-    parser.add_argument("--base", default="", help="weights of the base, where they are not the published ones")
+    parser.add_argument("--base", default="", help="weights of the base, if not the published ones")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--budget", type=float, help="mean MACs, a fraction of the original's")
     when.add_argument("--max-accuracy-drop", type=float, help="0.01 is one percentage point")
@@ -174,9 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     console = Console(width=160)
     console.print(table)
     point = branched.operating_point
-    console.print(f"{len(pictures)} pictures of {options.data}, batch {options.batch_size}"
+    console.print(f"{len(pictures)} images of {options.data}, batch {options.batch_size}"
                   f"{', bfloat16 autocast' if options.amp else ''}. Exits at {', '.join(branched.exits)}, "
-                  f"{'nothing leaves early' if point is None else f'operating point {point.rule}'}.")  # fmt: skip
+                  f"{'no early exit' if point is None else f'operating point {point.rule}'}.")  # fmt: skip
     console.print(f"{environment(device)}. Original {branched.receipt()}.")
     if options.results_file is not None:
         about = {"adapter": options.adapter, "base": config.base.model_id, "exits": branched.exits}

@@ -186,10 +186,10 @@ def weights_of(module: nn.Module) -> dict[str, str]:
 
 def state_of(branched: ee.EarlyExitModel) -> dict[str, object]:
     """A branched model but for the weights of its branches."""
-    mine = branched._engine
+    mine = branched.engine
     return {
-        "original": (shape_of(branched.original), weights_of(branched.original)),
+        "original": (shape_of(branched.backbone), weights_of(branched.backbone)),
         "branches": shape_of(branched.branches),
         "setting": (branched.operating_point, branched.frontier, repr(branched.provenance), branched.own_base),
-        "free": (_is_free(mine._lock), _is_free(branched._backbone._lock)),
+        "free": (_is_free(mine._lock), _is_free(branched.engine.backbone._lock)),
     }

@@ -94,7 +94,7 @@ def test_inspect_shows_blocks_or_everything() -> None:
 
 
 def test_errors_are_one_sentence_and_exit_code_1(files: Path, tmp_path: Path) -> None:
-    assert "Cannot make 'no_such_model'" in _run("inspect", "no_such_model", code=1)
+    assert "Cannot create 'no_such_model'" in _run("inspect", "no_such_model", code=1)
     assert "Cannot load" in _run("evaluate", str(tmp_path / "none"), "--data", str(tmp_path), code=1)
     out = _run(
         "augment", "test_resnet", "--out", str(tmp_path / "a"), "--exits", "99", "--random-weights", code=1

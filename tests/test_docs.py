@@ -13,6 +13,7 @@ from PIL import Image
 
 import ee_surgery as ee
 from tests import ROOT
+from tests.test_structure import ROOMS
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -88,3 +89,10 @@ def test_links_lead_somewhere() -> None:
     for path in FILES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
             assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_design_page_lists_the_rooms_in_their_order() -> None:
+    block = re.search(r"## The rooms.*?```\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)
+    assert block is not None
+    columns = [re.split(r" {3,}", line)[0] for line in block[1].splitlines()]
+    assert [name.removesuffix("/") for column in columns for name in column.split()] == ROOMS

@@ -149,9 +149,9 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(name: str, room: int, tmp
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "Free some space"),
-        (errno.EACCES, "a folder that you may write to"),
-        (errno.EROFS, "a folder that you may write to"),
+        (errno.ENOSPC, "Free some disk space"),
+        (errno.EACCES, "a folder with write permission"),
+        (errno.EROFS, "a folder with write permission"),
         (errno.EIO, "may be failing"),
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else "",
@@ -212,7 +212,10 @@ def test_a_file_that_is_in_place_but_not_yet_safe_is_said_to_be_there(
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(ee.WriteError, match="It is there, but may not survive") as caught, atomic_write(tmp_path / "a"):
+    with (
+        pytest.raises(ee.WriteError, match="is written, but may not") as caught,
+        atomic_write(tmp_path / "a"),
+    ):
         (next(tmp_path.glob(".a.*.partial")) / "a").write_text("new")
     assert caught.value.errno == errno.EIO
     assert (tmp_path / "a").read_text() == "new"
@@ -227,7 +230,7 @@ def test_errors_of_others_in_a_write_are_passed_on(tmp_path: Path) -> None:
 
 
 def test_pictures_of_unknown_kinds_are_refused_and_those_without_are_png(tmp_path: Path) -> None:
-    with pytest.raises(ee.ConfigError, match=r"x\.doc names no kind of picture.*'png'"):
+    with pytest.raises(ee.ConfigError, match=r"x\.doc is not a supported image format.*'png'"):
         frontier().plot(tmp_path / "x.doc")
     assert content(tmp_path) == {}
     frontier().plot(tmp_path / "x")
@@ -266,7 +269,7 @@ def test_a_training_whose_disk_fills_up_goes_on_from_the_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", filling)
-        with pytest.raises(ee.TrainingError, match=r"training\.pt cannot be written.*Free some space.*goes on from"):
+        with pytest.raises(ee.TrainingError, match=r"training\.pt cannot be written.*Free some disk.*resumes from"):
             ee.train(small(), batches(), config)
     assert [path.name for path in tmp_path.iterdir()] == ([checkpoint.FILE] if step > 1 else [])
     model = small()
@@ -281,7 +284,7 @@ def test_features_that_cannot_be_kept_or_read_back_are_named_and_removed(
     config = replace(QUICK, epochs=3, views=1, checkpoint_dir=str(tmp_path), checkpoint_steps=100)
     with (
         files_up_to(500),
-        pytest.raises(ee.TrainingError, match=r"Features cannot be kept in .*features-0.*cache_gb=0"),
+        pytest.raises(ee.TrainingError, match=r"Features cannot be cached in .*features-0.*cache_gb=0"),
     ):
         ee.train(small(), batches(), config)
     assert content(tmp_path) == {}
@@ -293,7 +296,7 @@ def test_features_that_cannot_be_kept_or_read_back_are_named_and_removed(
         return load(path, device)
 
     monkeypatch.setattr(features, "_load", damaged)
-    with pytest.raises(ee.TrainingError, match=r"Features cannot be kept in .*features-0.*cache_gb=0"):
+    with pytest.raises(ee.TrainingError, match=r"Features cannot be cached in .*features-0.*cache_gb=0"):
         ee.train(small(), batches(), config)
     assert list(content(tmp_path)) == [checkpoint.FILE]
 
@@ -367,7 +370,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_of_it_is_taken(
     model.operate(thresholds=0.5)
     before, there = _weights(model), content(tmp_path)
     kept = state_of(model) if damage != "a pipe" else None
-    with pytest.raises(ee.TrainingError, match=rf"{path} is no checkpoint.*Remove it to start over, or use another"):
+    with pytest.raises(ee.TrainingError, match=rf"{path} is not a checkpoint.*Remove it to start over, or use another"):
         ee.train(model, batches(), replace(QUICK, checkpoint_dir=str(tmp_path)))
     assert all(torch.equal(a, b) for a, b in zip(before, _weights(model), strict=True))
     assert kept is None or kept == state_of(model)
@@ -394,7 +397,7 @@ def test_a_checkpoint_of_another_model_is_refused(written: bytes, tmp_path: Path
     with pytest.raises(ee.TrainingError, match=r"other settings \(exits: .*another checkpoint_dir"):
         ee.train(other, batches(), replace(QUICK, checkpoint_dir=str(tmp_path)))
     other = small()
-    next(other.original.parameters()).data.mul_(2)
+    next(other.backbone.parameters()).data.mul_(2)
     other.rebase()
     with pytest.raises(ee.TrainingError, match=r"other settings \(fingerprint: .*another checkpoint_dir"):
         ee.train(other, batches(), replace(QUICK, checkpoint_dir=str(tmp_path)))
@@ -497,11 +500,11 @@ RUNS = {
 
 
 def _augment(model: ee.EarlyExitModel, folder: Path) -> Tensor:
-    return ee.augment(model.original, ["2", "4"], sample=torch.zeros(3, 3, 8, 8)).all_exits(batches()[0][0])
+    return ee.augment(model.backbone, ["2", "4"], sample=torch.zeros(3, 3, 8, 8)).all_exits(batches()[0][0])
 
 
 def _new_size(model: ee.EarlyExitModel, folder: Path) -> Tensor:
-    model._engine.programs.clear()
+    model.engine.programs.clear()
     return model.predict(torch.ones(5, 3, 9, 9)).logits
 
 
@@ -514,13 +517,13 @@ def _load(model: ee.EarlyExitModel, folder: Path) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trap, "n", 0)
             model.save_pretrained(folder)
-    return ee.from_pretrained(folder, model.original).predict(batches()[0][0]).logits
+    return ee.from_pretrained(folder, model.backbone).predict(batches()[0][0]).logits
 
 
 CAPTURES = {
     "augment": Verb(_augment),
     "keep a module whole": Verb(
-        lambda model, folder: ee.augment(model.original, ["2", "4"], opaque=["5"], sample=torch.zeros(3, 3, 8, 8)).exits
+        lambda model, folder: ee.augment(model.backbone, ["2", "4"], opaque=["5"], sample=torch.zeros(3, 3, 8, 8)).exits
     ),
     "another size": Verb(_new_size),
     "copy": Verb(_copy),
@@ -618,7 +621,7 @@ def test_a_training_that_fails_before_its_first_step_loses_nothing(bad: str) -> 
 
 def test_memory_that_runs_out_is_never_taken_for_an_answer() -> None:
     """Neither for a model that takes no batch of one, nor for one that cannot be captured, nor for another base."""
-    model = small().original
+    model = small().backbone
     with Trap.at() as calls:
         ee.augment(model, ["2", "4"], sample=torch.randn(3, 3, 8, 8))
     errors = []
@@ -649,6 +652,6 @@ def test_memory_does_not_grow_over_calls_of_changing_sizes_and_settings(monkeypa
         call(side)
     for _ in range(200):
         call(random.choice([13, 14]))
-    assert len(model._engine.programs) == 2
+    assert len(model.engine.programs) == 2
     grown = {kind: count - before[kind] for kind, count in kinds().items() if count - before[kind] >= 3}
     assert not grown  # three captures

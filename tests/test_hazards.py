@@ -194,8 +194,8 @@ def model_hazards() -> Iterator[Hazard]:
     yield from each("sample.shape", (torch.zeros(0, 3, 8, 8), torch.zeros(3), torch.zeros(())), inspect,
                     DATA, "batch dimension")  # fmt: skip
     yield from each("sample.size", (torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 1, 1)), inspect,
-                    DATA, "does not take a sample of shape")  # fmt: skip
-    yield Hazard("sample: bytes", lambda: inspect(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), DATA, "bytes")
+                    DATA, "does not accept a sample of shape")  # fmt: skip
+    yield Hazard("sample: bytes", lambda: inspect(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), DATA, "x.float() / 255")
     yield Hazard("sample: none", inspect, DATA, "sample=torch.randn")
 
     def having(name: str) -> Callable[[Any], object]:
@@ -224,7 +224,7 @@ def place_hazards() -> Iterator[Hazard]:
     yield from each("place(exits)", (50, np.int64(50)), exits, EXIT, "no room")
     yield from each("place(exits)", ("layer1", ["2", "nope"]), exits, EXIT, "No exit point")
     yield from each("place(exits)", (["2", "2"],), exits, EXIT, "twice")
-    yield from each("place(exits)", ([], ()), exits, EXIT, "empty list")
+    yield from each("place(exits)", ([], ()), exits, EXIT, "is empty")
     yield from each("augment(exits)", (True, 2.5, [1, 2]), augmented, EXIT, "")
     yield from each("place(rule)", ("linaer", None, 3, ["linear"]), lambda r: ee.place(W.graph, 2, r),
                     NAME, "placement rule")  # fmt: skip
@@ -306,8 +306,8 @@ def preset_hazards() -> Iterator[Hazard]:
         yield Hazard(f"{registry.kind}: near", near, NAME, registry.kind)
         yield Hazard(f"{registry.kind}: list", partial(registry.__getitem__, [first]), NAME, registry.kind)
         taken = partial(lambda registry, first: registry.register(first)(None), registry, first)
-        yield Hazard(f"{registry.kind}: twice", taken, CONFIG, "registered already")
-        yield Hazard(f"{registry.kind}: no name", partial(registry.register, None), CONFIG, "under a name")
+        yield Hazard(f"{registry.kind}: twice", taken, CONFIG, "already registered")
+        yield Hazard(f"{registry.kind}: no name", partial(registry.register, None), CONFIG, "non-empty string")
 
 
 # --- when to leave
@@ -479,7 +479,7 @@ def risk_hazards() -> Iterator[Hazard]:
         return lambda value: ee.risk_control(W.records, 0.2, **{name: value})
 
     yield from each("risk", ("disagreemnt", None, 3), control("risk"), NAME, "risk")
-    yield from each("method", ("ltt", "ltt-paired", 3), control("method"), CONFIG, "method")
+    yield from each("method", ("ltt", "ltt-paired", 3), control("method"), CONFIG, "Method")
     yield from each("per_exit", NOT_FLAGS, control("per_exit"), CONFIG, "per_exit")
     yield from each("risk score", ("maxprob", None, 3), control("score"), NAME, "score")
     yield from each("risk seed", (-1, "x", None, 0.5), control("seed"), CONFIG, "seed")
@@ -623,7 +623,7 @@ def verb_hazards() -> Iterator[Hazard]:
                     "rounds")  # fmt: skip
     yield from each("measure(warmup)", (-1, "2", NAN), lambda w: measure(W.model, W.sample, warmup=w), CONFIG,
                     "warmup")  # fmt: skip
-    yield Hazard("measure: too few", lambda: measure(W.model, W.sample, batch_size=9), DATA, "no batch of 9")
+    yield Hazard("measure: too few", lambda: measure(W.model, W.sample, batch_size=9), DATA, "a batch of 9")
     smaller = (
         [],
         "small",
@@ -668,7 +668,9 @@ def running_hazards() -> Iterator[Hazard]:
         yield Hazard(f"{name}: bytes", partial(call, x.byte()), CAPTURE, "uint8")
         yield Hazard(f"{name}: double", partial(call, x.double()), CAPTURE, "float64, not torch.float32")
         yield Hazard(f"{name}: half", partial(call, x.half()), CAPTURE, "float16, not torch.float32")
-        yield Hazard(f"{name}: channels last", partial(call, x.permute(0, 2, 3, 1)), CAPTURE, "channels come before")
+        yield Hazard(
+            f"{name}: channels last", partial(call, x.permute(0, 2, 3, 1)), CAPTURE, "channels must come before"
+        )
         yield Hazard(f"{name}: one picture", partial(call, x[0]), CAPTURE, "unsqueeze(0)")
         yield Hazard(f"{name}: video", partial(call, x[None]), CAPTURE, "flatten(0, 1)")
         yield Hazard(f"{name}: meta", partial(call, x.to("meta")), CAPTURE, "meta")
@@ -733,7 +735,7 @@ def _pictures(kind: str) -> str:
 
 CLI: dict[str, tuple[str, str]] = {
     "inspect no_such_model": ("DataError", "timm.list_models"),
-    "inspect {here}/a_file": ("DataError", "Cannot make"),
+    "inspect {here}/a_file": ("DataError", "Cannot create"),
     "augment test_resnet --random-weights --out {here}/x --exits 2.5": ("ExitPointError", "'2.5'"),
     "augment test_resnet --random-weights --out {here}/x --exits 0": ("ExitPointError", "exits must be"),
     "augment test_resnet --random-weights --out {here}/x --exits -1": ("ExitPointError", "exits must be"),
@@ -746,9 +748,9 @@ CLI: dict[str, tuple[str, str]] = {
     "augment test_resnet --out {here}/a_file": ("ConfigError", "is a file"),
     "augment test_resnet --random-weights --out {here}/x --max-accuracy-drop 2": ("ConfigError", "max_accuracy_drop"),
     "augment test_resnet --random-weights --out {here}/x --exits auto": ("ConfigError", "calibrate="),
-    "augment test_resnet --random-weights --out {here}/x --train {here}/nothing": ("DataError", "no pictures"),
-    "augment test_resnet --random-weights --out {here}/x --train {here}/a_file": ("DataError", "no pictures"),
-    "augment test_resnet --checkpoint {here}/none.pt --out {here}/x": ("DataError", "Cannot make"),
+    "augment test_resnet --random-weights --out {here}/x --train {here}/nothing": ("DataError", "no images"),
+    "augment test_resnet --random-weights --out {here}/x --train {here}/a_file": ("DataError", "no images"),
+    "augment test_resnet --checkpoint {here}/none.pt --out {here}/x": ("DataError", "Cannot create"),
     "augment test_resnet --random-weights --out {here}/x --train {damaged} --unlabelled": ("DataError", "0.png"),
     "calibrate {here}/nothing --data {here}": ("HubError", "nothing"),
     "calibrate {here}/a_file --data {here}": ("HubError", "a_file"),
@@ -763,7 +765,7 @@ CLI: dict[str, tuple[str, str]] = {
     "card {here}/nothing": ("AdapterError", "nothing"),
     "card {adapter} --eval-task x": ("ConfigError", "eval_dataset"),
     "push {here}/nothing user/name": ("AdapterError", "nothing"),
-    "pull no-such-name --out {here}": ("ConfigError", "is there already"),
+    "pull no-such-name --out {here}": ("ConfigError", "already exists"),
 }
 
 
@@ -925,7 +927,7 @@ def test_what_is_not_finite_never_leaves_routed_as_replayed(
     point = replace(ee.OperatingPoint.by_hand((tau, tau), score), fallback=fallback)
     poisoned.operate(point)
     replay = records.replay(point.policy)
-    features = poisoned.features_alone(pictures)
+    features = poisoned.engine.features_alone(pictures)
     reads = (0, 1, 2, 3, 4, 5) if score == "learned" else (0, 1, 2)
     for k, (read, *_) in enumerate(features):
         bad = torch.isin(_kind(read), torch.tensor(reads))

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import ee_surgery as ee
+from ee_surgery.calibration.budget import between
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.segments import compact
 from ee_surgery.policies.exit_costs import exit_costs
-from ee_surgery.policies.scores import SCORES as SCORES_BY_NAME
-from tests.zoo import BY_NAME, EVERY, Entry, branched, original
+from tests.strategies import Registered, branches, losses, registered, scores
+from tests.zoo import BY_NAME, EVERY, Entry, branched, original, small
 
 SCORES = ["max_prob", "margin", "entropy", "patience"]
 
@@ -28,7 +28,7 @@ def test_never_exit_equals_the_original_bit_for_bit(entry: Entry) -> None:
     with torch.no_grad():
         expected, seen = original(entry.name)(x), model(x)
     assert type(seen) is type(expected)
-    logits = model._backbone.logits
+    logits = model.engine.backbone.logits
     assert torch.equal(logits(seen), logits(expected))
 
 
@@ -51,7 +51,7 @@ def test_receipt_is_unchanged_after_every_verb(entry: Entry) -> None:
     model.frontier = None
     receipt = model.receipt()
     assert receipt.unchanged, receipt
-    assert len(receipt.before) == len(list(model._backbone.tensors()))
+    assert len(receipt.before) == len(list(model.engine.backbone.tensors()))
     assert [module.training for module in model.backbone.modules()] == flags
 
 
@@ -101,30 +101,36 @@ def _check(name: str, score: str, batch: int, seed: int, quantile: float) -> Non
     assert output.macs.tolist() == [costs[k] for k in output.exit_index.tolist()]
 
 
-@SCORES_BY_NAME.register("test_running_mean")
-def _running_mean(logits: Tensor, confidence: Tensor | None = None, state: tuple[Tensor, ...] = ()):
-    """Of the largest probabilities so far: a user's score that keeps a state, and says so nowhere."""
-    own = torch.softmax(logits, -1).amax(-1)
-    total, number = (own, torch.ones_like(own)) if not state else (own + state[0], state[1] + 1)
-    return total / number, (total, number)
-
-
-@given(closed=st.sets(st.integers(0, 2), max_size=2), quantile=st.floats(0, 1), seed=st.integers(0, 100))
-def test_routed_equals_replayed_for_a_users_score_with_state_when_exits_are_closed(
-    closed: set[int], quantile: float, seed: int
+@settings(max_examples=15)
+@given(
+    drawn=st.tuples(scores(), branches(), losses()),
+    closed=st.sets(st.integers(0, 2), min_size=1, max_size=2),
+    quantile=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_routed_equals_replayed_for_what_users_register_when_exits_are_closed(
+    drawn: tuple[Registered, ...], closed: set[int], quantile: float, seed: int
 ) -> None:
-    model, x = branched("cifar-resnet20"), BY_NAME["cifar-resnet20"].sample(16, seed)
-    records = ee.record(model, [x], batch_size=16)
-    rows = records.scores("test_running_mean")
-    thresholds = [math.inf if k in closed else row.quantile(quantile).item() + 1e-5 for k, row in enumerate(rows)]
-    model.operate(thresholds=thresholds, score="test_running_mean")
-    output = model.predict(x)
-    model.operate(None)
-    replay = records.replay(ee.ThresholdPolicy(tuple(thresholds), "test_running_mean"))
-    near = (rows - torch.tensor(thresholds)[:, None]).abs().amin(
-        0
-    ) < 1e-6  # too close for two ways of computing the same
-    assert (output.exit_index == replay.exit_index)[~near].all()
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with registered(*drawn) as (score, branch, loss):
+        model = ee.attach(small(), ee.place(small(), ["0", "1", "2"]), branch, seed=seed)
+        config = ee.TrainConfig(epochs=1, lr=0.1, objective=loss, distill=0, validation=0, progress=False)
+        ee.train(model, [(x, torch.arange(16) % 4)], config)
+        records = ee.record(model, [x], batch_size=16)
+        rows = records.scores(score)
+        # thresholds that no score is near: two ways of computing the same differ by float noise
+        rank, ranked = 1 + int(15 * quantile), rows.sort(descending=True).values.double().numpy()
+        taus = [math.inf if k in closed else between(row, rank) for k, row in enumerate(ranked)]
+        near = (rows - torch.tensor(taus)[:, None]).abs().amin(0) < 1e-6
+        policy = ee.ThresholdPolicy(tuple(taus), score)
+        replay = records.replay(policy)
+        model.operate(thresholds=taus, score=score)
+        output = model.predict(x)
+        assert (output.exit_index == replay.exit_index)[~near].all()
+        answers = records.logits[replay.exit_index, torch.arange(16)]
+        torch.testing.assert_close(output.logits[~near], answers[~near], rtol=1e-3, atol=1e-4)
+        assert output.macs.double().tolist() == replay.macs.tolist() or near.any()
+        assert model.receipt().unchanged
 
 
 @pytest.mark.parametrize("name", ["cifar-resnet20", "test_vit", "hrnet_w18_small", "hf-Beit"])

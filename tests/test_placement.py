@@ -63,7 +63,7 @@ def test_names_aliases_and_order() -> None:
     [
         (0, "linear", "at least 1"),
         (40, "linear", "has no room for 40 exits"),
-        ([], "linear", "empty list"),
+        ([], "linear", "is empty"),
         (["layer1", "layer1.8"], "linear", "twice"),
         (["layer9"], "linear", "No exit point 'layer9'"),
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,9 +18,9 @@ from tests import ROOT
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "text", "errors", "registry", "checks", "tables", "files", "receipt",
+    "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share",
-    "model", "attach", "data", "training", "evaluation", "search",
+    "model", "attach", "data", "training", "evaluation", "search", "onnx", "export",
     "presets", "pipeline", "integrations", "demo", "cli",
 ]  # fmt: skip
 
@@ -80,6 +83,27 @@ def test_public_names_have_docstrings(name: str) -> None:
         for attribute, value in vars(thing).items():
             if not attribute.startswith("_") and inspect.isfunction(value):
                 assert (value.__doc__ or "").strip(), f"{name}.{attribute}"
+
+
+def test_choices_are_read_off_the_literals_that_say_them() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            known = (
+                [*node.args[2:3], *(k.value for k in node.keywords if k.arg == "known")]
+                if isinstance(node, ast.Call)
+                else []
+            )
+            if known and re.search(r"\bchoice\b", ast.unparse(node)):
+                assert not isinstance(known[0], (ast.Tuple, ast.List, ast.Set)), f"{path}:{node.lineno}: use get_args"
+
+
+HEAVY = ("scipy.stats", "scipy.optimize", "torchvision", "timm", "transformers", "datasets", "matplotlib", "accelerate",
+         "pydantic", "typer", "jinja2", "IPython", "pandas", "sklearn")  # fmt: skip
+
+
+def test_importing_the_package_loads_nothing_heavy_but_torch() -> None:
+    code = f"import sys, ee_surgery; print(*[name for name in {HEAVY} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

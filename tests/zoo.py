@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import pytest
@@ -105,17 +105,21 @@ class Special:
     given: Callable[[], Sample] | None = None
     """Its sample, where it does not say itself what it takes."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of `augment`."""
+    """Of `inspect`."""
 
     def __str__(self) -> str:
         return self.name
 
-    def augment(self, exits: int = 2, **more: Any) -> ee.EarlyExitModel:
-        """With fixed random weights and this many exits."""
+    @cached_property
+    def graph(self) -> ee.ModelGraph:
+        """Its graph, with fixed random weights; captured once a process, so leave the model as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = self.make().eval()
-        return ee.augment(model, exits, sample=self.given() if self.given else None, **self.options, **more)
+            return ee.inspect(self.make().eval(), self.given() if self.given else None, **self.options)
+
+    def augment(self, exits: int = 2, **more: Any) -> ee.EarlyExitModel:
+        """With this many exits, and branches of its own."""
+        return ee.attach(self.graph, ee.place(self.graph, exits), **more)
 
 
 def _tiny_hf(cls: str, config: str | None = None, given: Callable[[], Sample] | None = None, **options: Any) -> Special:
@@ -193,6 +197,17 @@ SPECIAL = [
         {"num_classes": 5},
     ),
 ]
+
+
+@cache
+def small() -> ee.ModelGraph:
+    """The graph of four convolutions on pictures of 8 x 8, for tests that attach often."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((3, 6), (6, 6), (6, 8), (8, 8)):
+        layers.append(nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.ReLU()))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return ee.inspect(model.eval(), torch.randn(2, 3, 8, 8))
 
 
 @cache

@@ -1,1 +1,1 @@
-"""One face for timm, transformers and plain torch models, and everything that is known about them from outside."""
+"""A common interface to timm, transformers and plain torch models: inputs, outputs, preprocessing, change detection."""

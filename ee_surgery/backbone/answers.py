@@ -1,4 +1,4 @@
-"""What a model answers with: where its logits are, and whether they are those of a softmax over classes."""
+"""What a model answers with: where its logits are, and of which task they are."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from ee_surgery.errors import CaptureError, ConfigError
+from ee_surgery.task import CLASSIFICATION, TASKS, Task, as_task
 
 OutputKey: TypeAlias = int | str | Sequence[int | str]
 """Which part of an answer the logits are: an index, a name, or several of them from the outside in."""
 
 _FEATURES = ("pooler_output", "last_hidden_state")  # what transformers models without a head answer with
 _NO_LOGITS = ("pool", "hidden", "embed", "feature", "box")  # in the names of what has the shape of logits
-LATER = "Multi-label and regression heads are not supported yet."
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LogitsPlace:
-    """Where in an answer the logits are; no steps where the answer is the logits."""
+    """The place of the logits in an output; no steps if the output is the logits."""
 
     steps: tuple[Step, ...] = ()
 
@@ -113,8 +112,34 @@ def locate(
     )
 
 
-def check_logits(logits: Tensor, rows: int, model: nn.Module, model_id: str) -> None:
-    """Refuse answers that are not logits of a softmax over two classes or more: every loss and score takes them so.
+def pick_task(wanted: str | Task | type[Task] | None, model: nn.Module, model_id: str, headless: bool = False) -> Task:
+    """The task of a model: what the user says, or what its configuration does, or one right class.
+
+    Args:
+        model: of transformers, whose configuration may say `problem_type`; or any.
+        headless: the model has no head, and its configuration says nothing about the new one.
+    Raises:
+        CaptureError: a regression, and the user does not say that it is something else.
+        ConfigError, UnknownNameError: there is no such task.
+    """
+    if wanted is not None:
+        return as_task(wanted)
+    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem_type is None:
+        return CLASSIFICATION
+    found = next((task for task in TASKS.values() if problem_type in task.problem_types), None)
+    if found is None and not headless:
+        raise CaptureError(
+            f"The configuration of {model_id} says problem_type={problem_type!r}: its answers have no confidence that "
+            "a sample could leave by. If it is an ordinary classifier, set config.problem_type to "
+            "'single_label_classification', or say task=\"classification\"; if each answer goes through a sigmoid, "
+            'task="multi_label".'
+        )
+    return found or CLASSIFICATION
+
+
+def check_logits(logits: Tensor, rows: int, model: nn.Module, model_id: str, task: Task) -> None:
+    """Refuse answers that are not logits of the task: every loss and score takes them so.
 
     Args:
         logits: what was taken for them, in the answer to `rows` samples.
@@ -122,53 +147,17 @@ def check_logits(logits: Tensor, rows: int, model: nn.Module, model_id: str) -> 
     Raises:
         CaptureError: what they are instead, and the way out.
     """
-    if logits.shape in ((rows, 1), (rows,)) and logits.is_floating_point():
-        raise CaptureError(
-            f"{model_id} answers with one number per sample, {tuple(logits.shape)}: a binary head (sigmoid) or a "
-            "regression, not a softmax over classes. A binary head becomes two classes in a wrapper that answers with "
-            f"[0, z], whose softmax is the sigmoid of z: torch.stack([torch.zeros_like(z), z], 1) for z (B,). {LATER}"
-        )
-    if logits.ndim != 2 or logits.shape[0] != rows or not logits.is_floating_point():
-        raise CaptureError(
-            f"{model_id} answers with a tensor of shape {tuple(logits.shape)} and type {logits.dtype}, not logits of "
-            f"shape ({rows}, classes). Build it with a classification head, or say how many classes a head on these "
-            "features shall tell apart: num_classes=. Detectors, segmenters and generators have no such logits."
-        )
+    task.check(logits, rows, model_id)
     if declared_classes(model) == 0:
         raise CaptureError(
             f"{model_id} was built without a classification head (for 0 classes) and answers with features, not logits "
             f"of shape ({rows}, classes): say how many classes a head on them shall tell apart, num_classes=."
-        )
-    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem_type in ("multi_label_classification", "regression"):
-        raise CaptureError(
-            f"The configuration of {model_id} says problem_type={problem_type!r}: its answers are not a softmax over "
-            f"classes, as exits take them to be. {LATER} If it is an ordinary classifier, set config.problem_type to "
-            "'single_label_classification'."
-        )
-    if _probabilities(logits):
-        raise CaptureError(
-            f"{model_id} answers with probabilities (they sum to 1 over the classes), not logits: {PROBABILITIES}"
         )
 
 
 def declared_classes(model: nn.Module) -> int | None:
     """How many classes a model of timm or transformers was built for, as far as it says."""
     return getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
-
-
-PROBABILITIES = (
-    "losses and scores would take the softmax of a softmax. Leave the softmax out, or wrap the model in a module that "
-    "answers with the logarithm of its probabilities."
-)
-
-
-def _probabilities(logits: Tensor) -> bool:
-    if logits.is_meta:
-        return False
-    numbers = logits.detach().double()
-    near = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool(((numbers >= 0) & (numbers <= 1)).all() and ((numbers.sum(1) - 1).abs() <= near).all())
 
 
 def _logits(found: Mapping[tuple[Step, ...], Tensor], rows: int | None, classes: int | None) -> list[tuple[Step, ...]]:

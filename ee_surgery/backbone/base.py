@@ -1,4 +1,4 @@
-"""One face for timm, transformers and plain torch models: how to call one, what it answers, who it is."""
+"""A common interface to timm, transformers and plain torch models: calls, outputs, identity."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate
-from ee_surgery.backbone.inputs import Arguments, Inputs, as_sample, batch_dims, batch_size, select, tensors
+from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate, pick_task
+from ee_surgery.backbone.inputs import Arguments, Batch, Inputs, tensors
 from ee_surgery.backbone.pictures import Shape, timm_settings
 from ee_surgery.backbone.refusals import check_weights, sample_refusal, takes, variants
 from ee_surgery.backbone.samples import default_sample
@@ -27,6 +27,7 @@ from ee_surgery.backbone.wrappers import library_model, unwrapped
 from ee_surgery.checks import count, names, refuse
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError
 from ee_surgery.registry import suggest
+from ee_surgery.task import Task
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
 Sample: TypeAlias = Inputs | tuple[Tensor, ...]
@@ -45,7 +46,7 @@ def digest(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a backbone is, so that the same one can be found again."""
+    """The identity of a backbone, to find the same one again."""
 
     library: Library
     model_id: str
@@ -133,11 +134,14 @@ class Backbone:
             on them shall tell apart.
         output: which part of the answer the logits are, by index or name (or several of them, from the outside in),
             where more than one could be.
+        task: what the answers are, by name in `TASKS` or as a class that is registered there: `classification` (one
+            right class), `multi_label`. Left out: as `config.problem_type` of a transformers model says, or one right
+            class.
     Raises:
         DataError: `sample` is missing for a model that does not say what it takes, or is no batch.
-        ConfigError: there is no tensor at `output`, or fewer than two classes.
+        ConfigError: there is no tensor at `output`, fewer classes than the task needs, or no such task.
         CaptureError: the model's answer holds no logits of shape (B, C), several tensors that could be, or numbers that
-            are no logits of a softmax over classes.
+            are no logits of the task.
     """
 
     def __init__(
@@ -147,14 +151,19 @@ class Backbone:
         opaque: Sequence[str] = (),
         num_classes: int | None = None,
         output: OutputKey | None = None,
+        task: str | Task | type[Task] | None = None,
     ) -> None:
         self.model = model = unwrapped(model)
-        if num_classes is not None:
-            num_classes = count("num_classes", num_classes, low=2, hint="A softmax tells two classes apart.")
         self.named = library_model(model)
         """The model of timm or transformers that says what it is: `model`, or the one that a PEFT model holds."""
         self.library: Library = _library(self.named)
         self.model_id, self.revision = _model_id(self.named, self.library)
+        self.headless = num_classes is not None
+        self.task = pick_task(task, self.named, self.model_id, self.headless)
+        """What its answers are."""
+        if num_classes is not None:
+            hint = f"The task is {self.task.name!r}."
+            num_classes = count("num_classes", num_classes, low=self.task.least, hint=hint)
         check_weights(model, self.model_id)
         self._lock = threading.Lock()
         self._states = [State(model)]  # the one in force last
@@ -167,25 +176,24 @@ class Backbone:
             ]
         )
         self.output = None if output is None else _steps(output)
-        self.sample = self._sample(sample)
+        given = Batch.of(self._sample(sample)).sample()
+        self.sample = given.arguments
         """Four samples, in their normal form."""
-        self.batch_dims = batch_dims(self.sample)
+        self.batch_dims = given.dims
         """Where each input tensor holds the batch."""
-        self.sample = as_sample(self.sample, self.batch_dims)
-        rows = batch_size(self.sample, self.batch_dims)
+        rows = given.size
         answered = self._first_answer(own=sample is not None)
-        self.headless = num_classes is not None
         declared = declared_classes(self.named)
         self._place = locate(answered, self.model_id, rows, output, self.headless, declared)
         logits = self._place.read(answered)
         assert logits is not None
         if not self.headless:
-            check_logits(logits, rows, self.named, self.model_id)
+            check_logits(logits, rows, self.named, self.model_id, self.task)
         self.num_classes = int(logits.shape[1]) if num_classes is None else num_classes
         self._flat = not self.headless and self._one_is_flat()
 
     def __call__(self, inputs: Inputs) -> Output:
-        """The original's own answer in eval mode, through its own forward: nothing of this package runs inside."""
+        """The original's own output in eval mode, through its own forward, without code of this package."""
         arguments = {self.input_names[0]: inputs} if isinstance(inputs, Tensor) else dict(inputs)
         return self.call(arguments, self.state().model)
 
@@ -220,7 +228,7 @@ class Backbone:
         return [] if self._first is None else self._first.signature.differences()
 
     def accept(self) -> None:
-        """Take the model as it is now for the one that `altered` compares with."""
+        """Make the current model the reference for `altered`."""
         self._first = self.state()
 
     def _read(self) -> State:
@@ -259,17 +267,20 @@ class Backbone:
             raise DataError(f"{self.model_id} takes input tensors {self.input_names}; got {seen or 'none'}.")
         return {name: found[name] for name in sorted(found, key=lambda name: (name != main, name))}
 
-    def dims(self, arguments: Arguments) -> Mapping[str, int | None]:
-        """Where each tensor of these arguments holds its batch, those that the sample did not have included.
+    def batch(self, *inputs: Any, **named: Any) -> Batch:
+        """Inputs in their normal form, and where each tensor holds its samples.
 
         Raises:
-            DataError: they hold different numbers of samples.
+            DataError: as for `arguments`, or they hold different numbers of samples.
         """
+        arguments = self.arguments(*inputs, **named)
         if len(arguments) == 1 and self.input_names[0] in arguments:
-            return self.batch_dims
-        dims = {**batch_dims(arguments), **self.batch_dims}
-        batch_size(arguments, dims)
-        return dims
+            return Batch(arguments, self.batch_dims)
+        return Batch.of(arguments, self.batch_dims)
+
+    def own_batch(self) -> Batch:
+        """Its four samples, where the model is now and in its precision."""
+        return self.batch(self._placed(self.sample))
 
     @property
     def reads_tokens(self) -> bool:
@@ -279,7 +290,7 @@ class Backbone:
 
     @property
     def channels(self) -> int | None:
-        """Of the pictures that the model takes; None for other inputs."""
+        """Channels of the images that the model takes; None for other inputs."""
         main = next(iter(tensors(self.sample).values()))
         return main.shape[1] if main.ndim == 4 else None
 
@@ -292,7 +303,7 @@ class Backbone:
         return found[None] if found.ndim == 1 else found
 
     def answer(self, logits: Tensor) -> Output:
-        """Put logits into the type that the original answers with."""
+        """Wrap logits in the original's output type."""
         if self.headless:
             return _head_answer(logits) if self.library == "transformers" else logits
         return self._place.wrap(logits[0] if self._flat and len(logits) == 1 else logits)
@@ -375,11 +386,10 @@ class Backbone:
 
     def _one_is_flat(self) -> bool:
         """Whether the answer to one sample alone is (C,), as behind a `squeeze()` in the forward."""
-        device = next(iter(tensors(self.sample).values())).device
-        one = select(self.sample, self.batch_dims, torch.zeros(1, dtype=torch.long, device=device))
+        one = Batch(self.sample, self.batch_dims).select([0])
         try:
             with torch.no_grad():
-                logits = self._place.read(self(one))
+                logits = self._place.read(self(one.arguments))
         except OUT_OF_MEMORY:
             raise
         except Exception:  # a model that takes no batch of one

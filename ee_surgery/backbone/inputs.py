@@ -1,8 +1,9 @@
-"""What goes into a model: one tensor, or several by name, each with the batch in a dimension of its own."""
+"""Model inputs: one tensor, or several by name, each with its own batch dimension."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from ee_surgery.errors import DataError
 Inputs: TypeAlias = Tensor | Mapping[str, Any]
 """The model's one input, or its keyword arguments: tensors, and options such as `interpolate_pos_encoding=True`."""
 Arguments: TypeAlias = dict[str, Any]
-"""Inputs in their normal form: by name, the main one first, nothing that is None."""
+"""Normalized inputs: by name, the main one first, without None."""
 
 _SAMPLES = 4  # export specialises a batch of 1; verifying a cut takes some that stay and some that leave
 
@@ -23,71 +24,88 @@ def tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
 
 
-def batch_dims(arguments: Arguments) -> dict[str, int | None]:
-    """The dimension of each tensor that holds the batch: the first one of the main input's length.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The inputs of one call, and where each of their tensors holds the samples.
 
-    None where there is no such dimension: that tensor is shared by all samples.
+    Made once, by `Backbone.batch`, and handed down to whatever captures, cuts or runs.
     """
-    main = next(iter(tensors(arguments).values()))
-    return {
-        name: next((dim for dim, size in enumerate(tensor.shape) if size == main.shape[0]), None)
-        for name, tensor in tensors(arguments).items()
-    }
 
+    arguments: Arguments
+    dims: Mapping[str, int | None]
+    """Of each tensor, the dimension that holds the batch; None for one that all samples share."""
 
-def batch_size(arguments: Arguments, dims: Mapping[str, int | None]) -> int:
-    """B, the same in all tensors.
+    @classmethod
+    def of(cls, arguments: Arguments, dims: Mapping[str, int | None] | None = None) -> Batch:
+        """Arguments with their dimensions: those given, for other tensors the first one of the main input's length.
 
-    Raises:
-        DataError: they differ.
-    """
-    sizes = {name: t.shape[dim] for name, t in tensors(arguments).items() if (dim := dims.get(name)) is not None}
-    if len(set(sizes.values())) != 1:
-        raise DataError(f"The input tensors hold different numbers of samples: {sizes}.")
-    return next(iter(sizes.values()))
+        Raises:
+            DataError: the tensors hold different numbers of samples.
+        """
+        given = tensors(arguments)
+        rows = next(iter(given.values())).shape[0]
+        found = {n: next((i for i, size in enumerate(t.shape) if size == rows), None) for n, t in given.items()}
+        found |= dims or {}
+        sizes = {name: t.shape[dim] for name, t in given.items() if (dim := found[name]) is not None}
+        if len(set(sizes.values())) != 1:
+            raise DataError(f"The input tensors hold different numbers of samples: {sizes}.")
+        return cls(arguments, found)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors among the arguments, the main one first."""
+        return tuple([value for value in self.arguments.values() if isinstance(value, Tensor)])
 
-def select(arguments: Arguments, dims: Mapping[str, int | None], rows: Tensor) -> Arguments:
-    """The samples `rows` of every tensor, in that order."""
-    own = {name: dim for name in tensors(arguments) if (dim := dims.get(name)) is not None}
-    return {name: value.index_select(own[name], rows) if name in own else value for name, value in arguments.items()}
+    @property
+    def size(self) -> int:
+        """B, the same in all tensors."""
+        own = ((self.arguments[name], dim) for name, dim in self.dims.items() if name in self.arguments)
+        return next(tensor.shape[dim] for tensor, dim in own if dim is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its main tensor is."""
+        return self.tensors[0].device
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """What a captured graph depends on: shapes without the batch, dtypes, devices, options and autocast."""
+        found: list[Hashable] = []
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor):
+                dim = self.dims[name]
+                shape = value.shape[1:] if dim == 0 else tuple(size for i, size in enumerate(value.shape) if i != dim)
+                found += (name, shape, value.dtype, value.device)
+            else:
+                found += (name, repr(value))
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            found += (torch.get_autocast_dtype("cuda"), torch.get_autocast_dtype("cpu"))
+        return tuple(found)
+
+    def select(self, rows: Tensor | list[int]) -> Batch:
+        """The samples `rows` (int64 indices, or a list of them) of every tensor, in that order."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        own = {name: dim for name in tensors(self.arguments) if (dim := self.dims[name]) is not None}
+        picked = {n: v.index_select(own[n], rows) if n in own else v for n, v in self.arguments.items()}
+        return Batch(picked, self.dims)
+
+    def sample(self) -> Batch:
+        """Exactly four samples: the first ones, and variations of them where there are fewer."""
+        found: Arguments = dict(self.arguments)
+        for name, value in tensors(self.arguments).items():
+            dim = self.dims[name]
+            if dim is None:
+                continue
+            rows = [value.narrow(dim, 0, min(_SAMPLES, value.shape[dim]))]
+            for shift in range(_SAMPLES - rows[0].shape[dim]):
+                first = value.narrow(dim, 0, 1)
+                last = value.ndim - 1
+                moved = first.flip(last) if shift == 0 else first.roll(shift, last)
+                rows.append(moved if last != dim else first)
+            found[name] = torch.cat(rows, dim)
+        return Batch(found, self.dims)
 
 
 def take(inputs: Inputs, rows: Tensor) -> Inputs:
     """The samples `rows` of a batch of inputs of either form."""
-    if isinstance(inputs, Tensor):
-        return inputs[rows]
-    arguments = dict(inputs)
-    return select(arguments, batch_dims(arguments), rows)
-
-
-def as_sample(arguments: Arguments, dims: Mapping[str, int | None]) -> Arguments:
-    """Exactly four samples: the first ones, and variations of them where there are fewer."""
-    found: Arguments = dict(arguments)
-    for name, value in tensors(arguments).items():
-        dim = dims[name]
-        if dim is None:
-            continue
-        rows = [value.narrow(dim, 0, min(_SAMPLES, value.shape[dim]))]
-        for shift in range(_SAMPLES - rows[0].shape[dim]):
-            first = value.narrow(dim, 0, 1)
-            last = value.ndim - 1
-            moved = first.flip(last) if shift == 0 else first.roll(shift, last)
-            rows.append(moved if last != dim else first)
-        found[name] = torch.cat(rows, dim)
-    return found
-
-
-def key(arguments: Arguments, dims: Mapping[str, int | None]) -> tuple[Hashable, ...]:
-    """What a captured graph depends on: shapes without the batch, dtypes, devices, options and autocast."""
-    found: list[Hashable] = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            dim = dims[name]
-            shape = value.shape[1:] if dim == 0 else tuple(size for i, size in enumerate(value.shape) if i != dim)
-            found += (name, shape, value.dtype, value.device)
-        else:
-            found += (name, repr(value))
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        found += (torch.get_autocast_dtype("cuda"), torch.get_autocast_dtype("cpu"))
-    return tuple(found)
+    return inputs[rows] if isinstance(inputs, Tensor) else Batch.of(dict(inputs)).select(rows).arguments

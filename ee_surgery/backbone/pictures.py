@@ -1,4 +1,4 @@
-"""How the pictures of a model are prepared, by the model's own word: the one source of transforms and of samples."""
+"""Image preprocessing settings of a model: the single source for transforms and samples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ee_surgery.checks import shown
 from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.files import read_object
 
-_FEW = 16  # channels of a picture; the first convolution of some models reads pictures folded into more
-_PROBE = (512, 512)  # a square picture: processors that keep its proportions answer with a square
+_FEW = 16  # most channels of an image; some models fold images into more before the first convolution
+_PROBE = (512, 512)  # a square image: processors that keep proportions return a square
 
 Shape: TypeAlias = tuple[int, ...]
 Takes: TypeAlias = Callable[[Shape], bool]
-"""Whether a model runs on pictures of a shape (C, H, W)."""
+"""Whether a model runs on images of a shape (C, H, W)."""
 
 
 def timm_model(model: nn.Module, library: str) -> nn.Module | None:
@@ -28,13 +28,13 @@ def timm_model(model: nn.Module, library: str) -> nn.Module | None:
 
 
 def timm_settings(model: nn.Module, library: str, takes: Takes) -> dict[str, Any] | None:
-    """What `timm.data.create_transform` takes to prepare pictures for a timm model, wrapped or not, as plain data.
+    """Arguments of `timm.data.create_transform` for a timm model, wrapped or not, as plain data.
 
-    A timm model's word is its `pretrained_cfg`, and the size and channels that it was built for. A TimmWrapper's is the
-    `pretrained_cfg` of its configuration, read as transformers' TimmWrapperImageProcessor reads it.
+    They come from a timm model's `pretrained_cfg` and the size and channels it was built for. For a TimmWrapper, they
+    come from `pretrained_cfg` in its configuration, read as transformers' TimmWrapperImageProcessor reads it.
 
     Returns:
-        None where nothing says, as for pictures of other channels than the known mean and deviation are of.
+        None if unknown, for example if the mean and standard deviation are for another number of channels.
     """
     inner = timm_model(model, library)
     stated = None if inner is None else _stated(model, inner)
@@ -47,12 +47,18 @@ def timm_settings(model: nn.Module, library: str, takes: Takes) -> dict[str, Any
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of timm as JSON gives them back."""
+    """timm settings as JSON represents them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
+def processor_settings(processor: Any) -> dict[str, Any] | None:
+    """What a TimmWrapperImageProcessor says, which writes no file of its own; None for others."""
+    found = getattr(getattr(processor, "image_processor", processor), "data_config", None)
+    return None if found is None else plain_settings(found)
+
+
 def timm_shape(model: nn.Module, library: str, takes: Takes) -> Shape | None:
-    """(C, H, W) of the pictures that a timm model takes, wrapped or not; None where it does not say."""
+    """(C, H, W) of the images that a timm model takes, wrapped or not; None if unknown."""
     inner = timm_model(model, library)
     if inner is None:
         return None
@@ -65,15 +71,15 @@ def _stated(model: nn.Module, inner: nn.Module) -> dict[str, Any] | None:
 
     if inner is not model and (wrapped := getattr(model.config, "pretrained_cfg", None)):
         try:
-            return resolve_data_config(wrapped, model=None)  # as arguments: they win over timm's defaults one by one
-        except AssertionError:  # means of other channels than its pictures: the processor too refuses them
+            return resolve_data_config(wrapped, model=None)  # as arguments, which override timm's defaults one by one
+        except AssertionError:  # mean with another number of channels: the processor refuses it too
             return None
     own = getattr(inner, "pretrained_cfg", None)
     return resolve_data_config(pretrained_cfg=own) if own else None
 
 
 def _size(inner: nn.Module, stated: Shape | None, library: str, takes: Takes) -> Shape | None:
-    """The stated size, but the size and channels that the model was built for where they are others."""
+    """The stated size, unless the model was built for another size or number of channels."""
     known = stated[0] if stated else 3
     first = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), 0)
     channels = first if 0 < first < _FEW and first % known else known
@@ -84,7 +90,7 @@ def _size(inner: nn.Module, stated: Shape | None, library: str, takes: Takes) ->
     shape = (channels, *stated[1:])
     if built is None or built == stated[1:]:
         return shape
-    # timm builds for the size that `pretrained_cfg` states: another one was asked for, img_size=, or set later.
+    # timm builds for the size in `pretrained_cfg`, unless img_size= is given or it is set later.
     meant = library == "timm" and getattr(inner, "pretrained_cfg", {}).get("fixed_input_size", False)
     return (channels, *built) if meant or not takes(shape) else shape
 
@@ -94,18 +100,18 @@ def _is_grid(size: object) -> bool:
 
 
 def named_processor(model: nn.Module, model_id: str, revision: str | None, *, cached: bool) -> Any:
-    """The image processor under the name of a transformers model; `cached`: without asking the Hub.
+    """The image processor published with a transformers model; `cached`: without accessing the Hub.
 
-    The repository of a base may be a stranger's too: its settings are read as those of an adapter are.
+    The repository of a base is untrusted too: its settings are read like those of an adapter.
 
     Args:
-        model: the model of that name, which decides on the class.
+        model: the model of that name, whose type decides the class.
     Raises:
-        OSError, ValueError: it cannot be had.
+        OSError, ValueError: it cannot be loaded.
     """
     from transformers.utils.hub import cached_file
 
-    # Not by `get_image_processor_config`: that of transformers 5.9 finds nothing.
+    # Not `get_image_processor_config`, which finds nothing in transformers 5.9.
     for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         try:
             path = cached_file(model_id, name, revision=revision, local_files_only=cached)
@@ -121,17 +127,16 @@ def named_processor(model: nn.Module, model_id: str, revision: str | None, *, ca
 
 
 def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: bool = False) -> Any:
-    """An image processor of transformers from the settings in its file, which anyone may have written.
+    """An image processor of transformers from the settings in an untrusted file.
 
-    Built from plain settings, never from a folder: some classes of transformers read a file, or ask the Hub for one,
-    that a setting names.
+    Built from plain settings, never from a folder: some classes read a file, or download one, named in a setting.
 
     Args:
-        model: the one that pictures are prepared for; its type of configuration decides on the class.
-        related: take the class of another type of image classifier too, as checkpoints that were converted name it.
-            So it is anyhow for models that have no class of their own.
+        model: the model that images are preprocessed for; its type decides the class.
+        related: also accept the class of another type of image classifier, as in converted checkpoints. Always the
+            case for models without a class of their own.
     Raises:
-        DataError: the file names another class, or settings that are no plain ones.
+        DataError: the file names another class, or settings that are not plain.
     """
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
     own = _own_classes(model)
@@ -139,17 +144,17 @@ def build_processor(settings: Mapping[str, Any], model: nn.Module, *, related: b
     if chosen is None and (related or not own):
         chosen = _find_class(_classes_of_classifiers(), named)
     if chosen is None:
-        wanted = " or ".join(dict.fromkeys(_kind(found.__name__) for found in own)) or "one of an image classifier"
-        raise DataError(f"it is of the class {shown(named)}; pictures for this base are prepared by {wanted}.")
+        wanted = " or ".join(dict.fromkeys(_kind(found.__name__) for found in own)) or "an image classifier's"
+        raise DataError(f"its class is {shown(named)}; this base needs {wanted}.")
     arguments, unknown = processor_arguments(settings, chosen.valid_kwargs.__annotations__)
     if unknown:
-        told = f"{chosen.__name__} has no such settings; they are left out: {', '.join(unknown[:5])}."
-        warnings.warn(told, SurgeryWarning, stacklevel=3)
+        message = f"{chosen.__name__} has no such settings; they are left out: {', '.join(unknown[:5])}."
+        warnings.warn(message, SurgeryWarning, stacklevel=3)
     return chosen(**arguments)
 
 
 def _find_class(classes: list[type], name: object) -> type | None:
-    """The class of this name, or the one of another backend that replaced it."""
+    """The class of this name, or its replacement for another backend."""
     if not isinstance(name, str):
         return None
     exact = (found for found in classes if found.__name__ == name)
@@ -157,12 +162,12 @@ def _find_class(classes: list[type], name: object) -> type | None:
 
 
 def _kind(name: str) -> str:
-    """Name of a class of processors, whatever backend it is for, and as it was called earlier."""
+    """Name of a processor class without its backend suffix, also for older names."""
     return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
 
 def _own_classes(model: nn.Module) -> list[type]:
-    """Image processors that transformers, or its user, registered for this type of model; the preferred one first."""
+    """Image processors registered with transformers for this type of model; the preferred one first."""
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     found: Any = IMAGE_PROCESSOR_MAPPING.get(type(getattr(model, "config", None)), None)  # pyright: ignore[reportArgumentType]
@@ -170,7 +175,7 @@ def _own_classes(model: nn.Module) -> list[type]:
 
 
 def _classes_of_classifiers() -> list[type]:
-    """Image processors of all types of image classifiers that transformers knows: none of them reads files."""
+    """Image processors of all image classifiers in transformers, none of which reads files."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
@@ -180,7 +185,7 @@ def _classes_of_classifiers() -> list[type]:
 
 
 def _usable(registered: Any) -> list[type]:
-    """Classes by backend, that for torchvision first. timm's wrapper takes no settings but timm's own."""
+    """Classes by backend, torchvision first. timm's wrapper is excluded: it takes only timm's settings."""
     if isinstance(registered, Mapping):
         registered = [registered.get("torchvision"), *registered.values()]
     elif not isinstance(registered, (list, tuple)):
@@ -190,12 +195,12 @@ def _usable(registered: Any) -> list[type]:
 
 
 def processor_shape(model: nn.Module, model_id: str, revision: str | None) -> Shape | None:
-    """(C, H, W) that the image processor under this name makes for a model; None without one in the local cache."""
+    """(C, H, W) of the published image processor's output; None if it is not in the local cache."""
     from PIL import Image
 
     try:
         processor = named_processor(model, model_id, revision, cached=True)
         found = processor(Image.new("RGB", _PROBE), return_tensors="pt")["pixel_values"][0]
-    except Exception:  # whatever is wrong with it: the configuration says a size too
+    except Exception:  # any failure: the configuration has a size too
         return None
     return tuple(found.shape) if isinstance(found, Tensor) and found.ndim == 3 else None

@@ -1,4 +1,4 @@
-"""An example input for a model that says itself what it takes."""
+"""A sample input for a model that describes its own inputs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from ee_surgery.backbone.inputs import Arguments
 from ee_surgery.backbone.pictures import Takes, processor_shape, timm_shape
 
-# Whatever their configuration says.
+# Regardless of their configuration.
 _BUILT_FOR_224 = ("PerceiverForImageClassificationFourier", "PerceiverForImageClassificationConvProcessing")
-_TOKENS = 16  # of a text sample: any length does, others are captured when they come
+_TOKENS = 16  # length of a text sample; other lengths are captured when they occur
 
 
 def default_sample(
     model: nn.Module, library: str, takes: Takes, named: tuple[str, str | None] | None = None
 ) -> Tensor | Arguments | None:
-    """Four random inputs as the model describes them, pictures of the size that its own preprocessing makes.
+    """Four random inputs as the model describes them; images have the size of its own preprocessing.
 
-    Any finite picture does, but the same one each time: `augment` verifies its cuts on it.
+    They are the same each time, since `augment` verifies its cuts on them.
 
     Args:
-        takes: whether the model runs on pictures of a shape.
+        takes: whether the model runs on images of a shape.
         named: repository or folder of a transformers model, and its revision, to look for an image processor.
     Returns:
-        None where it does not say.
+        None if the model does not describe its inputs.
     """
     generator = torch.Generator().manual_seed(0)
     if library == "timm":
@@ -60,7 +60,7 @@ def _transformers_sample(
             size = 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         shape = (int(getattr(vision, "num_channels", 3)), height, width)
-        # Some configurations state the size that the model was pretrained at, or none.
+        # Some configurations have the pretraining size, or none.
         made = processor_shape(model, *named) if named else None
         if made is not None and made != shape and takes(made):
             shape = made
@@ -68,7 +68,7 @@ def _transformers_sample(
 
 
 def _token_ids(config: Any, generator: torch.Generator) -> Arguments:
-    """Texts of different lengths with their mask, or, for ImageGPT, whole pictures as cluster numbers."""
+    """Texts of different lengths with their mask or, for ImageGPT, whole images as cluster ids."""
     if config.model_type == "imagegpt":
         return {"input_ids": torch.randint(0, config.vocab_size - 1, (4, config.n_positions), generator=generator)}
     pad = config.pad_token_id or 0

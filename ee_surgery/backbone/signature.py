@@ -1,8 +1,8 @@
-"""Does a model still compute what it did? Its structure, hooks and attributes, compared at every call.
+"""Detect changes of a model's structure, hooks and attributes at every call.
 
 A captured program outlives the Python state it was captured in: a PEFT adapter switched off, a head replaced, a hook
-added or an attribute changed would go unnoticed. The comparison touches little memory, for it runs at every call, on
-caches that are full of weights.
+added or an attribute changed would otherwise go unnoticed. The comparison touches little memory, since it runs at every
+call, when CPU caches are full of weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 _NONE: frozenset[str] = frozenset()
 _BASE = frozenset(vars(nn.Module()))  # tables, hooks and flags that every module has
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# Of configuration objects: says nothing about what is computed.
+# Attributes of configuration objects that do not affect the computation.
 _LABELS = frozenset({"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id"})
-# Of torch's own modules: what their parameters say as well, or only their `repr` reads.
+# Attributes of torch modules that follow from their parameters, or that only `repr` reads.
 _DESCRIPTIVE: dict[type, frozenset[str]] = {
     **dict.fromkeys(
         (nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -42,10 +42,10 @@ Attributes = dict[str, Any]
 
 
 class Signature:
-    """A snapshot of everything but tensor values that decides what a model computes.
+    """A snapshot of everything except tensor values that determines what a model computes.
 
     Modules and their classes, forward hooks, plain attributes (numbers, names, lists, active adapters), and the
-    attributes of objects that modules hold, such as a configuration. Training flags are left out.
+    attributes of objects that modules hold, such as a configuration. Training flags are excluded.
 
     Args:
         volatile: attributes that a forward call itself sets, by module path; they are not compared.
@@ -69,19 +69,19 @@ class Signature:
         return [*found.values()]
 
     def current(self) -> bool:
-        """True when the model is as it was, training flags aside."""
+        """Whether the model is unchanged, apart from training flags."""
         return self._all.equal() or not self.differences()
 
     def parts(self, groups: Sequence[Iterable[str]]) -> list[Part]:
-        """The same comparison in pieces: one for each group of module paths, what is in none of them in the first."""
-        places = {path: k for k in range(len(groups) - 1, -1, -1) for path in groups[k]}  # the first that has it
+        """The same comparison in parts: one per group of module paths; modules in no group go to the first."""
+        places = {path: k for k in range(len(groups) - 1, -1, -1) for path in groups[k]}  # the first group that has it
         pieces: list[list[_Snapshot]] = [[] for _ in groups]
         for path, snapshot in self._snapshots.items():
             pieces[places.get(path, 0)].append(snapshot)
         return [Part(piece, [] if k else self._held) for k, piece in enumerate(pieces)]
 
     def differences(self) -> list[str]:
-        """What has changed since, in words, by module path; empty where nothing has."""
+        """The changes since then, in words, by module path; empty if there are none."""
         now = dict(self.model.named_modules())
         lines: dict[str, str] = {}
         for path in sorted(self.modules.keys() | now.keys()):
@@ -90,7 +90,7 @@ class Signature:
                 lines[path] = f"{_kind(before)} -> {_kind(after)}"
         for holding in (*self._snapshots.values(), *self._held):
             lines |= holding.differences()
-        return [f"{path or 'the model'}: {told}" for path, told in lines.items()]
+        return [f"{path or 'the model'}: {change}" for path, change in lines.items()]
 
 
 class _Holding:
@@ -101,11 +101,11 @@ class _Holding:
         self.frozen = self.compared()
 
     def compared(self) -> Attributes:
-        """What is compared of them, containers as copies."""
+        """The attributes to compare, with containers copied."""
         return {name: _copied(value) for name, value in [*self.live.items()] if name not in self.left_out}
 
     def differences(self) -> dict[str, str]:
-        """What is otherwise now, by path."""
+        """Changed attributes, by path."""
         now = self.compared()
         return {
             _join(self.path, name): f"{_short(self.frozen, name)} -> {_short(now, name)}"
@@ -120,7 +120,7 @@ class _Snapshot(_Holding):
         super().__init__(path, vars(module), volatile.get(path, _NONE) | _DESCRIPTIVE.get(type(module), _NONE))
         self.module, self.type = module, type(module)
         self.steady = path not in volatile
-        # Hooks live in dicts that change in place.
+        # Hooks are stored in dicts that change in place.
         self.hooks = [(table, dict(table)) for table in (module._forward_pre_hooks, module._forward_hooks)]
         self.children = (module._modules, dict(module._modules)) if module._modules else None
         self.absent = [(module._parameters, name) for name, value in module._parameters.items() if value is None]
@@ -138,7 +138,7 @@ class _Snapshot(_Holding):
 
 
 class Part:
-    """The comparison of some modules: one pass, as each module's memory has to be fetched from far away."""
+    """The comparison of some modules in one pass, since reading each module's memory is slow."""
 
     def __init__(self, modules: Sequence[_Snapshot], held: Sequence[_Holding]) -> None:
         self._rows = [_row(snapshot) for snapshot in modules]
@@ -149,19 +149,19 @@ class Part:
         self._absent = [place for snapshot in modules for place in snapshot.absent]
 
     def equal(self) -> bool:
-        """Whether they are as they were; False also where that takes a closer look to say."""
+        """Whether they are unchanged; also False if that needs a closer comparison."""
         try:
             for module, kind, live, size, get, values, before, after in self._rows:
                 if before or after or type(module) is not kind or (size and len(live) != size):
                     return False
-                if get is not None and get(live) != values:  # identical values are not looked into
+                if get is not None and get(live) != values:  # fast for identical objects
                     return False
             return (
                 all(table[name] is None for table, name in self._absent)
                 and all(get is None or get(live) == values for live, get, values in self._held)
                 and all(table == was for table, was in self._same)
             )
-        except Exception:  # tensors and arrays have no truth, and a key may be gone
+        except Exception:  # tensors and arrays have no truth value, and a key may be missing
             return False
 
 
@@ -169,31 +169,31 @@ _NO_HOOKS: dict[int, Any] = {}
 
 
 def _row(snapshot: _Snapshot) -> tuple[Any, ...]:
-    """What is looked at of a module: hooks where there were none, the others are compared one by one."""
+    """The fast checks of a module: hook tables that were empty; others are compared separately."""
     size = len(snapshot.live) if snapshot.steady else 0
     hooks = (_NO_HOOKS if was else table for table, was in snapshot.hooks)
     return snapshot.module, snapshot.type, snapshot.live, size, *_values(snapshot), *hooks
 
 
 def _values(holding: _Holding) -> tuple[Any, Any]:
-    """How to read the attributes that are compared, and what they were."""
+    """A getter of the compared attributes, and their old values."""
     get = itemgetter(*holding.frozen) if holding.frozen else None
     return get, get and get(holding.frozen)
 
 
 def attributes(model: nn.Module) -> dict[str, Attributes]:
-    """The attributes of every module as they are now, by path: to find those that a call sets."""
+    """The current attributes of every module, by path, to find those that a call sets."""
     return {path: _copied(vars(module)) for path, module in model.named_modules()}
 
 
 def set_since(model: nn.Module, before: Mapping[str, Attributes]) -> dict[str, frozenset[str]]:
-    """The attributes that are others than in `before`, by module path; modules where none is are left out."""
+    """Attributes that differ from `before`, by module path; unchanged modules are left out."""
     found = {path: _changed(before.get(path, {}), vars(module)) for path, module in model.named_modules()}
     return {path: frozenset(names) for path, names in found.items() if names}
 
 
 def _changed(before: Attributes, after: Attributes) -> list[str]:
-    """Names of the attributes that differ, of those that a module has of its own."""
+    """Names of attributes that differ, apart from those of every module."""
     names = (before.keys() | after.keys()) - _BASE
     return sorted(n for n in names if n not in before or n not in after or not _same(before[n], after[n]))
 
@@ -203,12 +203,12 @@ def _same(left: Any, right: Any) -> bool:
         return True
     try:
         return bool(left == right)
-    except Exception:  # arrays: another object is another value
+    except Exception:  # arrays: treat different objects as different values
         return False
 
 
 def _copied(value: Any) -> Any:
-    """Containers, which change in place, as copies; everything else itself."""
+    """Copy containers, which can change in place; return anything else unchanged."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in [*value.items()]}
     if isinstance(value, list):

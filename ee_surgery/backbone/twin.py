@@ -1,4 +1,4 @@
-"""Twins: a module's structure again, over the very same tensors, for whatever must not show on the module itself."""
+"""Twins: copies of a module's structure over the same tensors, for changes that must not affect the module itself."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ee_surgery.errors import OUT_OF_MEMORY
 def twin(model: nn.Module, *, live: bool = False) -> nn.Module:
     """A copy of a module in eval mode that shares its parameters and buffers instead of copying them.
 
-    Flags, hooks, attributes and fake tensors that are put on the twin never show on the module, which another thread
-    may be running or training meanwhile.
+    Flags, hooks, attributes and fake tensors set on the twin do not affect the module, which another thread may be
+    running or training meanwhile.
 
     Args:
         live: share the tables of parameters and buffers as well, so that the twin follows `Module.to`,
-            `load_state_dict(assign=True)` and replaced parameters. Otherwise tensors may be swapped in it at will.
+            `load_state_dict(assign=True)` and replaced parameters. Otherwise tensors of the twin may be swapped freely.
     """
     shared: dict[int, Any] = {id(value): value for value in (*_tensors(model), *_listeners(model))}
     try:
         copied = deepcopy(model, dict(shared))
     except OUT_OF_MEMORY:
         raise
-    except Exception:  # an attribute that has no copy: a lock, an open file, a generator
+    except Exception:  # an attribute that cannot be copied: a lock, an open file, a generator
         copied = deepcopy(model, {**shared, **_uncopied(model, shared)})
     for path, module in copied.named_modules():
         module.training = False
@@ -38,18 +38,18 @@ def twin(model: nn.Module, *, live: bool = False) -> nn.Module:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that modules hold as plain attributes or in containers."""
+    """Parameters, buffers, and tensors in plain attributes or containers of modules."""
     for module in model.modules():
         yield from (leaf for leaf in tree_leaves([*vars(module).values()]) if isinstance(leaf, Tensor))
 
 
 def _listeners(model: nn.Module) -> Iterator[object]:
-    """What forward hooks belong to, a recorder for instance: a copy would record in its place."""
+    """Owners of forward hooks, such as a recorder: they are shared, since a copy would record in their place."""
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             owner = getattr(hook, "__self__", hook)
             bound = (owner, *getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values())
-            if not any(isinstance(value, nn.Module) for value in bound):  # a module's own hook has to be its twin's
+            if not any(isinstance(value, nn.Module) for value in bound):  # a module's own hook must belong to its twin
                 yield owner
 
 

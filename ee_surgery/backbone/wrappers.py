@@ -12,10 +12,10 @@ from torch.optim.swa_utils import AveragedModel
 from ee_surgery.checks import refuse
 from ee_surgery.errors import CaptureError
 
-# Their answers are the inner module's own.
+# Their output is the inner module's own.
 _HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _MAKE_ONE = (
-    "Make it first: timm.create_model('resnet50', pretrained=True), or "
+    "Create it first: timm.create_model('resnet50', pretrained=True), or "
     "AutoModelForImageClassification.from_pretrained('google/vit-base-patch16-224')."
 )
 # By name: importing FSDP or DeepSpeed takes longer than everything else here.
@@ -23,33 +23,33 @@ _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside any number of wrappers, at the top or around its parts; `model` itself where there are none.
+    """The module inside any number of wrappers, at the top or around its parts; `model` itself if there are none.
 
-    So parameters and exits have the same names, whatever the model was wrapped in. The wrapper stays as it is: of a
-    module of which a part is wrapped, or `forward` was replaced, the answer is a sibling, which shares its parameters,
-    buffers, hooks and all parts that are not wrapped.
+    So parameters and exits have the same names regardless of wrappers. The wrapper is not changed: if a part is
+    wrapped, or `forward` was replaced, the result is a sibling module that shares parameters, buffers, hooks and all
+    parts that are not wrapped.
 
     Raises:
-        ConfigError: it is no module, but the name of one, for example.
+        ConfigError: it is not a module, but the name of one, for example.
         CaptureError: parameters are sharded over processes, or it is TorchScript.
     """
     if not isinstance(model, nn.Module):
-        how = "Make an object of it first." if isinstance(model, type) else _MAKE_ONE
+        how = "Create an instance first." if isinstance(model, type) else _MAKE_ONE
         refuse("model", "a torch.nn.Module", model, hint=how)
     for kind in (type(model), *{type(parameter) for parameter in model.parameters()}):
         if sharded := _SHARDED.intersection(cls.__name__ for cls in kind.__mro__):
             raise CaptureError(
-                f"{type(model).__name__}: {sorted(sharded)[0]} shards parameters over processes, but exits read whole "
-                "ones. Pass the inner module as it was before it was wrapped (for many wrappers a whole copy of "
+                f"{type(model).__name__}: {sorted(sharded)[0]} shards parameters over processes, but exits need them "
+                "whole. Pass the inner module as it was before wrapping (for many wrappers a whole copy of "
                 "`model.module`), and train the branches with plain data parallelism."
             )
     return _unwrapped(model, {})
 
 
 def library_model(model: nn.Module) -> nn.Module:
-    """The model of timm or transformers that a PEFT model holds, with its configuration; any other model itself.
+    """The timm or transformers model inside a PEFT model, with its configuration; any other model itself.
 
-    PEFT models are not unwrapped: their own forward may do more than that of the model inside.
+    PEFT models are not unwrapped: their forward may do more than that of the inner model.
     """
     held = getattr(model, "get_base_model", None)  # peft need not be installed
     found = held() if callable(held) else model
@@ -57,7 +57,7 @@ def library_model(model: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module in known:  # used in several places: still one module
+    if module in known:  # used in several places, but one module
         return known[module]
     inner = module
     while (held := _held(inner)) is not None:
@@ -73,11 +73,11 @@ def _unwrapped(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Modul
 
 
 def _held(module: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None for a module that is none."""
+    """The module inside a wrapper; None if it is not a wrapper."""
     if isinstance(module, torch.jit.ScriptModule):
         raise CaptureError(
-            f"{type(module).__name__} is TorchScript, which torch.export does not read: pass the nn.Module it was made "
-            "from."
+            f"{type(module).__name__} is TorchScript, which torch.export cannot read: pass the nn.Module that it was "
+            "made from."
         )
     if isinstance(module, _HOLDERS):
         return module.module
@@ -85,7 +85,7 @@ def _held(module: nn.Module) -> nn.Module | None:
 
 
 def _plain_forward(module: nn.Module) -> Any:
-    """The forward that accelerate (mixed precision) or `torch.compile(model.forward)` replaced on this object."""
+    """The original forward if accelerate (mixed precision) or `torch.compile(model.forward)` replaced it."""
     given = vars(module).get("forward")
     if given is None:
         return None
@@ -98,7 +98,7 @@ def _plain_forward(module: nn.Module) -> Any:
 
 
 def _sibling(module: nn.Module, own: dict[str, Any]) -> nn.Module:
-    """A module that shares everything with another one but what is its own."""
+    """A module that shares everything with another one except the given attributes."""
     sibling = object.__new__(type(module))
     sibling.__dict__.update(module.__dict__)
     sibling.__dict__.update(own)

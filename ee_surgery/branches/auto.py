@@ -1,4 +1,4 @@
-"""Which branch an exit gets when nobody says."""
+"""The default branch of an exit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ee_surgery.branches.base import Branch, BranchSpec, build, channels, grid
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 
 BUDGET = 0.025
-"""Largest share of the original's MACs that an `auto` branch may cost."""
-_WEIGHTS = 10**8  # of one convolution: wider ones are not even built to be counted
+"""Largest cost of an `auto` branch as a fraction of the original's MACs."""
+_WEIGHTS = 10**8  # of one convolution: larger ones are not even built to count their MACs
 
 
 def resolve(
@@ -17,15 +17,15 @@ def resolve(
 ) -> tuple[BranchSpec, Branch]:
     """Build the branch for an exit, choosing one for `auto`.
 
-    Maps get strided convolutions, as wide as `BUDGET` allows, or pooling alone where even narrow ones cost more;
-    tokens and channels-last maps get the norm-and-linear head that transformers end with; vectors a linear layer.
+    Maps get strided convolutions, as wide as `BUDGET` allows, or only pooling if even narrow ones cost more;
+    tokens and channels-last maps get a norm-and-linear head, as transformers have; vectors get a linear layer.
 
     Args:
         macs: of the whole original, one sample.
-        depth: how many branches come before it.
+        depth: number of branches before it.
         graph: of the original, for branches that are cut from it.
     Returns:
-        The spec with a registered name and every choice in its options, and the branch.
+        The spec with a registered name and resolved options, and the branch.
     """
     if spec.name != "auto":
         branch = build(spec, point, num_classes, depth, graph)

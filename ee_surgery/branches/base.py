@@ -1,4 +1,4 @@
-"""What a branch is: features of one exit in, logits and an optional confidence out."""
+"""Branches: features of one exit in, logits and an optional confidence out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ee_surgery.errors import BranchError, ConfigError, SurgeryError
 from ee_surgery.graph.cost import module_macs
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.registry import Registry
+from ee_surgery.task import TaskNames
 
 Option = int | float | str | bool
 
 
 class ExitLogits(NamedTuple):
-    """What one exit says about a batch."""
+    """Outputs of one exit for a batch."""
 
     logits: Tensor
     """Shape (B, C)."""
@@ -34,7 +35,7 @@ class ExitLogits(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedBranch:
-    """What a branch needs for inputs of one size, dtype and device; its model keeps it as long as it knows such."""
+    """Branch state for one input signature (shape, dtype, device); cached with the program for that signature."""
 
     macs: int
     """Of one sample."""
@@ -83,7 +84,7 @@ def _option(name: str, value: object) -> Option:
 
 
 class Branch(nn.Module, ABC):
-    """Base of all branches. A subclass builds a body that turns features into a vector of `width` numbers a sample.
+    """Base of all branches. A subclass builds a body that turns features into `width` numbers per sample.
 
     One that is `chained` also takes `previous=`, the `log_probs` of the branch before it, and returns its own.
 
@@ -98,6 +99,8 @@ class Branch(nn.Module, ABC):
     """Is made with `graph=`, and reads every tensor that crosses the exit in place of the features alone."""
     any_layout: ClassVar[bool] = False
     """Takes features of every layout. Where False, a preset puts a `token` branch where the features are no map."""
+    tasks: ClassVar[TaskNames] = None
+    """The tasks that it is for; None: all, as its logits are what they make of them."""
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool, width: int) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class Branch(nn.Module, ABC):
         """
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> ExitLogits:
-        """Logits (never softmax) of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
+        """Logits of shape (B, C) and, if built with one, the confidence logit of shape (B,)."""
         features = self.in_own_type(features)
         return self.answer(self.vector(features) if mask is None else self.vector(features, mask))
 
@@ -130,7 +133,7 @@ class Branch(nn.Module, ABC):
         return features.to(own)
 
     def answer(self, vector: Tensor) -> ExitLogits:
-        """What the linear layers make of a vector (B, width)."""
+        """The linear layers on a vector (B, width)."""
         confidence = self.confidence(vector).squeeze(-1) if self.confidence is not None else None
         return ExitLogits(self.classifier(vector), confidence)
 
@@ -143,7 +146,7 @@ class Branch(nn.Module, ABC):
         return PreparedBranch(self.macs(point.shape))
 
     def resolved_options(self) -> Mapping[str, Option]:
-        """Options that build this very branch again, where it made up its mind by itself."""
+        """Resolved options: pass them to rebuild this exact branch."""
         return {}
 
 
@@ -217,7 +220,7 @@ def build(
 
 
 def _check_size(make: Callable[[], nn.Module], spec: BranchSpec) -> None:
-    """Measure a branch before it takes any memory.
+    """Check the size of a branch on the meta device.
 
     Raises:
         ConfigError: it is far larger than any that saves something.

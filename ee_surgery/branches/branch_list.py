@@ -10,9 +10,9 @@ from ee_surgery.branches.base import Branch, ExitLogits, run_branch
 
 
 class BranchBank(nn.Module):
-    """The trainable part: a branch an exit, and a head where the original has none.
+    """The trainable part: one branch per exit, and a head if the original has none.
 
-    Called on the features of all at once, so that DDP can wrap it; a sequence of the branches otherwise.
+    Call it on the features of all exits at once, so that DDP can wrap it; it is also a sequence of the branches.
     """
 
     def __init__(self, branches: Sequence[Branch], head: Branch | None = None) -> None:
@@ -20,7 +20,7 @@ class BranchBank(nn.Module):
         self.exits = nn.ModuleList(branches)
         self.head = head
         self.chained = any(branch.chained for branch in branches)
-        """Whether a branch reads the answers of those before it."""
+        """Whether a branch reads the log-probabilities of earlier ones."""
 
     @property
     def units(self) -> list[bool]:
@@ -38,8 +38,12 @@ class BranchBank(nn.Module):
         assert isinstance(branch, Branch)
         return branch
 
+    def split(self, answers: list[ExitLogits], original: Tensor) -> tuple[list[ExitLogits], Tensor]:
+        """What a call gave, as the branches' answers and the last logits: the original's, or those of a new head."""
+        return (answers, original) if self.head is None else (answers[:-1], answers[-1].logits)
+
     def forward(self, features: Sequence[tuple[Tensor, ...]]) -> list[ExitLogits]:
-        """What each branch reads, features (B, *shape) and perhaps a mask, to the answer of each, the head's last."""
+        """Features (B, *shape) of each branch, with an optional mask -> logits of each, the head's last."""
         answers: list[ExitLogits] = []
         previous: Tensor | None = None
         for branch, given in zip(self, features, strict=False):

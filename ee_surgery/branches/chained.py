@@ -1,4 +1,4 @@
-"""Branches that read what the branches before them answered."""
+"""Branches that also read the log-probabilities of earlier branches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from ee_surgery.branches.base import (
 )
 from ee_surgery.checks import flag
 from ee_surgery.graph.exit_points import ExitPoint
+from ee_surgery.task import TaskNames
 
 
 class Ensemble(nn.Module):
-    """A weighted geometric mean of the answers of several heads, and a bias for each class.
+    """A weighted geometric mean of the predictions of several heads, with one bias per class.
 
     softmax(mean_j(exp(w_j) * log p_j) + b), returned as logits.
 
     Args:
-        heads: how many answers it takes.
+        heads: number of heads.
     Source: Zero Time Waste (Wolczyk et al., NeurIPS 2021), section on ensembling; `w` starts near 0 and `b` at 0.
     """
 
@@ -45,20 +46,21 @@ class Ensemble(nn.Module):
 
 @BRANCHES.register("ztw")
 class ZtwBranch(Branch):
-    """3x3 conv -> ReLU -> mixed pooling to 4 x 4 cells, beside the answer of the head before -> linear -> ensemble.
+    """3x3 conv -> ReLU -> mixed pooling to 4 x 4 cells, concatenated with the previous head -> linear -> ensemble.
 
-    The answer of the head before is detached and layer-normed. In training mode a head gives its own answer; in eval
-    mode the geometric ensemble of all heads so far, whose weights `train` fits on recorded answers when the heads have
-    learned. Of tokens, the class token and the mean are read, without a convolution.
+    The previous head's log-probabilities are detached and layer-normed. In training mode a head returns its own logits;
+    in eval mode the geometric ensemble of all heads so far, whose weights `train` fits on recorded logits after the
+    heads are trained. On tokens, the class token and the mean are read, without a convolution.
 
     Args:
-        before: how many heads come before this one.
-        ensemble: False for the cascade alone.
+        before: number of heads before this one.
+        ensemble: False for the cascade without ensembles.
     Source: Zero Time Waste (Wolczyk et al., NeurIPS 2021), with as many channels as the features have.
     """
 
     any_layout: ClassVar[bool] = True
     chained: ClassVar[bool] = True
+    tasks: ClassVar[TaskNames] = ("classification",)  # it averages log-probabilities of classes
 
     def __init__(
         self, point: ExitPoint, num_classes: int, confidence: bool = False, ensemble: bool = True, before: int = 0
@@ -75,19 +77,19 @@ class ZtwBranch(Branch):
         self.ensemble = Ensemble(before + 1, num_classes) if flag("ensemble", ensemble) else None
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, *shape) -> the part of the vector that is read from the features."""
+        """(B, *shape) -> the part of the vector that comes from the features."""
         if self.conv is not None and self.share is not None:
             maps = F.relu(self.conv(to_nchw(features, self.layout, self.prefix_tokens)))
             return mixed_pool(maps, self.cells, self.share)
         return summary(features, self.layout, self.prefix_tokens, mask)
 
     def forward(self, features: Tensor, mask: Tensor | None = None, previous: Tensor | None = None) -> ExitLogits:
-        """Features, and log p of the heads before (B, before, C), to the answer and log p of all heads so far."""
+        """Features, and log p of earlier heads (B, before, C) -> logits, and log p of all heads so far."""
         vector = self.vector(self.in_own_type(features), mask)
         if self.norm is not None:
-            if previous is None:  # counting costs: any numbers of the right shape
+            if previous is None:  # when MACs are counted: only shapes matter
                 previous = vector.new_zeros((len(vector), self.before, self.num_classes))
-            # log p differs from the logits by a constant for each sample, which the norm takes out
+            # log p differs from the logits by a constant per sample, which the norm removes
             vector = torch.cat([vector, self.norm(previous[:, -1].detach())], 1)
         answer = self.answer(vector)
         log_probs = append_log_probs(answer.logits, previous)

@@ -1,4 +1,4 @@
-"""Branches with convolutions of their own: more capacity for early features."""
+"""Branches with convolutions: more capacity for early features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unit(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 
 
 class MapBranch(Branch):
-    """A body of convolutions, the average of its map, a linear layer."""
+    """Convolutions -> global average -> linear."""
 
     body: nn.Sequential
 
@@ -32,8 +32,8 @@ class ConvBranch(MapBranch):
     """(3x3 conv -> BatchNorm -> ReLU) x depth at full resolution and width -> global average -> linear.
 
     Args:
-        depth: number of convolutions; the names `conv2` and `conv3` stand for two and three. Every configuration that
-            PTEENet ships has two.
+        depth: number of convolutions; `conv2` and `conv3` have two and three. All published PTEENet configurations
+            have two.
     Source: PTEENet (Lahiany & Aperstein, arXiv:2501.02508).
     """
 
@@ -65,8 +65,8 @@ class EENetBranch(MapBranch):
     """Three 3x3 convolutions with BatchNorm and ReLU, the first narrowing the features -> global average -> linear.
 
     Args:
-        narrow: by how much; 0 for the published rule, which is the expansion of the backbone's blocks: 4 behind
-            bottleneck blocks and dense layers, else 1. The graph does not tell blocks apart: 4 from 256 channels up.
+        narrow: factor; 0 for the published rule, the expansion of the backbone's blocks: 4 after bottleneck blocks and
+            dense layers, else 1. The graph does not know block types, so it is 4 from 256 channels up.
     Source: EENet (Ilhan et al., arXiv:2301.07099).
     """
 
@@ -85,8 +85,8 @@ class MsdBranch(MapBranch):
 
     Args:
         width: channels of both; 128 on CIFAR.
-    Source: MSDNet (Huang et al., arXiv:1703.09844), which averages over 2 x 2 cells of its 4 x 4: on the maps of other
-        networks that would leave large vectors, so the average is global.
+    Source: MSDNet (Huang et al., arXiv:1703.09844), which averages over 2 x 2 cells of its 4 x 4 maps: on other
+        networks that would give large vectors, so the average is global.
     """
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False, width: int = 128) -> None:
@@ -98,14 +98,13 @@ class MsdBranch(MapBranch):
 
 @BRANCHES.register("branchy")
 class BranchyBranch(Branch):
-    """3x3 convolutions with BatchNorm and ReLU, more of them the earlier the exit -> 4 x 4 cells -> linear.
+    """3x3 convolutions with BatchNorm and ReLU, more at earlier exits -> 4 x 4 cells -> linear.
 
     Args:
         width: channels of the convolutions.
-        depth: how many; 0 for three in the first third of the network, two in the second and one in the last.
-    Source: BranchyNet (Teerapittayanon et al., arXiv:1709.01686), whose branches differ from network to network: the
-        advice that earlier exits deserve more layers and the width of 32 are its own, BatchNorm stands for local
-        response normalisation.
+        depth: number of convolutions; 0 for three in the first third of the network, two in the second, else one.
+    Source: BranchyNet (Teerapittayanon et al., arXiv:1709.01686), whose branches differ between networks: more layers
+        at earlier exits and the width of 32 are from the paper; BatchNorm replaces local response normalization.
     """
 
     def __init__(
@@ -128,13 +127,12 @@ class BranchyBranch(Branch):
 class StridedBranch(MapBranch):
     """(3x3 conv of stride 2 -> BatchNorm -> ReLU) x depth, the width doubling up to `width` -> average -> linear.
 
-    A few percent of the cost of `conv2` on large maps for more depth. Maps that are down to 4 cells a side keep
-    their resolution.
+    More depth at a few percent of the cost of `conv2` on large maps. Maps of 4 x 4 or smaller keep their resolution.
 
     Args:
-        width: channels of the last convolution; twice the features', at least 64, when 0.
+        width: channels of the last convolution; 0 for twice the features', at least 64.
         depth: number of convolutions.
-    Source: the strided heads of MSDNet (Huang et al., ICLR 2018, arXiv:1703.09844), with a depth of our own.
+    Source: the strided heads of MSDNet (Huang et al., ICLR 2018, arXiv:1703.09844), with a different depth.
     """
 
     def __init__(

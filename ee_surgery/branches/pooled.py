@@ -1,4 +1,4 @@
-"""Branches that pool first: almost free, as strong as the features are linearly separable."""
+"""Branches that pool first: almost free, and as accurate as the features are linearly separable."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class BnPoolBranch(Branch):
     """BatchNorm -> ReLU -> global average -> linear.
 
     Args:
-        relu: PTEENet has it, EENets does not.
-    Source: EENets (arXiv:2409.05336) and PTEENet (arXiv:2501.02508). In both codes the BatchNorm sat in a list that
-        torch does not look into, so it was neither trained nor saved; here it is a module like any other.
+        relu: present in PTEENet, absent in EENets.
+    Source: EENets (arXiv:2409.05336) and PTEENet (arXiv:2501.02508). In both codes the BatchNorm is in a plain list, so
+        torch neither trains nor saves it; here it is a registered module.
     """
 
     any_layout: ClassVar[bool] = True
@@ -69,27 +69,27 @@ class BnPoolBranch(Branch):
 
 @BRANCHES.register("plain")
 class PlainBranch(Branch):
-    """Flatten -> linear, on features of any shape that does not change with the input's length.
+    """Flatten -> linear, on features of a fixed shape.
 
-    Source: EENets (arXiv:2409.05336), where it assumed the resolution of the input and so failed behind any stride.
+    Source: EENets (arXiv:2409.05336), where it assumed the resolution of the input and so failed after any stride.
     """
 
     def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
         if point.layout == "sequence":
             raise BranchError(
-                f"Branch 'plain' needs features of one size, but exit {point.name!r} has a sequence of any length. Use "
-                "'pool' or 'token' there."
+                f"Branch 'plain' needs features of a fixed size, but exit {point.name!r} has sequences of any length. "
+                "Use 'pool' or 'token' there."
             )
         super().__init__(point, num_classes, confidence, math.prod(point.shape))
 
     def vector(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, *shape) -> (B, all of it)."""
+        """(B, *shape) -> (B, prod(shape))."""
         return features.flatten(1)
 
 
 @BRANCHES.register("sdn")
 class SdnBranch(Branch):
-    """A learned mix of largest and mean values in 4 x 4 cells -> linear.
+    """A learned mix of max and average pooling to 4 x 4 cells -> linear.
 
     Source: Shallow-Deep Networks (Kaya et al., ICML 2019, arXiv:1810.07052).
     """
@@ -110,10 +110,10 @@ class MlpBranch(Branch):
     """Average-pool to a few cells -> flatten -> linear -> ReLU -> linear.
 
     Args:
-        cells: side of the pooled grid; chosen so that the flat vector has about 256 numbers, at most 4.
+        cells: side of the pooled grid; by default so that the vector has about 256 entries, at most 4.
         hidden: width of the hidden layer.
-        norm: BatchNorm behind the hidden layer (the paper's ImageNet heads have it, its CIFAR heads do not).
-        preact: BatchNorm and ReLU before the pooling, for networks whose blocks begin with them.
+        norm: BatchNorm after the hidden layer (in the paper's ImageNet heads, not in its CIFAR heads).
+        preact: BatchNorm and ReLU before the pooling, for networks with pre-activation blocks.
     Source: "enhanced" heads of the softmax cascade (Berestizshevsky & Even, arXiv:1805.10982).
     """
 
@@ -160,8 +160,8 @@ class TokenBranch(Branch):
 
     Args:
         hidden: width of a GELU layer between norm and classifier; 0 for none.
-    Source: transformer heads of Zero Time Waste (NeurIPS 2021), which read the class token alone; the mean is
-    added here because early class tokens have attended to little yet.
+    Source: transformer heads of Zero Time Waste (NeurIPS 2021), which read only the class token; the mean is
+    added because early class tokens have attended to little so far.
     """
 
     any_layout: ClassVar[bool] = True

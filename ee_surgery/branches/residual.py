@@ -1,4 +1,4 @@
-"""The residual branch: a small ResNet or MobileNet of its own, as large as a budget allows."""
+"""The residual branch: a small ResNet or MobileNet, as large as a budget allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ee_surgery.graph.exit_points import ExitPoint
 
 DEPTHS = (1, 2, 3, 4)
 WIDTHS = (0.5, 0.75, 1, 1.5, 2, 3, 4)
-_LEAST_SIDE = 8  # of a map that is halved once more
+_LEAST_SIDE = 8  # smallest side after halving a map
 
 
 @BRANCHES.register("residual")
@@ -24,13 +24,13 @@ class ResidualBranch(MapBranch):
     """3x3 convolution -> levels of residual blocks, each half the size and twice the width -> average -> linear.
 
     Args:
-        budget: share of the original's MACs that it may cost: the largest of 28 widths and depths that fit, the
-            smallest where none does.
-        width: channels of the first level, in place of the budget.
-        depth: blocks a level, with `width`.
-        depthwise: blocks of depthwise and 1x1 convolutions in place of 3x3 ones.
+        budget: largest cost as a fraction of the original's MACs: selects the largest of 28 widths and depths that
+            fits, or the smallest if none does.
+        width: channels of the first level, instead of a budget.
+        depth: blocks per level, with `width`.
+        depthwise: blocks of depthwise and 1x1 convolutions instead of 3x3 ones.
     Raises:
-        BranchError: the features are no map, or no MACs before the exit tell what a budget is.
+        BranchError: the features are not a map, or there are no MACs before the exit to relate a budget to.
     Source: residual blocks of He et al. (CVPR 2016, arXiv:1512.03385), separable ones of MobileNet (Howard et al.,
         arXiv:1704.04861).
     """
@@ -55,7 +55,7 @@ class ResidualBranch(MapBranch):
         if width == 0:
             if not point.macs:
                 raise BranchError(
-                    f"Nothing before {point.name!r} counts MACs to tell a budget by: give width= instead."
+                    f"There are no MACs before {point.name!r} to relate a budget to: give width= instead."
                 )
             most = budget * point.macs / point.macs_fraction
             sizes = [(_macs(c, max(1, int(f * c)), d, sides, depthwise), d, f) for d, f in product(DEPTHS, WIDTHS)]
@@ -73,7 +73,7 @@ class ResidualBranch(MapBranch):
         self.body = nn.Sequential(*blocks)
 
     def resolved_options(self) -> Mapping[str, Option]:
-        """Its size."""
+        """Width, depth and type of its blocks."""
         return self.size
 
 
@@ -102,7 +102,7 @@ def _conv(c_in: int, c_out: int, stride: int, depthwise: bool) -> nn.Sequential:
 
 
 def _macs(c: int, width: int, depth: int, sides: list[int], depthwise: bool) -> int:
-    """Of all convolutions, one sample with square maps of these sides."""
+    """MACs of all convolutions for one sample with square maps of these sides."""
     total = 9 * c * width * sides[0] ** 2
     c = width
     for level, side in enumerate(sides):

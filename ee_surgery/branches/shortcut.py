@@ -12,28 +12,29 @@ from torch import Tensor, nn
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, PreparedBranch
 from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
+from ee_surgery.graph.backends.base import Run, bind
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
-from ee_surgery.graph.segments import Stage
-from ee_surgery.graph.shortcut import Key, Shortcut, key, named, pieces, within, write_shortcut
+from ee_surgery.graph.segments import Segment
+from ee_surgery.graph.shortcut import Key, find_shortcut, key, named, pieces, within
 
 BUDGET = 0.25
-"""Share of the original's MACs that a shortcut may cost where nothing else is said."""
+"""Default largest cost of a shortcut as a fraction of the original's MACs."""
 
 
 @BRANCHES.register("shortcut")
 class ShortcutBranch(Branch):
-    """Copies of some of the remaining blocks, from the original's own weights on, to its own head.
+    """Copies of some of the remaining blocks and of the head, initialized with the original's weights.
 
-    From the exit the features jump over blocks to one that takes tensors of the same kind, and so on to the logits.
-    Where the original has BatchNorm, the copies have it, with statistics of their own.
+    From the exit, the features skip blocks to one that takes tensors of the same shape, and so on to the logits.
+    Copies of BatchNorms have their own statistics.
 
     Args:
         graph: of the original.
-        budget: the largest share of the original's MACs that it may cost.
-        blocks: names of the blocks to keep, separated by blanks, beside those that cannot be jumped over; in place of
-            a budget.
+        budget: largest cost as a fraction of the original's MACs.
+        blocks: names of the blocks to keep, separated by spaces, besides those that cannot be skipped; instead of a
+            budget.
     Raises:
-        BranchError: the shortest way costs more than the budget, or the original has no head to copy.
+        BranchError: the shortest path costs more than the budget, or the original has no head to copy.
     """
 
     reads_all: ClassVar[bool] = True
@@ -49,9 +50,9 @@ class ShortcutBranch(Branch):
         graph: ModelGraph,
     ) -> None:
         super().__init__(point, num_classes, confidence, num_classes)
-        self.classifier = nn.Identity()  # the original's own comes with its tail
+        self.classifier = nn.Identity()  # the copied tail includes the original's classifier
         if graph.head is not None:
-            raise BranchError(f"No shortcut in {graph.backbone.model_id}: it has no head of its own to copy.")
+            raise BranchError(f"No shortcut in {graph.backbone.model_id}: it has no head to copy.")
         budget, blocks = positive("budget", budget), None if blocks is None else str(blocks)
         given = pieces(graph, point)
         if blocks is None:
@@ -59,62 +60,64 @@ class ShortcutBranch(Branch):
             if kept is None:
                 least = sum(piece.macs for piece in given if not piece.optional) / graph.macs
                 raise BranchError(
-                    f"The shortest way from {point.name!r} to the logits costs {least:.1%} of the MACs, more than "
+                    f"The shortest path from {point.name!r} to the logits costs {least:.1%} of the MACs, more than "
                     f"the budget of {budget:.1%}: choose a later exit, a larger budget or another branch."
                 )
         else:
             kept = named(given, blocks.split())
         self.blocks = [piece.name for piece in kept if piece.optional]
-        """Names of the blocks it keeps of those that it could jump over."""
+        """Names of the blocks it keeps although they could be skipped."""
         self.weights = nn.Module()
         model = graph.backbone.model
         tables = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
-        for name in write_shortcut(graph, point, kept).learned:
+        for name in find_shortcut(graph, point, kept).learned:
             _put(self.weights, name, tables[name])
         self._ways: WeakValueDictionary[Key, _Way] = WeakValueDictionary()
 
     def prepare(self, graph: ModelGraph, point: ExitPoint) -> PreparedBranch:
-        """Write the way out for inputs as this graph was read for."""
-        found: Shortcut = write_shortcut(graph, point, named(pieces(graph, point), self.blocks))
+        """Build the shortcut for inputs like those of this graph."""
+        found = find_shortcut(graph, point, named(pieces(graph, point), self.blocks))
         learned = set(found.learned)
-        stages = [
-            Stage(code, lambda name: self.weights if name in learned else graph.backbone.model) for code in found.codes
-        ]
-        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(stages)))
+
+        def owner(name: str) -> nn.Module:
+            return self.weights if name in learned else graph.backbone.model
+
+        stages = [bind("python", segment, owner) for segment in found.segments]
+        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(found.segments[0], stages)))
 
     def resolved_options(self) -> Mapping[str, Option]:
         """The blocks it keeps."""
         return {"blocks": " ".join(self.blocks)}
 
     def forward(self, *live: Tensor) -> ExitLogits:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """All tensors that cross the exit, in the graph's order, to logits (B, C)."""
+        """All live tensors at the exit, in the graph's order -> logits (B, C)."""
         return self.answer(self.vector(*live))
 
     def vector(self, *live: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Logits, which are the vector that a confidence unit reads: (B, C)."""
-        stages = self._stages(live)
-        if stages[0].mutates_input:
+        """Logits (B, C), which are also the input of a confidence unit."""
+        way = self._way(live)
+        if way.first.mutates:
             live = tuple(tensor.clone() for tensor in live)
-        for stage in stages:
+        for stage in way.stages:
             live = stage(*live, op_training=self.training)
         return live[0]
 
-    def _stages(self, live: tuple[Tensor, ...]) -> Sequence[Stage]:
-        # from references, at once: another thread may be adding a size
+    def _way(self, live: tuple[Tensor, ...]) -> _Way:
+        # from a snapshot of references: another thread may be adding a size
         ways = [way for reference in self._ways.valuerefs() if (way := reference()) is not None]
-        if len(ways) == 1:  # for one size of inputs only
-            return ways[0].stages
+        if len(ways) == 1:  # only one input size so far
+            return ways[0]
         for way in ways:
-            if (found := self._ways.get(key(live, way.stages[0].axes))) is not None:
-                return found.stages
+            if (found := self._ways.get(key(live, way.first.axes))) is not None:
+                return found
         raise BranchError(
-            f"A shortcut runs only behind its original, but is not ready for {[tuple(t.shape) for t in live]}."
+            f"A shortcut runs only inside its model, but is not prepared for {[tuple(t.shape) for t in live]}."
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Stages are functions over these very tables: a copy is prepared anew.
+        # Stages are functions over these tensors: a copy must be prepared again.
         return {name: value for name, value in self.__dict__.items() if name != "_ways"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,13 +127,15 @@ class ShortcutBranch(Branch):
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """The code for inputs of one size; kept by the models that run such inputs, and gone with the last of them."""
+    """What runs inputs of one size; referenced by the programs of such inputs, and freed with the last of them."""
 
-    stages: Sequence[Stage]
+    first: Segment
+    """Takes what crosses the exit."""
+    stages: Sequence[Run]
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """A copy of a tensor under its dotted name; a parameter as one that learns."""
+    """Register a copy of a tensor under its dotted name; parameters become trainable."""
     *path, last = name.split(".")
     for part in path:
         if part not in root._modules:

@@ -1,1 +1,1 @@
-"""Calibrate: records of held-out data, methods that choose thresholds on them, the frontier, risk control."""
+"""Calibrate: records of held-out data, calibrators that choose thresholds on them, the frontier, risk control."""

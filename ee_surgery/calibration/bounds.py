@@ -1,6 +1,6 @@
-"""How sure n losses make us that the true mean is below a limit: tests, upper bounds, samples needed.
+"""Confidence bounds and tests for a bounded mean loss.
 
-A test clears a limit `eps` where its p-value, the chance of losses this small if the true mean were `eps` or more, is
+A test clears a limit `eps` if its p-value, the probability of losses this small if the true mean were `eps` or more, is
 at most `delta`. Each of P policies has its own row of losses, (P, N).
 """
 
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, betainccinv, rel_entr
-from scipy.stats import binom
 
 from ee_surgery.errors import ConfigError
 
@@ -24,14 +23,14 @@ _COUNTED = ("ltt-binomial", "ltt-paired", "ltt-trinomial")
 
 
 class Scale(NamedTuple):
-    """The values that a loss can take: from `low` to `high`, `whole` numbers or any."""
+    """The range of a loss, from `low` to `high`; `whole` if it is an integer."""
 
     low: float
     high: float
     whole: bool
 
     def methods(self) -> tuple[str, ...]:
-        """The methods that fit such losses, the default first."""
+        """Methods that are valid for such losses, the default first."""
         exact = {
             Scale(0, 1, True): ("ltt-binomial", "wsr", "ltt-hb", "crc"),
             Scale(-1, 1, True): ("ltt-paired", "wsr", "ltt-trinomial", "ltt-hb", "crc"),
@@ -39,11 +38,11 @@ class Scale(NamedTuple):
         return exact.get(self, ("wsr", "ltt-hb", "crc"))
 
     def counted(self) -> str | None:
-        """The best method that needs only counts of losses and answers at once, if there is one."""
+        """The best method that needs only counts of losses and is fast, if there is one."""
         return next((name for name in self.methods() if name in ("ltt-binomial", "ltt-trinomial")), None)
 
     def unit(self, value: Any) -> Any:
-        """A loss or a limit, moved to [0, 1]."""
+        """A loss or a limit, mapped to [0, 1]."""
         return (value - self.low) / (self.high - self.low)
 
 
@@ -51,12 +50,12 @@ ZERO_ONE = Scale(0, 1, True)
 
 
 def cleared(method: str, losses: _Floats, scale: Scale, eps: Any, delta: float) -> _Bools:
-    """Whether losses show a mean below `eps`: for each policy, shape (P,).
+    """Whether the losses of each policy show a mean below `eps`, shape (P,).
 
     Args:
         method: one of `scale.methods()`. `crc` bounds the expected mean and needs losses that never shrink from one
             policy to the next.
-        losses: (P, N); for `wsr` in an order that does not depend on them.
+        losses: (P, N); for `wsr` in an order that does not depend on their values.
         eps: a number, or (P, 1) for `wsr` and `ltt-hb`.
     """
     n = losses.shape[1]
@@ -71,18 +70,18 @@ def cleared(method: str, losses: _Floats, scale: Scale, eps: Any, delta: float) 
 
 
 def cleared_by_counts(method: str, worse: Any, better: Any, n: int, eps: float, delta: float) -> _Bools:
-    """The same for losses of -1, 0 and 1 (0 and 1 with `ltt-binomial`): `worse` are 1 and `better` are -1."""
+    """The same from counts of losses of 1 (`worse`) and -1 (`better`); with `ltt-binomial`, losses are 0 and 1."""
     if method == "ltt-binomial":
-        return bdtr(worse, n, eps) <= delta  # exact: the chance of no more errors at a rate of eps
+        return bdtr(worse, n, eps) <= delta  # exact: P(at most this many errors) at a rate of eps
     if method == "ltt-trinomial":
         return trinomial_bound(worse, better, n, delta) <= eps
     return paired_cleared(worse, better, n, eps, delta)
 
 
 def upper_bound(method: str, losses: _Floats, scale: Scale, delta: float) -> float:
-    """The least limit that losses of one policy, (1, N), clear: below the true mean with a chance of at most `delta`.
+    """Upper confidence bound on the mean from the losses of one policy, (1, N); wrong with probability at most `delta`.
 
-    For `ltt-paired`, whose inverse would be slow, that of `ltt-trinomial`; with `crc` it bounds the expected mean.
+    For `ltt-paired`, whose inverse is slow, the bound of `ltt-trinomial`; with `crc`, a bound on the expected mean.
     """
     n, worse, better = losses.shape[1], int((losses > 0).sum()), int((losses < 0).sum())
     if method == "crc":
@@ -92,7 +91,7 @@ def upper_bound(method: str, losses: _Floats, scale: Scale, delta: float) -> flo
     if method in _COUNTED:
         return float(trinomial_bound(worse, better, n, delta))
     low, high = scale.low, scale.high
-    for _ in range(3):  # clearing is monotone in the limit: three rounds of 64 steps, always the safe end
+    for _ in range(3):  # monotone in the limit: three rounds of 64 grid steps, always rounding up
         grid = np.linspace(low, high, 65)
         ok = cleared(method, losses, scale, grid[1:-1, None], delta)
         first = int(ok.argmax()) if ok.any() else len(ok)
@@ -105,9 +104,12 @@ _MANY = 2**22
 
 @lru_cache(maxsize=256)
 def samples_needed(eps: float, delta: float = 0.05, method: str = "ltt-binomial", scale: Scale = ZERO_ONE) -> int:
-    """The fewest samples that clear `eps` where not one of them loses anything; 4194304 means that many or more.
+    """The fewest samples that clear `eps` if all losses are 0; 4194304 means that many or more.
 
-    A real policy loses something and needs more.
+    With any losses above 0, more samples are needed.
+
+    >>> samples_needed(0.01, delta=0.05)
+    299
     """
 
     def enough(n: int) -> bool:
@@ -121,7 +123,7 @@ def samples_needed(eps: float, delta: float = 0.05, method: str = "ltt-binomial"
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    while high > 2 and enough(high - 2):  # ltt-hb rounds up: where no loss is 1/2 of the scale, even numbers do better
+    while high > 2 and enough(high - 2):  # ltt-hb rounds up: if 0 is mid-scale, even n do better
         high -= 2
     return high
 
@@ -130,7 +132,11 @@ def samples_needed(eps: float, delta: float = 0.05, method: str = "ltt-binomial"
 
 
 def clopper_pearson(errors: Any, n: int, delta: float) -> _Floats:
-    """Exact upper bound on an error rate, too low with a chance of at most `delta`."""
+    """Exact upper bound on an error rate, too low with probability at most `delta`.
+
+    >>> clopper_pearson([0, 10], 1000, 0.05).round(4).tolist()
+    [0.003, 0.0169]
+    """
     errors = np.asarray(errors)
     return np.where(errors >= n, 1.0, betainccinv(errors + 1, np.maximum(n - errors, 1), delta))
 
@@ -139,18 +145,18 @@ def clopper_pearson(errors: Any, n: int, delta: float) -> _Floats:
 
 
 def trinomial_bound(worse: Any, better: Any, n: int, delta: float) -> _Floats:
-    """Upper bound on their mean: exact ones for both counts, half of `delta` each."""
+    """Upper bound on the mean from exact bounds on both counts, with half of `delta` each."""
     return clopper_pearson(worse, n, delta / 2) - (1 - clopper_pearson(n - np.asarray(better), n, delta / 2))
 
 
 def paired_cleared(worse: Any, better: Any, n: int, eps: float, delta: float) -> _Bools:
     """Whether these counts show a mean below `eps`: an exact unconditional test.
 
-    By the excess over `n * eps` in units of its spread, as in tests of paired proportions. The critical value makes
-    the chance of a false clearance at most `delta` whatever the share of losses that are not 0.
+    The statistic is the excess over `n * eps` in units of its standard deviation, as for paired proportions. The
+    critical value bounds the probability of a false clearance by `delta` for any share of nonzero losses.
 
     Raises:
-        ConfigError: `delta` is too small for it.
+        ConfigError: `delta` is too small for this test.
     Source: Nam, Biometrics 53 (1997), with the statistic's variance from the count itself and the nuisance share
     maximised over a grid, for which 2 % of `delta` is set aside.
     """
@@ -159,25 +165,27 @@ def paired_cleared(worse: Any, better: Any, n: int, eps: float, delta: float) ->
 
 
 _UNSEEN = 6
-"""Added to the count that the spread is taken from: few seen may be luck. Fixed where the critical value is least."""
+"""Pseudo-count in the variance: a small count may be chance. Chosen to minimize the critical value."""
 
 
 def _paired_cut(moved: _Floats, n: int, eps: float, critical: float) -> _Floats:
-    """The largest `worse - better` that is cleared where `moved` losses are not 0."""
+    """The largest `worse - better` that is cleared with `moved` nonzero losses."""
     return n * eps - critical * np.sqrt(np.maximum(moved + _UNSEEN - n * eps**2, 0))
 
 
 @lru_cache(maxsize=1024)
 def _paired_critical(n: int, eps: float, delta: float) -> float:
-    """The least critical value that keeps the level, to a step of 0.004; 0.1 s for n = 1000, 1 s for 20,000."""
-    # Shares of losses that are not 0, by standard errors: dense where few are, or few are not, and chances jump.
+    """The smallest critical value at level `delta`, in steps of 0.004; takes 0.1 s for n = 1000, 1 s for 20,000."""
+    from scipy.stats import binom  # takes longer to import than all of ee_surgery
+
+    # Grid of shares of nonzero losses in standard errors: dense near 0 and 1, where probabilities jump.
     end = math.pi * math.sqrt(n)
     root = np.concatenate(
         [np.arange(0, 20, 0.1), np.arange(20, 40, 0.5), np.arange(40, end, 4), end - np.arange(0, 20, 0.2)]
     )
     shares = np.sin(root[(root >= 0) & (root <= end)] / (2 * math.sqrt(n))) ** 2
     shares = np.unique(np.append(shares[shares > abs(eps)], [abs(eps), 1.0]))
-    # (shares, moved): all counts of losses that are not 0 that happen
+    # (shares, moved): all counts of nonzero losses with non-negligible probability
     low, high = binom.ppf(delta * 1e-4, n, shares), binom.isf(delta * 1e-4, n, shares)
     counts = low[:, None] + np.arange(int((high - low).max()) + 1)
     moved = np.minimum(counts, high[:, None])
@@ -185,7 +193,7 @@ def _paired_critical(n: int, eps: float, delta: float) -> float:
     up = ((shares + eps) / (2 * shares))[:, None]
 
     def keeps(critical: float) -> bool:
-        most = np.floor((_paired_cut(moved, n, eps, critical) + moved) / 2 + 1e-9)  # of `worse`
+        most = np.floor((_paired_cut(moved, n, eps, critical) + moved) / 2 + 1e-9)  # largest cleared count of `worse`
         below = np.where(most < 0, 0.0, bdtr(np.clip(most, 0, moved), moved.astype(np.int64), up))
         return float((chance * below).sum(1).max()) + 2e-4 * delta <= 0.98 * delta
 
@@ -202,37 +210,38 @@ def _paired_critical(n: int, eps: float, delta: float) -> float:
 
 
 def hoeffding_bentkus_p_value(mean: Any, n: int, eps: Any) -> _Floats:
-    """From their mean alone; loose where they vary little.
+    """p-value from the mean alone; loose if the losses vary little.
 
     Source: Bates et al., arXiv:2101.02703, as in Learn then Test (arXiv:2110.01052, proposition 2).
     """
     below = np.minimum(mean, eps)
     hoeffding = np.exp(-n * (rel_entr(below, eps) + rel_entr(1 - below, 1 - np.asarray(eps))))
-    count = np.ceil(n * np.asarray(mean, dtype=np.float64) - 1e-9)  # a whole number of errors must not round up
+    count = np.ceil(n * np.asarray(mean, dtype=np.float64) - 1e-9)  # an integer number of errors must not be rounded up
     return np.minimum(hoeffding, math.e * bdtr(np.minimum(count, n), n, eps)).clip(max=1.0)
 
 
 def wsr_p_value(losses: _Floats, eps: Any, delta: float) -> _Floats:
-    """Bet against "the mean is at least `eps`": p is 1 by the most that the stake has grown to.
+    """Bet against "the mean is at least `eps`": the p-value is 1 / the largest wealth reached.
 
     Bets adapt to the variance seen so far, so small losses of small variance are cleared with few samples.
 
     Args:
-        losses: (P, N), in an order that does not depend on them. `eps`: a number or (P, 1), below 1.
-        delta: the level at which p will be compared: bets are sized for it; p is valid at any.
+        losses: (P, N), in an order that does not depend on their values. `eps`: a number or (P, 1), below 1.
+        delta: the level that p will be compared with: bets are sized for it, but p is valid at any level.
     Source: Waudby-Smith & Ramdas, arXiv:2010.09686; one-sided, predictable plug-in bets for a fixed N, at most 3/4
-    of the stake.
+    of the wealth.
     """
     n = losses.shape[1]
     t = np.arange(2, n + 2)
     mean = (0.5 + losses.cumsum(1)) / t
     spread = (0.25 + ((losses - mean) ** 2).cumsum(1)) / t
-    before = np.concatenate([np.full((len(losses), 1), 0.25), spread[:, :-1]], 1)  # a bet sees only the past
+    # valid only if each bet depends on earlier losses alone
+    before = np.concatenate([np.full((len(losses), 1), 0.25), spread[:, :-1]], 1)
     bet = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 0.75 / (1 - np.asarray(eps)))
     grown = np.log1p(bet * (eps - losses)).cumsum(1).max(1)
     return np.exp(-np.maximum(grown, 0.0))
 
 
 def conformal_bound(total: Any, n: int, high: float) -> Any:
-    """Mean of losses with this sum and one more of the worst kind. Source: conformal risk control, arXiv:2208.02814."""
+    """Mean of losses with this sum plus one worst-case loss. Source: conformal risk control, arXiv:2208.02814."""
     return (total + high) / (n + 1)

@@ -1,8 +1,10 @@
-"""Thresholds from a budget: the geometric distribution over exits of MSDNet, met by realised exits."""
+"""Thresholds from a budget: MSDNet's geometric distribution over exits, met by the exits actually taken."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ee_surgery.calibration.records import ExitRecords, replay_point
@@ -14,12 +16,12 @@ from ee_surgery.policies.scores import FittedScore
 
 
 def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
-    """Thresholds so that about `quotas[k]` samples leave at exit k, each exit seeing only who is still there.
+    """Thresholds so that about `quotas[k]` of the samples that reach exit k leave there.
 
     Args:
-        scores: (K - 1, N). `quotas`: how many leave at each of the K - 1 branches.
+        scores: (K - 1, N). `quotas`: number of samples leaving at each of the K - 1 branches.
     Returns:
-        One threshold an exit; ties at a threshold leave together, so an exit may take more than its quota.
+        One threshold per exit; ties leave together, so an exit may take more than its quota.
     """
     here = torch.ones(scores.shape[1], dtype=torch.bool)
     thresholds: list[float] = []
@@ -28,17 +30,23 @@ def quota_thresholds(scores: Tensor, quotas: list[int]) -> tuple[float, ...]:
         if quota <= 0 or len(ranked) == 0:
             thresholds.append(NEVER)
             continue
-        tau = between(ranked, min(quota, len(ranked)))
+        tau = between(ranked.double().numpy(), min(quota, len(ranked)))
         thresholds.append(tau)
         here &= row < tau
     return tuple(thresholds)
 
 
-def between(ranked: Tensor, rank: int) -> float:
-    """A float32 threshold that the first `rank` of falling scores reach, halfway to the next: robust to rounding."""
-    last = ranked[rank - 1].item()
-    after = ranked[rank].item() if rank < len(ranked) and torch.isfinite(ranked[rank]) else last
-    middle = torch.tensor((last + after) / 2, dtype=torch.float32).item()
+def between(ranked: NDArray[np.float64], rank: int) -> float:
+    """A threshold reached by the first `rank` of falling scores, halfway to the next: robust to rounding.
+
+    Scores are float32, so the threshold is a float32 number too.
+
+    >>> between(np.array([0.9, 0.75, 0.25]), 2)
+    0.5
+    """
+    last = float(ranked[rank - 1])
+    after = float(ranked[rank]) if rank < len(ranked) and np.isfinite(ranked[rank]) else last
+    middle = float(np.float32((last + after) / 2))
     return middle if after < middle <= last else last
 
 
@@ -48,9 +56,9 @@ def geometric_budget(records: ExitRecords, budget: float, score: str | FittedSco
     Args:
         budget: mean MACs as a fraction of the original's.
     Raises:
-        OperatingPointError: not even everyone leaving at the first exit meets it.
+        OperatingPointError: even with all samples leaving at the first exit, it is not met.
     Source: budgeted batch classification of MSDNet (Huang et al., ICLR 2018, arXiv:1703.09844); the published code
-    steps g and takes the first that exceeds the budget, this bisects and stays within.
+    steps g and takes the first value that exceeds the budget; this bisects and stays within it.
     """
     instance("records", records, ExitRecords)
     budget = positive("budget", budget)
@@ -67,7 +75,7 @@ def geometric_budget(records: ExitRecords, budget: float, score: str | FittedSco
     if best.macs_fraction > budget:
         raise OperatingPointError(
             f"No exits meet a budget of {budget:g}: the cheapest possible mean is {best.macs_fraction:.3f} "
-            "of the original's MACs. Put an exit earlier or ask for more."
+            "of the original's MACs. Add an earlier exit or allow a larger budget."
         )
     while dear - cheap > 1e-3:
         middle = (cheap + dear) / 2

@@ -1,8 +1,9 @@
-"""A threshold for each exit and each class that it may name."""
+"""One threshold per exit and predicted class."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from ee_surgery.checks import accuracy_drop, count, instance
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted
+from ee_surgery.task import TaskNames, require
 
 
 @fitted("classwise")
 @dataclass(frozen=True, eq=False, repr=False)
 class ClassThresholds(FittedScore):
-    """By how much the largest softmax probability is above the threshold of its class; leave from 0 on."""
+    """The largest softmax probability minus the threshold of its class; a sample leaves at 0 or above."""
+
+    tasks: ClassVar[TaskNames] = ("classification",)
 
     thresholds: Tensor
     """(K - 1, C); `inf` where a class never leaves."""
@@ -32,21 +36,22 @@ class ClassThresholds(FittedScore):
 
 
 def class_thresholds(records: ExitRecords, drop: float, min_tail: int = 20) -> OperatingPoint:
-    """The rule of the softmax cascade for each class that an exit names: the lowest threshold within `drop`.
+    """The rule of the softmax cascade per predicted class: the lowest threshold within `drop`.
 
     A tail counts as good when its accuracy is within `drop` of the best tail of the whole exit.
 
     Args:
         drop: accepted degradation in [0, 1].
-        min_tail: fewest samples that may count as a tail of one class; a class named more rarely never leaves.
+        min_tail: fewest samples that count as a tail of one class; a class predicted more rarely never leaves.
     Source: the per-class variant in the code of Berestizshevsky & Even (arXiv:1805.10982), also in CalexNet
-        (arXiv:2509.08318), with the standard of the exit in place of each class's own, which for a class that the exit
-        does not know would be its own low best.
+        (arXiv:2509.08318), with the best tail of the exit as the standard instead of each class's own, which is low for
+        a class that the exit does not recognize.
     """
     instance("records", records, ExitRecords)
     drop, min_tail = accuracy_drop("drop", drop), count("min_tail", min_tail)
-    scores, answers = records.scores("max_prob"), records.logits.argmax(-1)
-    classes = records.logits.shape[-1]
+    require("The calibrator 'classwise'", ClassThresholds.tasks, records.task)
+    logits = records.recorded_logits()
+    scores, answers, classes = records.scores("max_prob"), logits.argmax(-1), logits.shape[-1]
     taus = torch.full((len(records.exits), classes), NEVER)
     for k, (row, correct) in enumerate(zip(scores, records.correct[:-1], strict=True)):
         standard = _best(row, correct)

@@ -1,69 +1,74 @@
-"""How likely an exit is right, from all that is known there: a small logistic regression an exit."""
+"""Estimated probability that an exit is correct: a small logistic regression per exit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
-from torch.nn import functional as F
 
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore, State, fitted, precise
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames
 
 _LIMIT = 15.0
-_RIDGE = 100.0  # in samples: how many it takes to move a weight on a standardised feature
+_RIDGE = 100.0  # in samples: how many it takes to change a weight on a standardized feature
 
 
-def exit_features(logits: Tensor, state: State) -> tuple[Tensor, State]:
-    """What is known at one exit, as features (B, D), and what the next one needs of it.
+def exit_features(logits: Tensor, state: State, task: Task = CLASSIFICATION) -> tuple[Tensor, State]:
+    """Features of one exit, (B, D), and the state for the next exit.
 
-    Log-odds of the first class against the others, their square, the lead over the second class, the entropy; and from
-    the second exit on: the log-odds that the exit before gave this class, whether it agreed, its own log-odds, and for
-    how many exits the answer has stood.
+    Log-odds of the predicted class, their square, the margin over the second class, the entropy; and from the second
+    exit on: the previous exit's log-odds of this class, whether it agreed, the log-odds of its own prediction, and the
+    number of consecutive exits with this prediction. For an answer of several choices, their means.
     """
-    log_p = F.log_softmax(precise(logits), -1)
+    log_p = task.log_probabilities(precise(logits))  # (B, options), or (B, choices, options)
     top = log_p.topk(2, -1)
-    answer, sure = top.indices[:, 0], _odds(top.values[:, 0])
+    answer, sure = top.indices[..., 0], _odds(top.values[..., 0])
     entropy = -(log_p.exp() * log_p.clamp_min(-_LIMIT)).sum(-1)
-    columns = [sure, sure.square(), (top.values[:, 0] - top.values[:, 1]).clamp_max(_LIMIT), entropy]
+    columns = [sure, sure.square(), (top.values[..., 0] - top.values[..., 1]).clamp_max(_LIMIT), entropy]
     if state:
         before, streak = state
         then, gave = before.max(-1)
         agrees = (gave == answer).to(log_p.dtype)
         streak = (streak + 1) * agrees
-        columns += [_odds(before.gather(1, answer[:, None])[:, 0]), agrees, _odds(then), streak.clamp_max(3)]
+        columns += [_odds(before.gather(-1, answer[..., None])[..., 0]), agrees, _odds(then), streak.clamp_max(3)]
     else:
         streak = torch.zeros_like(sure)
-    return torch.stack(columns, 1), (log_p, streak)
+    return torch.stack([task.reduce(column) for column in columns], 1), (log_p, streak)
 
 
 def _odds(log_p: Tensor) -> Tensor:
-    """log p / (1 - p), within limits that float32 tells apart."""
+    """log p / (1 - p), clipped to what float32 can resolve."""
     return (log_p - torch.log1p(-log_p.exp().clamp_max(1 - 1e-7))).clamp(-_LIMIT, _LIMIT)
 
 
 @fitted("chance")
 @dataclass(frozen=True, eq=False, repr=False)
 class ChanceOfBeingRight(FittedScore):
-    """The estimated probability, as log-odds, that an exit is right, given its answer and the one before."""
+    """Estimated log-odds that an exit is correct, given its logits and the previous exit's."""
+
+    tasks: ClassVar[TaskNames] = None
 
     weights: tuple[Tensor, ...]
-    """One vector (D + 1,) an exit, the constant last; an entry for the original's own head may follow."""
+    """One vector (D + 1,) per exit, the constant last; optionally one more for the original's head."""
 
-    @property
-    def stateful(self) -> bool:
-        """It needs the answers of the exits before, closed ones included."""
-        return True
+    stateful: ClassVar[bool] = True  # it reads the answers of the exits before
 
     def __call__(
-        self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
+        self,
+        logits: Tensor,
+        confidence: Tensor | None,
+        state: State,
+        exit_index: int,
+        task: Task = CLASSIFICATION,
     ) -> tuple[Tensor, State]:
-        """Log-odds (B,) of being right."""
-        features, state = exit_features(logits, state)
+        """Log-odds (B,) of being correct."""
+        features, state = exit_features(logits, state, task)
         weights = self.weights[exit_index].to(features.dtype)
         return features @ weights[:-1] + weights[-1], state
 
@@ -71,34 +76,35 @@ class ChanceOfBeingRight(FittedScore):
     def fit(cls, records: ExitRecords) -> ChanceOfBeingRight:
         """Fit by ridge-penalised maximum likelihood: all K exits, the original's head last."""
         weights, state = [], ()
-        for logits, correct in zip(records.logits, records.correct, strict=True):
-            features, state = exit_features(logits, state)
+        for logits, outcome in zip(records.recorded_logits(), records.outcomes, strict=True):
+            features, state = exit_features(logits, state, records.task)
             features = torch.nan_to_num(features, nan=0.0)
-            weights.append(torch.tensor(logistic(features.double().numpy(), correct.double().numpy())).float())
+            weights.append(torch.tensor(logistic(features.double().numpy(), outcome.numpy())).float())
         return cls(tuple(weights))
 
     def probabilities(self, records: ExitRecords) -> NDArray[np.float64]:
-        """Of all K exits being right, (K, N)."""
+        """Probabilities that each of the K exits is correct, (K, N)."""
         rows, state = [], ()
-        for k, logits in enumerate(records.logits):
-            score, state = self(logits, None, state, k)
+        for k, logits in enumerate(records.recorded_logits()):
+            score, state = self(logits, None, state, k, records.task)
             rows.append(torch.sigmoid(torch.nan_to_num(score.double(), nan=0.0)))
         return torch.stack(rows).numpy()
 
 
 def chances(records: ExitRecords) -> NDArray[np.float64]:
-    """The chance that each exit's answer is right, given how sure it is and how sure all before it were, (K, N).
+    """The probability that each exit is correct, given its own confidence and that of earlier exits, (K, N).
 
-    An exit is asked about samples that those before it were unsure of, which are harder than its own confidence tells.
+    An exit sees samples that earlier exits were not confident about; they are harder than its own confidence suggests.
     """
-    sure = _odds(F.log_softmax(precise(records.logits), -1).amax(-1)).nan_to_num(nan=0.0)
-    rows = []
-    for k, (logits, correct) in enumerate(zip(records.logits, records.correct, strict=True)):
-        columns = [exit_features(logits, ())[0].nan_to_num(nan=0.0)]
+    task, rows = records.task, []
+    known = [exit_features(logits, (), task)[0].nan_to_num(nan=0.0) for logits in records.recorded_logits()]
+    sure = torch.stack([features[:, 0] for features in known])  # log-odds of the answer
+    for k, outcome in enumerate(records.outcomes):
+        columns = [known[k]]
         if k:
             columns += [sure[:k].mean(0)[:, None], sure[:k].amax(0)[:, None]]
         features = torch.cat(columns, 1).double().numpy()
-        weights = logistic(features, correct.double().numpy())
+        weights = logistic(features, outcome.numpy())
         rows.append(expit(features @ weights[:-1] + weights[-1]))
     return np.stack(rows)
 
@@ -112,7 +118,7 @@ def logistic(x: NDArray[np.float64], y: NDArray[np.float64], steps: int = 12) ->
     mean, scale = x.mean(0), x.std(0).clip(1e-6)
     design = np.concatenate([(x - mean) / scale, np.ones((len(x), 1))], 1)
     penalty = np.full(design.shape[1], _RIDGE)
-    penalty[[0, -1]] = 1.0  # a trace of it: all right or all wrong has no finite solution without
+    penalty[[0, -1]] = 1.0  # a little penalty: without it, all correct or all wrong has no finite solution
     w = np.zeros(design.shape[1])
     for _ in range(steps):
         p = 1 / (1 + np.exp(-(design @ w).clip(-30, 30)))

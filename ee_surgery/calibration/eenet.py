@@ -1,9 +1,10 @@
-"""EENet's learned scheduler: a score and a share of the samples for every exit, for a budget."""
+"""EENet's learned scheduler: a score and a share of the samples per exit, for a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES, FittedScore, State, fitted, precise
+from ee_surgery.task import TaskNames, require
 
 _RHO, _ALPHA_KL, _ALPHA_COST, _BETA = 0.5, 1e-3, 1e-2, 1.0
 _LR, _WEIGHT_DECAY, _STEPS, _PERIOD, _BATCH = 1e-2, 1e-2, 160, 10, 1024
@@ -35,18 +37,17 @@ def _inputs(logits: Tensor) -> Tensor:
 class EENetScore(FittedScore):
     """q_k = w_k . [p_k, max p_k, 1 - H(p_k) / log C, q_1 .. q_{k-1}], earlier scores clipped to [0, 1]."""
 
-    weights: tuple[Tensor, ...]
-    """One an exit, (C + 2 + k,)."""
+    tasks: ClassVar[TaskNames] = ("classification",)
 
-    @property
-    def stateful(self) -> bool:
-        """Yes: each score reads those before it."""
-        return True
+    weights: tuple[Tensor, ...]
+    """One per exit, (C + 2 + k,)."""
+
+    stateful: ClassVar[bool] = True  # each score reads those before it
 
     def __call__(
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
-        """Scores (B,), not bounded."""
+        """Scores (B,), unbounded."""
         known = _inputs(logits)
         if state:
             known = torch.cat([known, state[0]], 1)
@@ -56,14 +57,14 @@ class EENetScore(FittedScore):
 
 
 class _Scheduler:
-    """Both functions of all K exits, as tables padded to the widest exit so that one product serves them all."""
+    """Scores and shares of all K exits, with weights padded to the widest exit so that one product computes all."""
 
     def __init__(self, records: ExitRecords, generator: torch.Generator) -> None:
-        known = torch.stack([_inputs(torch.nan_to_num(z)) for z in records.logits])
+        known = torch.stack([_inputs(torch.nan_to_num(z)) for z in records.recorded_logits()])
         k, n, d = known.shape
         self.k, self.own = k, d
-        self.known = torch.cat([known, known.new_zeros(k, n, k)], 2)  # (K, N, D): room for the scores before
-        self.correct = records.correct.float()
+        self.known = torch.cat([known, known.new_zeros(k, n, k)], 2)  # (K, N, D): room for earlier scores
+        self.outcomes = records.outcomes.float()
         widths = torch.tensor([d + i for i in range(k)])
         hidden = (widths * _RHO).int()
         units = (torch.arange(int(hidden.max())) < hidden[:, None]).float()  # (K, H)
@@ -73,14 +74,14 @@ class _Scheduler:
         def uniform(*shape: int) -> Tensor:
             return 2 * torch.rand(*shape, generator=generator) - 1
 
-        # Scores start as the largest probability: from random weights, a few hundred steps would end below it.
+        # Scores start as the largest probability: from random weights, a few hundred steps end with worse ones.
         self.w = torch.zeros(k, d + k).index_fill(1, torch.tensor([d - 2]), 1.0).requires_grad_()
         self.w1 = (uniform(k, d + k, units.shape[1]) * bound[:, None] * self.reach[:, :, None]).requires_grad_()
         self.w2 = (uniform(k, units.shape[1]) / hidden.float().sqrt()[:, None]).requires_grad_()
         self.units = units
 
     def refresh(self) -> None:
-        """Put the present scores, clipped and without gradient, where later exits read them."""
+        """Copy the current scores, clipped and without gradient, into the inputs of later exits."""
         with torch.no_grad():
             for j in range(self.k - 1):
                 q = self.known[j] @ (self.w[j] * self.reach[j])
@@ -105,23 +106,24 @@ def eenet_scheduler(
     steps: int = _STEPS,
     rates: Sequence[float] = SCORE_RATES,
 ) -> OperatingPoint:
-    """Learn scores and exit shares for a budget, and turn the shares into thresholds that meet it by realised exits.
+    """Train scores and exit shares for a budget, and turn the shares into thresholds whose actual exits meet it.
 
     Args:
         budget: mean MACs as a fraction of the original's; with `latency_ms`, mean milliseconds.
-        latency_ms: of leaving at each of the K exits, branches on the way included; rising.
-        seed: of the first weights and the batches.
-        steps: of Adam, ten for the scores and ten for the shares by turns.
+        latency_ms: of leaving at each of the K exits, including every branch visited; increasing.
+        seed: of the initial weights and the batches.
+        steps: of Adam, alternating ten for the scores and ten for the shares.
         rates: of Adam for the scores; the one that gives the most accurate point is kept.
     Raises:
-        OperatingPointError: not even everyone leaving at the first exit meets the budget.
-    Source: EENet (Ilhan et al., WACV 2024, arXiv:2301.07099), with what its published code gets wrong put right: the
-        score is one number a sample, gradients are cleared, there is no sigmoid before the softmax over the exits (it
+        OperatingPointError: even with all samples leaving at the first exit, the budget is not met.
+    Source: EENet (Ilhan et al., WACV 2024, arXiv:2301.07099), with errors of its published code fixed: the score is
+        one number per sample, gradients are cleared, there is no sigmoid before the softmax over the exits (it
         keeps any of three exits below 57.6 %), the last exit takes all that is left, an exit without a quota is closed,
-        and the budget is met by realised exits, not by soft shares within 10 %. In place of ten restarts at 3e-5,
-        two rates of Adam for few steps, from scores that start as the largest probability.
+        and the budget is met by the exits actually taken, not by soft shares within 10 %. Instead of ten restarts at
+        3e-5: two rates of Adam for few steps, from scores that start as the largest probability.
     """
     instance("records", records, ExitRecords)
+    require("The calibrator 'eenet'", EENetScore.tasks, records.task)
     budget, seed, steps = positive("budget", budget), count("seed", seed, low=0), count("steps", steps)
     if not numbers("rates", rates, above=0):
         raise ConfigError("rates is empty: give at least one.")
@@ -137,25 +139,25 @@ def eenet_scheduler(
 def _train(
     records: ExitRecords, costs: Tensor, budget: float, rate: float, seed: int, steps: int
 ) -> tuple[EENetScore, Tensor]:
-    """Both functions, by turns; the scores of the branches, and the mean shares of all K exits."""
+    """Train scores and shares alternately; returns the branches' scores and the mean shares of all K exits."""
     generator = torch.Generator().manual_seed(seed)
     n, k = len(records), len(records.exits) + 1
     model = _Scheduler(records, generator)
     score_step = torch.optim.AdamW([model.w], lr=rate, weight_decay=_WEIGHT_DECAY)
     share_step = torch.optim.AdamW([model.w1, model.w2], lr=_LR, weight_decay=_WEIGHT_DECAY)
-    everyone = torch.arange(n)
+    all_rows = torch.arange(n)
     for step in range(steps):
-        rows = torch.randint(n, (_BATCH,), generator=generator) if n > _BATCH else everyone
+        rows = torch.randint(n, (_BATCH,), generator=generator) if n > _BATCH else all_rows
         if step % _PERIOD == 0:
             model.refresh()
         if step // _PERIOD % 2 == 0:
             with torch.no_grad():
                 pi = model.shares(rows).exp()
             weights = pi / pi.sum(1, keepdim=True)
-            # clipped scores have no gradient where they left [0, 1]: a hundredth of a slope brings them back
+            # clipping has no gradient outside [0, 1]: a slope of 0.01 brings scores back
             q = model.scores(rows)
             q = (q.clamp(0, 1) + 0.01 * (q - q.detach())).clamp(1e-6, 1 - 1e-6)
-            loss = (weights * F.binary_cross_entropy(q, model.correct[:, rows], reduction="none")).sum() / k
+            loss = (weights * F.binary_cross_entropy(q, model.outcomes[:, rows], reduction="none")).sum() / k
             optimizer = score_step
         else:
             log_pi = model.shares(rows)
@@ -171,13 +173,13 @@ def _train(
         optimizer.step()
     model.refresh()
     with torch.no_grad():
-        shares = model.shares(everyone).exp().mean(1).double()
+        shares = model.shares(all_rows).exp().mean(1).double()
         score = EENetScore(tuple((model.w[j, : model.own + j]).clone() for j in range(k - 1)))
     return score, shares
 
 
 def _costs(records: ExitRecords, latency_ms: Sequence[float] | None) -> Tensor:
-    """Of leaving at each exit, (K,)."""
+    """Cost of leaving at each exit, (K,)."""
     if latency_ms is None:
         paid = exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))
         return torch.tensor(paid, dtype=torch.float64) / records.base_macs
@@ -196,7 +198,7 @@ def _meet(
     latency_ms: Sequence[float] | None,
     rule: str,
 ) -> OperatingPoint:
-    """The dearest thresholds within the budget among those of shares tilted towards cheap or dear exits."""
+    """The most expensive thresholds within the budget, over shares tilted towards cheap or expensive exits."""
     scores, n = records.scores(score), len(records)
 
     def at(tilt: float) -> tuple[float, ThresholdPolicy]:
@@ -215,7 +217,7 @@ def _meet(
     if cheapest > budget:
         raise OperatingPointError(
             f"No exits meet a budget of {budget:g}: the cheapest possible mean is {cheapest:.3f}"
-            f"{' ms' if latency_ms is not None else ' of the MACs'}. Put an exit earlier or ask for more."
+            f"{' ms' if latency_ms is not None else ' of the MACs'}. Add an earlier exit or allow a larger budget."
         )
     never = ThresholdPolicy((NEVER,) * len(records.exits))
     if (1.0 if latency_ms is None else float(costs[-1])) <= budget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ee_surgery.calibration.methods import CALIBRATORS
+from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.plots import plot_frontier
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.risk import RiskTable
@@ -19,72 +21,78 @@ from ee_surgery.errors import DataError, OperatingPointError
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.tables import table
+from ee_surgery.task import CLASSIFICATION, TASKS, require
 from ee_surgery.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
-_LEVELS = "It is (eps, delta): with confidence 1 - delta, at most a share eps of new samples; (0.01, 0.05) for example."
+_LEVELS = "(eps, delta): with confidence 1 - delta, at most a fraction eps of new samples; (0.01, 0.05) for example."
 
 
 @dataclass(frozen=True)
 class Frontier(Sequence[OperatingPoint]):
-    """Operating points of which none is both dearer and expected to be worse than another, from cheap to dear.
+    """Pareto-optimal operating points in expected accuracy and cost, from the cheapest to the most expensive.
 
-    Costs, shares and `accuracy` were realised on the calibration data; `expected_accuracy` is lower by the luck in
-    choosing thresholds, and it is what requests are judged by. On new data there remains the sampling error.
+    Costs, shares and `accuracy` are those of exits actually taken on the calibration data; `expected_accuracy` is
+    corrected for the optimism of choosing thresholds, and requests are judged by it. Sampling error remains.
     """
 
     points: tuple[OperatingPoint, ...]
     base_accuracy: float
-    """Of the original on the calibration data; 1.0 where its own answers stood for labels."""
+    """Of the original on the calibration data; 1.0 if its own predictions served as labels."""
     exits: tuple[str, ...]
     """Names of the exits, the original's head (`original`) last."""
     exit_accuracies: tuple[float, ...]
     """Of each exit alone, all samples leaving there."""
     exit_macs: tuple[float, ...]
-    """Fraction of the original's MACs for leaving at each exit, that exit's own branch counted and no other."""
+    """Cost of leaving at each exit as a fraction of the original's MACs, counting only that exit's own branch."""
     labelled: bool
     """False where accuracy means agreement with the original."""
     risks: tuple[RiskTable, ...] = ()
-    """What can be certified, a table a risk; filled by `calibrate`."""
+    """Risk tables for certificates, one per risk; filled by `calibrate`."""
+    task: str = CLASSIFICATION.name
+    """What the answers are, by its name in `TASKS`."""
 
     @classmethod
     def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
         """Search thresholds for the best realised trade-offs.
 
         Args:
-            records: answers to held-out data: neither what trained the branches nor what will be reported.
-            scores: which scores may be used; each operating point uses one of them.
+            records: of held-out data: neither what trained the branches nor what will be reported.
+            scores: the scores to search; each operating point uses one of them.
         """
         instance("records", records, ExitRecords)
         return cls.of(records, [point for score in names("scores", scores) for point in search(records, score)])
 
     @classmethod
     def trace(cls, records: ExitRecords, method: str = "search", *, policy: str | None = None) -> Frontier:
-        """All trade-offs of one way to choose thresholds, by its name in `CALIBRATORS`.
+        """The frontier of one calibrator, by its name in `CALIBRATORS`.
 
         Args:
             records: held-out answers, as for `search`.
             policy: old name of `method`.
         """
         instance("records", records, ExitRecords)
-        return cls.of(records, CALIBRATORS[renamed("policy=", policy, "method=", method)](records))
+        name = renamed("policy=", policy, "method=", method)
+        require(f"The calibrator {name!r}", CALIBRATORS.property(name, "tasks"), records.task)
+        return cls.of(records, CALIBRATORS[name](records))
 
     @classmethod
     def of(cls, records: ExitRecords, points: Iterable[OperatingPoint]) -> Frontier:
-        """The best of some operating points that were realised on these records; never exiting is one of them."""
+        """The best of some operating points of these records; never exiting is always one of them."""
         never = ThresholdPolicy((NEVER,) * len(records.exits))
         points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
         own = [*records.branch_macs, 0]
         return cls(
-            points=_pareto(points),
+            points=_best(points),
             base_accuracy=records.base_accuracy,
             exits=(*records.exits, "original"),
             exit_accuracies=tuple(records.accuracies),
             exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
             labelled=records.labels is not None,
+            task=records.task.name,
         )
 
     def at(
@@ -101,9 +109,9 @@ class Frontier(Sequence[OperatingPoint]):
             max_accuracy_drop: of the expected accuracy below the original's, in [0, 1]; 0.01 is one percentage
                 point. The realised drop on the calibration data is no larger.
             budget: mean MACs as a fraction of the original's, branches included.
-            risk: (eps, delta): with confidence 1 - delta, at most a share eps of new samples gets another answer than
-                the original's. All exits stay closed, with a warning that says how many samples it takes, where these
-                cannot certify any. `risk_control` knows more risks and sharper tests.
+            risk: (eps, delta): with confidence 1 - delta, at most a fraction eps of new samples gets a prediction other
+                than the original's. If the records cannot certify any exit, all stay closed, with a warning that says
+                how many samples are needed. `risk_control` has more risks and sharper tests.
             risk_of: `accuracy_gap`: at most eps of the accuracy is lost.
         Raises:
             OperatingPointError: none or several were given, or no point meets the request.
@@ -125,7 +133,7 @@ class Frontier(Sequence[OperatingPoint]):
         if not affordable:
             raise OperatingPointError(
                 f"No operating point within a budget of {budget:g}: the cheapest costs "
-                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Put an exit earlier or ask for more."
+                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Add an earlier exit or raise the budget."
             )
         return affordable[-1]
 
@@ -148,18 +156,27 @@ class Frontier(Sequence[OperatingPoint]):
     def __iter__(self) -> Iterator[OperatingPoint]:
         return iter(self.points)
 
+    @property
+    def measure(self) -> str:
+        """What `accuracy` is of this task where there were labels; see `Task.measure`."""
+        return TASKS.get(self.task, CLASSIFICATION).measure
+
+    @property
+    def _what(self) -> str:
+        return self.measure if self.labelled else "agreement"
+
     def __str__(self) -> str:
-        what = "accuracy" if self.labelled else "agreement"
-        lines = [f"{what:>9}  expected    MACs   share leaving at each exit"]
+        width = max(9, len(self._what))
+        lines = [f"{self._what:>{width}}  expected    MACs   share leaving at each exit"]
         for point in self.milestones():
             shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
-            numbers = f"{point.accuracy:9.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
+            numbers = f"{point.accuracy:{width}.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
             lines.append(f"{numbers}   {shares}  ({visible(point.score)})")
         return "\n".join(lines)
 
     def table(self) -> Table:
         """The operating points at some round accuracy drops."""
-        what = "accuracy" if self.labelled else "agreement"
+        what = self._what
         rows = [
             [
                 f"{p.accuracy:.2%}",
@@ -175,7 +192,7 @@ class Frontier(Sequence[OperatingPoint]):
         names = (what, "expected", "drop, points", "MACs", "score", "share leaving at each exit")
         return table(
             f"Frontier on {self.points[0].samples} held-out samples; original: {what} {self.base_accuracy:.2%}",
-            f"expected: less the luck in choosing thresholds; exits: {exits}",
+            f"expected: corrected for selection bias by cross-validation; exits: {exits}",
             dict.fromkeys(names, "right"),
             rows,
         )
@@ -191,20 +208,23 @@ class Frontier(Sequence[OperatingPoint]):
         """Accuracy against mean MACs: the frontier, the original, and each exit alone.
 
         Args:
-            path: write the picture there (by its suffix; a PNG where it has none), whole or not at all.
+            path: write the plot there (format by suffix, PNG without one), atomically.
         Raises:
             SurgeryError: matplotlib is not installed.
-            ConfigError: pictures of that kind cannot be written.
+            ConfigError: the image format is not supported.
             WriteError: the file cannot be written.
         """
         exits = list(zip(self.exits, self.exit_macs, self.exit_accuracies, strict=True))[:-1]
-        what = "accuracy" if self.labelled else "agreement with the original"
+        what = self.measure if self.labelled else "agreement with the original"
         return plot_frontier(self.points, exits, self.base_accuracy, what, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, and the tensors of fitted scores."""
+        # older versions read a frontier as before where there is nothing new to say
+        task = {} if self.task == CLASSIFICATION.name else {"task": self.task}
         return {
             "format_version": FORMAT_VERSION,
+            **task,
             "points": [point.to_dict() for point in self.points],
             "base_accuracy": self.base_accuracy,
             "exits": list(self.exits),
@@ -216,10 +236,10 @@ class Frontier(Sequence[OperatingPoint]):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Frontier:
-        """What `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
-            DataError: another format, or fields missing.
+            DataError: a different format version, or missing fields.
         """
         if data.get("format_version") != FORMAT_VERSION:
             raise DataError(
@@ -234,21 +254,16 @@ class Frontier(Sequence[OperatingPoint]):
                 exit_macs=tuple(data["exit_macs"]),
                 labelled=data["labelled"],
                 risks=tuple(RiskTable.from_dict(table) for table in data.get("risks", [])),
+                task=data.get("task", CLASSIFICATION.name),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"A damaged frontier: {error!r}.") from error
 
 
-def _pareto(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
+def _best(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
     """Points sorted by cost, each expected to be more accurate than all cheaper ones.
 
-    Where nothing was estimated, the accuracy on the calibration data is what is expected.
+    Points without an expected accuracy use the one on the calibration data.
     """
-    kept: list[OperatingPoint] = []
-    known = [
-        p if p.expected_accuracy == p.expected_accuracy else replace(p, expected_accuracy=p.accuracy) for p in points
-    ]
-    for point in sorted(known, key=lambda p: (p.macs_fraction, -p.expected_accuracy)):
-        if not kept or point.expected_accuracy > kept[-1].expected_accuracy:
-            kept.append(point)
-    return tuple(kept)
+    known = [p if not math.isnan(p.expected_accuracy) else replace(p, expected_accuracy=p.accuracy) for p in points]
+    return tuple(pareto(known, lambda p: p.macs_fraction, lambda p: p.expected_accuracy))

@@ -1,4 +1,4 @@
-"""Ways to choose when to leave, each tracing all its trade-offs over the same records."""
+"""Calibrators by name: each gives its operating points over the whole range on the same records."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ee_surgery.calibration.budget import geometric_budget
 from ee_surgery.calibration.cascade import accuracy_drop_rule
 from ee_surgery.calibration.classwise import class_thresholds
 from ee_surgery.calibration.eenet import SCORE_RATES, eenet_scheduler
+from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.search import search, stopping
 from ee_surgery.calibration.temperature import scale_temperatures
@@ -26,11 +27,12 @@ from ee_surgery.registry import Registry
 
 Calibrator: TypeAlias = Callable[..., list[OperatingPoint]]
 
-CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False)
-"""Name -> function from records to operating points, in no order. `Frontier.trace` keeps the best of them.
+CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False, tasks=None)
+"""Name -> function from records to operating points, in any order. `Frontier.trace` keeps the Pareto-optimal ones.
 
-Properties: `takes_score=True` for one that is called as `(records, score)` for each of the scores it may use, and so
-goes with `calibrate(scores=...)`; others bring a score of their own.
+Properties: `takes_score=True` for one that is called as `(records, score)` for each allowed score, and so works with
+`calibrate(scores=...)`; others have their own score. `tasks=("classification",)` for one that is for
+some tasks alone.
 """
 
 CALIBRATORS.register("search", takes_score=True)(search)
@@ -42,7 +44,7 @@ _DROPS = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.1
 def one_threshold(
     records: ExitRecords, score: str | FittedScore, fallback: Fallback = "last", rule: str = "shared"
 ) -> list[OperatingPoint]:
-    """The same threshold at every exit, at a hundred values of the score."""
+    """The same threshold at every exit, for 100 values of the score."""
     finite = records.scores(score)[torch.isfinite(records.scores(score))]
     values = torch.quantile(finite[:: max(1, len(finite) // 100_000)], torch.linspace(0, 1, 100)).unique().tolist()
     k = len(records.exits)
@@ -52,47 +54,48 @@ def one_threshold(
 
 @CALIBRATORS.register("shared")
 def shared(records: ExitRecords) -> list[OperatingPoint]:
-    """One threshold on the largest softmax probability (Shallow-Deep Networks, Zero Time Waste)."""
+    """One threshold on the largest probability (Shallow-Deep Networks, Zero Time Waste)."""
     return one_threshold(records, "max_prob")
 
 
 @CALIBRATORS.register("most_confident")
 def most_confident(records: ExitRecords) -> list[OperatingPoint]:
-    """The same, and who never leaves gets the most confident answer of all (Shallow-Deep Networks)."""
+    """The same, with the most confident prediction as the fallback (Shallow-Deep Networks)."""
     return one_threshold(records, "max_prob", "most_confident", "most_confident")
 
 
 @CALIBRATORS.register("scaled")
 def scaled(records: ExitRecords) -> list[OperatingPoint]:
-    """One threshold on the largest softmax probability after temperature scaling (arXiv:1706.04599)."""
+    """One threshold on the largest probability after temperature scaling (arXiv:1706.04599)."""
     return one_threshold(records, scale_temperatures(records), rule="scaled")
 
 
 @CALIBRATORS.register("learned")
 def learned(records: ExitRecords) -> list[OperatingPoint]:
-    """One threshold on the confidence units, 0.5 as published among them (EENets, PTEENet)."""
+    """One threshold on the confidence units, including the published 0.5 (EENets, PTEENet)."""
     half = ThresholdPolicy((0.5,) * len(records.exits), "learned")
     return [*one_threshold(records, "learned", rule="learned"), replay_point(records, half, "learned")]
 
 
 @CALIBRATORS.register("patience")
 def patience(records: ExitRecords) -> list[OperatingPoint]:
-    """Leave when m + 1 exits in a row have said the same (PABEE, arXiv:2006.04152)."""
+    """Leave when m + 1 consecutive exits agree (PABEE, arXiv:2006.04152)."""
     k = len(records.exits)
     return [replay_point(records, ThresholdPolicy((float(m),) * k, "patience"), "patience") for m in range(k + 1)]
 
 
 @CALIBRATORS.register("entropy")
 def entropy(records: ExitRecords) -> list[OperatingPoint]:
-    """Thresholds on the entropy: every combination of 17 values an exit up to three exits, as BranchyNet searched its
-    grid (arXiv:1709.01686); one value for all exits beyond, where the grid has no end.
+    """Thresholds on the entropy: for up to three exits, every combination of 17 values per exit, BranchyNet's grid
+    search (arXiv:1709.01686); for more, where the grid is too large, one value for all exits.
     """
     scores, k = records.scores("entropy"), len(records.exits)
     if k > 3:
         return one_threshold(records, "entropy", rule="entropy")
     axes = [torch.quantile(row[torch.isfinite(row)], torch.linspace(0, 1, 16)).tolist() for row in scores]
     grid = itertools.product(*([*values, float("inf")] for values in axes))
-    return _upper([replay_point(records, ThresholdPolicy(taus, "entropy"), "entropy") for taus in grid])
+    points = (replay_point(records, ThresholdPolicy(taus, "entropy"), "entropy") for taus in grid)
+    return pareto(points, lambda p: p.macs_fraction, lambda p: p.accuracy)
 
 
 @CALIBRATORS.register("cascade")
@@ -101,9 +104,9 @@ def cascade(records: ExitRecords) -> list[OperatingPoint]:
     return [accuracy_drop_rule(records, drop) for drop in _DROPS]
 
 
-@CALIBRATORS.register("classwise")
+@CALIBRATORS.register("classwise", tasks=("classification",))
 def classwise(records: ExitRecords) -> list[OperatingPoint]:
-    """The same rule for each exit and predicted class."""
+    """The same rule per exit and predicted class."""
     return [class_thresholds(records, drop) for drop in _DROPS]
 
 
@@ -113,38 +116,29 @@ def geometric(records: ExitRecords) -> list[OperatingPoint]:
     return list(_within(records, 40, geometric_budget))
 
 
-@CALIBRATORS.register("eenet")
+@CALIBRATORS.register("eenet", tasks=("classification",))
 def eenet(records: ExitRecords) -> list[OperatingPoint]:
-    """The learned scheduler of EENet (arXiv:2301.07099), for budgets; at the rate that does best for a middle one."""
+    """The learned scheduler of EENet (arXiv:2301.07099), for budgets, at the rate that is best for a medium one."""
     middle = (_cheapest(records) + 1) / 2
     try:
         tried = {rate: eenet_scheduler(records, middle, rates=[rate]) for rate in SCORE_RATES}
-    except OperatingPointError:  # leaving first costs as much as never leaving
+    except OperatingPointError:  # leaving at the first exit costs as much as never leaving
         return []
     rate = max(tried, key=lambda rate: tried[rate].accuracy)
     return [tried[rate], *_within(records, 5, functools.partial(eenet_scheduler, rates=[rate]))]
 
 
 def _cheapest(records: ExitRecords) -> float:
-    """The cost of all leaving first, as a fraction of the original's."""
+    """The cost if all samples leave at the first exit, as a fraction of the original's."""
     return exit_costs(records.trunk_macs, records.branch_macs, [True] * len(records.exits))[0] / records.base_macs
 
 
 def _within(
     records: ExitRecords, count: int, choose: Callable[[ExitRecords, float], OperatingPoint]
 ) -> Iterable[OperatingPoint]:
-    """Points for budgets from the cheapest reachable one up, below the original's cost."""
+    """Points for budgets from the cheapest reachable one up to the original's cost."""
     for budget in np.linspace(_cheapest(records) * 1.001, 1, count, endpoint=False):
         try:
             yield choose(records, float(budget))
         except OperatingPointError:  # noqa: PERF203 (ties leave together: the cheapest may cost a little more)
             continue
-
-
-def _upper(points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """Points of which none is both dearer and less accurate than another on these records."""
-    kept: list[OperatingPoint] = []
-    for point in sorted(points, key=lambda p: (p.macs_fraction, -p.accuracy)):
-        if not kept or point.accuracy > kept[-1].accuracy:
-            kept.append(point)
-    return kept

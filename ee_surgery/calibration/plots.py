@@ -28,7 +28,7 @@ def plot_frontier(
 
     Args:
         exits: name, MACs fraction and accuracy of each exit alone.
-        what: what is measured, for the axis.
+        what: label of the accuracy axis.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,13 +47,13 @@ def plot_frontier(
     )
     axes.plot(1, base_accuracy * 100, "k*", markersize=12, label="original", zorder=4)
     axes.axhline(base_accuracy * 100, color="k", linewidth=0.6, linestyle=":")
-    axes.plot([m for _, m, _ in exits], [a * 100 for *_, a in exits], "o", color="tab:orange", label="one exit for all")
+    axes.plot([m for _, m, _ in exits], [a * 100 for *_, a in exits], "o", color="tab:orange", label="each exit alone")
     for name, macs, accuracy in exits:
         label = axes.annotate(
             visible(name, 60), (macs, accuracy * 100), textcoords="offset points", xytext=(5, -10), fontsize=7
         )
-        label.set(parse_math=False, usetex=False)  # a name is no formula
-    axes.set_xlabel("mean MACs of a sample / MACs of the original (branches included)")
+        label.set(parse_math=False, usetex=False)  # names are not formulas
+    axes.set_xlabel("mean MACs per sample / MACs of the original (branches included)")
     axes.set_ylabel(f"{what} (%)")
     axes.set_title(f"calibrated on {points[0].samples} held-out samples", fontsize=9)
     axes.set_xlim(left=0)
@@ -63,8 +63,8 @@ def plot_frontier(
     if path is not None:
         kind = Path(path).suffix.lower().removeprefix(".") or "png"
         if kind not in (known := figure.canvas.get_supported_filetypes()):
-            raise ConfigError(f"{path} names no kind of picture that can be written: end it in one of {sorted(known)}.")
-        picture = io.BytesIO()  # matplotlib itself fails in its own ways where a disk is full
+            raise ConfigError(f"The suffix of {path} is not a supported image format. Use one of {sorted(known)}.")
+        picture = io.BytesIO()  # matplotlib's own errors on a full disk are unclear
         figure.savefig(picture, dpi=150, format=kind)
         with atomic_write(path) as partial:
             partial.write_bytes(picture.getbuffer())

@@ -1,8 +1,8 @@
-"""Risk control: thresholds that come with a promise about new data, not only with what was observed.
+"""Risk control: thresholds with a guarantee about new data, not only an observed loss.
 
-A path of policies runs from safe (nothing leaves) to risky. Each is tested on the records, in that order, for whether
-its risk may exceed `eps`; the first that cannot be cleared ends the path. Testing in a fixed order needs no correction
-for the number of tests, so any policy before the end may be used, and the cheapest is.
+A path of policies runs from safe (no sample leaves) to risky. Each is tested on the records, in that order, for whether
+its risk may exceed `eps`; the first that is not cleared ends the path. Testing in a fixed order needs no correction
+for the number of tests, so any policy before the end may be used; the cheapest is.
 
 Sources: risk control for early exit (Jazbec et al., arXiv:2405.20915); Learn then Test (Angelopoulos et al.,
 arXiv:2110.01052); conformal risk control (arXiv:2208.02814). The papers share one threshold between exits and take the
@@ -31,6 +31,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES
 from ee_surgery.registry import Registry
+from ee_surgery.task import Task, TaskNames, fits
 
 FORMAT_VERSION = 1
 SPLIT = 0.3
@@ -41,40 +42,44 @@ _Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Risk:
-    """What is lost by leaving early. Its mean over samples is the risk; the original's own answer costs 0."""
+    """A loss of leaving early, whose mean over samples is the risk; the original's own prediction has loss 0."""
 
     loss: Callable[[ExitRecords], _Floats]
-    """Loss of each exit's answer to each sample, shape (K, N); the last row, the original's, is 0."""
+    """Loss of each exit's prediction for each sample, shape (K, N); the last row, the original's, is 0."""
     scale: Scale
     labelled: bool
     """Whether it needs labels."""
+    whole_outcomes: bool = False
+    """Whether its losses are on that scale only where every outcome is 0 or 1."""
+    tasks: TaskNames = ("classification",)
+    """The tasks that it is for; None: all, as it asks `records.task` and `records.outcomes`."""
 
 
 RISKS: Registry[Risk] = Registry("risk")
 
 
 def _disagreement(records: ExitRecords) -> _Floats:
-    answers = records.logits.argmax(-1)
-    return (answers != answers[-1]).double().numpy()
+    logits = records.recorded_logits()
+    return torch.stack([~records.task.agrees(row, logits[-1]) for row in logits]).double().numpy()
 
 
 def _accuracy_gap(records: ExitRecords) -> _Floats:
-    right = records.correct.double()
-    return (right[-1] - right).numpy()
+    return (records.outcomes[-1] - records.outcomes).numpy()
 
 
 def _brier_gap(records: ExitRecords) -> _Floats:
     rows = []
-    for logits in records.logits:
-        p = torch.softmax(logits.double(), -1)
+    for logits in records.recorded_logits():
+        p = records.task.probabilities(logits.double())
         p[torch.arange(len(records)), records.target] -= 1
-        rows.append(p.square().sum(-1).nan_to_num(nan=2.0))  # logits that are not finite are the worst answer
+        rows.append(p.square().sum(-1).nan_to_num(nan=2.0))  # non-finite logits get the largest loss
     brier = torch.stack(rows)
     return (brier - brier[-1]).numpy()
 
 
-RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False))
-RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True))
+RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None))
+RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True, tasks=None))
+RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True, tasks=None))
 RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))
 
 
@@ -92,21 +97,22 @@ def risk_control(
     """The cheapest policy that is certified to lose at most `eps`.
 
     Args:
-        records: answers to held-out data like what will come: neither what trained the branches nor fitted the score.
+        records: of held-out data like future data: used neither to train the branches nor to fit the score.
         eps: the risk accepted on new data, in (0, 1), in units of the loss; 0.01 is one percentage point.
-        delta: chance in (0, 1) that the promise is wrong, over the draw of the records.
+        delta: probability in (0, 1) that the guarantee is wrong, over the draw of the records.
         risk: `disagreement` with the original's answer (needs no labels), `accuracy_gap` (wrong where the original is
-            right, less right where it is wrong) or `brier_gap`; any name in `RISKS`.
+            right, less right where it is wrong), `brier_gap`, or `outcome_gap`, which is `accuracy_gap` for tasks whose
+            outcomes lie between 0 and 1; any name in `RISKS`.
         method: None takes an exact test for whole losses (`ltt-binomial`, or `ltt-paired` for -1, 0 and 1), else
             `wsr`, which bets. `ltt-trinomial` joins two binomial bounds, `ltt-hb` needs only the mean. `crc` promises
             only the expected risk; each sample's largest loss so far on the path stands for its loss.
         per_exit: a threshold for each exit, searched on a random 30 % of the records and certified on the rest.
         score: a registered name with values in [0, 1], or one that counts exits (`patience`).
-        seed: of that split, and of the order in which `wsr` bets.
+        seed: of that split, and of the order of bets in `wsr`.
     Returns:
-        The point, as realised on the certifying samples, and its certificate.
+        The point, evaluated on the certifying samples, with its certificate.
     Warns:
-        SurgeryWarning: nothing could be certified: all exits stay closed. Says how many samples are needed at least.
+        SurgeryWarning: nothing could be certified, so all exits stay closed. Says how many samples are needed at least.
     Raises:
         ConfigError: a number outside its range, an unknown method or one that does not fit the losses.
         DataError: the risk needs labels, and there are none.
@@ -114,7 +120,7 @@ def risk_control(
     instance("records", records, ExitRecords)
     eps, delta = _levels(eps, delta)
     per_exit, seed = flag("per_exit", per_exit), count("seed", seed, low=0)
-    kind, method, _ = _risk(risk, records), _method(method, risk), SCORES[score]  # the last: a name that is known
+    kind, method, _ = _risk(risk, records), _method(method, risk), SCORES[score]  # raises for an unknown score
     if per_exit:
         part, records = _halves(records, seed)
         path = _Path(records, _searched_path(part, kind, score, eps), score)
@@ -124,7 +130,7 @@ def risk_control(
     of_exits, ok, peak = kind.loss(records), [], np.zeros((1, path.n))
     for losses in path.losses(of_exits):
         if method == "crc":
-            # a peak covers every safer policy too, so crc's promise holds for whichever of them is the cheapest
+            # the running maximum covers every safer policy too, so crc holds for the cheapest of them
             losses = np.maximum.accumulate(np.maximum(losses, peak), 0)
             peak = losses[-1:]
         ok.extend(cleared(method, losses[:, order], kind.scale, eps, delta))
@@ -140,12 +146,12 @@ def risk_control(
 
 
 def check_certificate(certificate: Certificate, records: ExitRecords) -> Check:
-    """Try the promised policy on records: those that certified it, or new ones of the same exits.
+    """Test a certified policy on records: those that certified it, or new ones of the same exits.
 
     Args:
-        records: for a `per_exit` certificate, all that `risk_control` was given or only those that certified.
+        records: for a `per_exit` certificate, all those given to `risk_control` or only the certifying part.
     Raises:
-        DataError: other exits, or labels are missing that the risk needs.
+        DataError: a different number of exits, or no labels where the risk needs them.
     """
     instance("certificate", certificate, Certificate, hint="It is on the point: `point.certificate`.")
     instance("records", records, ExitRecords)
@@ -162,8 +168,9 @@ def check_certificate(certificate: Certificate, records: ExitRecords) -> Check:
     exit_index = records.replay(policy).exit_index.numpy()[None]
     losses = _taken(risk.loss(records), exit_index)[:, _order(len(records), certificate.seed)]
     holds = bool(cleared(certificate.method, losses, risk.scale, eps, delta)[0])
-    method = risk.scale.methods()[0] if certificate.method == "crc" else certificate.method  # crc knows no level
-    ends = risk.scale.low + risk.scale.high  # mirrored losses, and their limit, test for the opposite
+    # crc has no confidence level
+    method = risk.scale.methods()[0] if certificate.method == "crc" else certificate.method
+    ends = risk.scale.low + risk.scale.high  # mirrored losses and limit test the opposite claim
     return Check(
         observed=float(losses.mean()),
         n=len(records),
@@ -177,10 +184,10 @@ def check_certificate(certificate: Certificate, records: ExitRecords) -> Check:
 
 @dataclass(frozen=True)
 class RiskTable:
-    """The shared path as tested on records: enough to certify any request later, without the records.
+    """Loss counts of the shared path on records: enough to certify any request later, without the records.
 
-    Each request stands alone: see `Certificate` on a series of them. `worse` and `better` count, for each point, the
-    samples with a loss of 1 and of -1; `data` is the records' fingerprint.
+    Each request holds on its own: see `Certificate` for several. `worse` and `better` count, per point, the samples
+    with a loss of 1 and of -1; `data` is the records' fingerprint.
     """
 
     risk: str
@@ -192,7 +199,7 @@ class RiskTable:
     data: str
 
     def at(self, eps: float, delta: float = 0.05) -> OperatingPoint:
-        """The cheapest point certified to lose at most `eps`, within a millisecond.
+        """The cheapest point certified to lose at most `eps`; takes less than a millisecond.
 
         By `ltt-binomial` for losses of 0 and 1, as `risk_control`; by `ltt-trinomial` for -1, 0 and 1, where
         `risk_control` takes longer and may certify a cheaper point. Warns and raises as `risk_control`.
@@ -213,10 +220,10 @@ class RiskTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RiskTable:
-        """What `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
-            DataError: another format, or fields are missing or unknown.
+            DataError: a different format version, or missing or unknown fields.
         """
         if (version := data.get("format_version")) != FORMAT_VERSION:
             raise DataError(f"A risk table of format {version!r}; this version reads {FORMAT_VERSION}.")
@@ -227,11 +234,18 @@ class RiskTable:
             raise DataError(f"A damaged risk table: {error!r}.") from error
 
 
+def risk_tables(records: ExitRecords) -> tuple[RiskTable, ...]:
+    """What can be certified of these records later, without them: a table for each risk that counts tell."""
+    named = ("disagreement", "accuracy_gap")
+    known = [n for n in named if _suits(RISKS[n], records.task) and not (RISKS[n].labelled and records.labels is None)]
+    return tuple(risk_table(records, name) for name in known) if records.logits is not None else ()
+
+
 def risk_table(records: ExitRecords, risk: str = "disagreement", score: str = "max_prob") -> RiskTable:
-    """Count the losses of every policy on the shared path; settings are those of `risk_control`.
+    """Count the losses of every policy on the shared path, with the settings of `risk_control`.
 
     Raises:
-        ConfigError: the losses of this risk are not whole numbers, so counts do not tell their mean.
+        ConfigError: the losses of this risk are not integers, so counts do not determine their mean.
     """
     instance("records", records, ExitRecords)
     kind, _ = _risk(risk, records), (SCORES[score], _counted(risk))
@@ -248,10 +262,10 @@ def risk_table(records: ExitRecords, risk: str = "disagreement", score: str = "m
 
 
 class _Path:
-    """What P policies on a path do with records, without replaying each."""
+    """Exits and costs of P policies on a path, without replaying each."""
 
     def __init__(self, records: ExitRecords, thresholds: _Floats, score: str) -> None:
-        # Scores are float32: thresholds are what they are when compared.
+        # Scores are float32: round thresholds as the comparison does.
         self.thresholds = thresholds.astype(np.float32).astype(np.float64)
         self.score, self.n = score, len(records)
         scores = records.scores(score).double().numpy()
@@ -271,21 +285,21 @@ class _Path:
         return ThresholdPolicy(tuple(self.thresholds[row].tolist()), self.score)
 
     def losses(self, of_exits: _Floats) -> Iterator[_Floats]:
-        """Losses of policies in blocks of rows (rows, N), from the first that is not closed; bounded memory."""
+        """Losses of the policies in blocks (rows, N), from the first that is not closed; bounded memory."""
         step = max(8, 1_000_000 // self.n)
         for start in range(1, len(self), step):
             yield _taken(of_exits, self.exit_index[start : start + step])
 
 
 def _taken(of_exits: _Floats, exit_index: NDArray[Any]) -> _Floats:
-    """Losses, (P, N), at the exits that policies take, (P, N), of those at all exits, (K, N)."""
+    """Losses at the exits taken by P policies, (P, N), from the losses at all exits, (K, N)."""
     return of_exits[exit_index, np.arange(of_exits.shape[1])]
 
 
 def _shared_path(records: ExitRecords, score: str) -> _Floats:
-    """The same threshold at all exits, chosen by no data: shape (P, K - 1).
+    """The same threshold at all exits, independent of the data: shape (P, K - 1).
 
-    Scores crowd below 1, so thresholds are dense there: 1 - 10^-x, x from 7 to 0 in 200 steps.
+    Scores concentrate near 1, so thresholds are dense there: 1 - 10^-x, x from 7 to 0 in 200 steps.
     """
     taus = 1 - 10.0 ** -np.linspace(7, 0, 201)
     if SCORES.property(score, "counts_exits"):
@@ -294,11 +308,11 @@ def _shared_path(records: ExitRecords, score: str) -> _Floats:
 
 
 def _searched_path(part: ExitRecords, risk: Risk, score: str, eps: float) -> _Floats:
-    """Thresholds searched on samples that will not certify: shape (P, K - 1).
+    """Thresholds searched on samples that are not used to certify: shape (P, K - 1).
 
-    A search on few samples leaps from no exits to the cheapest that did no harm on them. So the path comes down to
-    the point expected to be just within `eps` in small steps, all thresholds moving from 1 to theirs together; then
-    on over the cheaper points.
+    A search on few samples jumps from no exits to the cheapest harmless ones. So the path first approaches the point
+    expected to be just within `eps` in small steps, lowering all thresholds together from 1; then it continues over
+    the cheaper points.
     """
     points = search(part if risk.labelled else replace(part, labels=None), score, fallbacks=["last"])
     closed, found = np.full((1, len(part.exits)), NEVER), np.array([point.thresholds for point in points])
@@ -307,32 +321,32 @@ def _searched_path(part: ExitRecords, risk: Risk, score: str, eps: float) -> _Fl
         return closed
     path = _Path(part, np.concatenate([closed, found]), score)
     realised = np.concatenate([losses.mean(1) for losses in path.losses(risk.loss(part))])
-    luck = np.array([point.accuracy - point.expected_accuracy for point in points])
-    aim = next((row for row in opened if realised[row] + luck[row] <= eps), opened[-1])
+    optimism = np.array([point.accuracy - point.expected_accuracy for point in points])
+    aim = next((row for row in opened if realised[row] + optimism[row] <= eps), opened[-1])
     room = 10.0 ** -np.linspace(4, 0, 81)[:-1, None]
     slope = np.where(found[aim] < 1, 1 - (1 - found[aim]) * room, found[aim])
     return np.concatenate([closed, slope, found[: aim + 1][::-1]])
 
 
 def _halves(records: ExitRecords, seed: int) -> tuple[ExitRecords, ExitRecords]:
-    """The samples that choose the path, and those that certify."""
+    """Samples to choose the path on, and samples to certify on."""
     rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
     chosen = round(SPLIT * len(records))
     if chosen < 2:
-        raise DataError(f"Thresholds for each exit need samples to search on: got {len(records)} records in all.")
+        raise DataError(f"per_exit=True needs samples to search on as well: got only {len(records)} records.")
     return records.take(rows[:chosen]), records.take(rows[chosen:])
 
 
 def _order(n: int, seed: int) -> NDArray[np.int64]:
-    """The order in which `wsr` bets: one that the data had no say in."""
+    """The order of bets in `wsr`: independent of the data."""
     return np.random.default_rng(seed).permutation(n)
 
 
-# --- What was asked, and what is stated
+# --- Requests and certificates
 
 
 def _cheapest(fractions: _Floats, ok: Sequence[bool] | NDArray[np.bool_]) -> int:
-    """The cheapest policy before the first that is not cleared; that which closes all exits needs no test."""
+    """The cheapest policy before the first that is not cleared; the one with all exits closed needs no test."""
     end = 1 + int(np.logical_and.accumulate(ok).sum())
     return int(fractions[:end].argmin())
 
@@ -349,17 +363,17 @@ def _certified(
     per_exit: bool = False,
     seed: int = 0,
 ) -> OperatingPoint:
-    """State what was found for the chosen point and its losses (1, N), and warn where nothing was."""
+    """Attach a certificate to the chosen point, from its losses (1, N); warns if nothing was certified."""
     scale, n, bound = RISKS[risk].scale, losses.shape[1], None
     if certified:
-        # the bound is found to a step, or by another test; the test at eps itself was passed
+        # the bound has a finite step, or is from another test; the test at eps itself was passed
         bound = 0.0 if point.policy.closed else min(eps, upper_bound(method, losses, scale, delta))
     else:
         needed = samples_needed(eps, delta, method, scale)
         why = (
-            f"{n} samples are too few: at least {needed} are needed, more where some are lost"
+            f"{n} samples are too few: at least {needed} are needed, more if there are losses"
             if n < needed
-            else f"on these {n} samples even the safest policy may lose more (one without loss needs {needed})"
+            else f"on these {n} samples even the safest policy may lose more (without any loss, {needed} would do)"
         )
         warnings.warn(
             f"No early exit is certified for {risk} <= {eps:g} with delta={delta:g} ({method}): {why}. "
@@ -378,10 +392,17 @@ def _levels(eps: float, delta: float) -> tuple[float, float]:
     return number("eps", eps, **limits), number("delta", delta, **limits)
 
 
+def _suits(risk: Risk, task: Task) -> bool:
+    return fits(risk.tasks, task) and (task.whole or not risk.whole_outcomes)
+
+
 def _risk(name: str, records: ExitRecords) -> Risk:
     risk = RISKS[name]
+    if not _suits(risk, records.task):
+        others = ", ".join(repr(other) for other, r in RISKS.items() if _suits(r, records.task))
+        raise ConfigError(f"The risk {name!r} is not defined for the task {records.task.name!r}. These are: {others}.")
     if risk.labelled and records.labels is None:
-        free = ", ".join(repr(other) for other, r in RISKS.items() if not r.labelled)
+        free = ", ".join(repr(other) for other, r in RISKS.items() if not r.labelled and _suits(r, records.task))
         raise DataError(f"The risk {name!r} needs labels, and these records have none. Without labels: {free}.")
     return risk
 
@@ -389,12 +410,14 @@ def _risk(name: str, records: ExitRecords) -> Risk:
 def _method(name: str | None, risk: str) -> str:
     fitting = RISKS[risk].scale.methods()
     if name is not None and name not in fitting:
-        raise ConfigError(f"No method {name!r} for the losses of {risk!r}. These fit: {', '.join(map(repr, fitting))}.")
+        raise ConfigError(
+            f"Method {name!r} does not fit the losses of {risk!r}. Valid: {', '.join(map(repr, fitting))}."
+        )
     return name or fitting[0]
 
 
 def _counted(risk: str) -> str:
     method = RISKS[risk].scale.counted()
     if method is None:
-        raise ConfigError(f"A table counts losses, and those of {risk!r} are no whole numbers. Use risk_control.")
+        raise ConfigError(f"A risk table counts losses, and those of {risk!r} are not integers. Use risk_control.")
     return method

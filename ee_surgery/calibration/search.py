@@ -1,4 +1,4 @@
-"""Search thresholds for the most accuracy at every price of a MAC, no finer than the records bear."""
+"""Search thresholds for the highest accuracy at every price per MAC, with a method as simple as the records require."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from ee_surgery.calibration.correctness import ChanceOfBeingRight
+from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.threshold_search import Floats, Ranks, ThresholdSearch
 from ee_surgery.checks import accuracy_drop, choice, count, instance, names
@@ -19,16 +20,17 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import Fallback
 
 How = Literal["shared", "induction", "ascent"]
-HOWS: tuple[How, ...] = ("shared", "induction", "ascent")
-FALLBACKS: tuple[Fallback, ...] = ("last", "most_confident")
+HOWS: tuple[How, ...] = get_args(How)
+"""From the fewest thresholds fitted to the most."""
+FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to get thresholds from records."""
+    """A method to choose thresholds on records."""
 
     score: str
-    """A registered name, or `chance`: the chance of being right, to be fitted."""
+    """A registered name, or `chance`: the fitted probability of being correct."""
     how: How
     """How its thresholds are chosen."""
     fallback: Fallback
@@ -39,33 +41,35 @@ class Candidate:
 
 
 def fit(records: ExitRecords, score: str) -> ThresholdSearch:
-    """A search over the records, estimated chances of being right standing for outcomes."""
+    """A search over the records, with outcomes replaced by estimated probabilities of being correct if logits exist."""
+    if records.logits is None:
+        return ThresholdSearch(records, score)
     chance = ChanceOfBeingRight.fit(records)
     return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a candidate gives on samples that did not choose its thresholds, price by price, (folds, prices)."""
+    """Cross-validated cost and accuracy of a candidate, arrays of shape (folds, prices)."""
 
     cost: Floats
     seen: Floats
-    """Accuracy on the samples that chose."""
+    """Accuracy on the samples that the thresholds were chosen on."""
     new: Floats
-    """Accuracy on the others."""
+    """Accuracy on the held-out fold."""
 
     def areas(self, low: float) -> Floats:
-        """Mean new accuracy over costs from `low` to 1, a number a fold."""
+        """Mean held-out accuracy over costs from `low` to 1, one number per fold."""
         grid = np.linspace(low, 1, 100)
-        return np.array([_read_off(grid, cost, new).mean() for cost, new in zip(self.cost, self.new, strict=True)])
+        return np.array([_interpolate(grid, cost, new).mean() for cost, new in zip(self.cost, self.new, strict=True)])
 
-    def luck(self, cost: float) -> float:
-        """How much of the accuracy at this cost will not be there on new data."""
-        lucky = np.maximum(self.seen.mean(0) - self.new.mean(0), 0)
-        return float(_read_off(np.array(cost), self.cost.mean(0), lucky))
+    def optimism(self, cost: float) -> float:
+        """Calibration accuracy minus cross-validated accuracy at this cost, at least 0."""
+        excess = np.maximum(self.seen.mean(0) - self.new.mean(0), 0)
+        return float(_interpolate(np.array(cost), self.cost.mean(0), excess))
 
 
-def _read_off(grid: Floats, cost: Floats, value: Floats) -> Floats:
+def _interpolate(grid: Floats, cost: Floats, value: Floats) -> Floats:
     order = np.argsort(cost, kind="stable")
     return np.interp(grid, cost[order], value[order])
 
@@ -73,19 +77,19 @@ def _read_off(grid: Floats, cost: Floats, value: Floats) -> Floats:
 def cross_validate(
     records: ExitRecords, candidates: Sequence[Candidate], prices: Floats, folds: int = 5
 ) -> list[Curve]:
-    """Thresholds from all folds but one, tried on that one: a curve for each candidate."""
+    """Choose thresholds on all folds but one and evaluate them on that one: one curve per candidate."""
     rows = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
-    found = np.zeros((len(candidates), 3, folds, len(prices)))
+    curves = np.zeros((len(candidates), 3, folds, len(prices)))  # 3: cost, seen, new
     for fold, held in enumerate(rows.tensor_split(folds)):
         fitted = functools.cache(functools.partial(fit, records.take(rows[~torch.isin(rows, held)])))
         fresh = functools.cache(functools.partial(ThresholdSearch, records.take(held)))
-        for candidate, curve in zip(candidates, found, strict=True):
+        for candidate, curve in zip(candidates, curves, strict=True):
             chosen = fitted(candidate.score).falling_back(candidate.fallback)
             other = fresh(chosen.score).falling_back(candidate.fallback)
             for i, ranks in enumerate(candidate.ranks(chosen, prices)):
                 cost, accuracy = other.evaluate(other.ranks(chosen.thresholds(ranks)))
                 curve[:, fold, i] = cost, chosen.evaluate(ranks, chosen.correct)[1], accuracy
-    return [Curve(*curve) for curve in found]
+    return [Curve(*curve) for curve in curves]
 
 
 def search(
@@ -95,17 +99,17 @@ def search(
     fallbacks: Sequence[Fallback] = FALLBACKS,
     prices: int = 64,
 ) -> list[OperatingPoint]:
-    """Operating points of one score over the whole range from never exiting to always leaving first.
+    """Operating points of one score over the whole range, from never exiting to always leaving at the first exit.
 
-    Thresholds for each of many prices of a MAC are chosen in three ways, one threshold for all exits, optimal
-    stopping, and coordinate ascent on all thresholds; what never leaves gets the original's answer, or the most
-    confident one on its way. Five-fold cross-validation picks what does best on samples which did not choose, the
-    simplest within a standard error of it: few records bear few parameters. The best of many thresholds is partly luck
-    all the same: how much, the same folds tell, and it is taken off in each point's `expected_accuracy`.
+    For each of many prices per MAC, thresholds are chosen in three ways: one threshold for all exits, optimal
+    stopping, and coordinate ascent on all thresholds. Samples that never exit early get the original's prediction or
+    the most confident one seen. Five-fold cross-validation picks the simplest method within one standard error of the
+    best, since few records support few parameters. Choosing the best of many thresholds is still optimistic: the same
+    folds estimate by how much, and each point's `expected_accuracy` is corrected for it.
 
     Args:
-        fallbacks: whose answer may be given where nothing left.
-        prices: how many; time grows linearly.
+        fallbacks: to try for samples that never exit early.
+        prices: number of prices; time grows linearly.
     """
     instance("records", records, ExitRecords)
     given: list[Fallback] = [choice("fallbacks", each, FALLBACKS) for each in names("fallbacks", fallbacks)]
@@ -113,9 +117,9 @@ def search(
 
 
 def stopping(records: ExitRecords) -> list[OperatingPoint]:
-    """Like `search`, with one more score to choose: the chance of being right, given the exits before as well.
+    """Like `search`, with one more score to choose from: the probability of being correct, given earlier exits too.
 
-    It looks back, so exits that are closed still run; and it costs a dozen small operations an exit.
+    That score uses earlier exits, so closed exits still run; and it takes a dozen small operations per exit.
     """
     return best_of(records, ["max_prob", "chance"], "stopping")
 
@@ -130,9 +134,9 @@ def best_of(
     fallbacks: Sequence[Fallback] = FALLBACKS,
     prices: int = 64,
 ) -> list[OperatingPoint]:
-    """Operating points of the candidate that cross-validation picks; of the simplest, from too few samples for it.
+    """Operating points of the candidate that cross-validation picks, or of the simplest one with too few samples.
 
-    The ascent takes longest, and is tried with the score and the fallback that the other two ways do best with.
+    Ascent takes longest, so it is tried only with the best score and fallback of the other two methods.
     """
     candidates = [Candidate(*each) for each in itertools.product(scores, HOWS[:2], fallbacks)]
     curve, best = None, candidates[0]
@@ -149,13 +153,13 @@ def best_of(
     points = []
     for ranks in _front(found):
         point = replay_point(records, state.policy(ranks), rule)
-        lucky = curve.luck(point.macs_fraction) if curve is not None and any(ranks) else 0.0
-        points.append(replace(point, expected_accuracy=point.accuracy - lucky))
+        optimism = curve.optimism(point.macs_fraction) if curve is not None and any(ranks) else 0.0
+        points.append(replace(point, expected_accuracy=point.accuracy - optimism))
     return points
 
 
 def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple[Curve, Candidate]:
-    """The best of the candidates that fit the fewest thresholds, of all within a standard error of the very best.
+    """Of the candidates within one standard error of the best, the best one with the fewest fitted parameters.
 
     Source: the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
     """
@@ -168,9 +172,9 @@ def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple
 
 
 def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") -> OperatingPoint:
-    """The cheapest thresholds found whose realised drop on these very records is at most `drop`.
+    """The cheapest thresholds whose drop on these records is at most `drop`.
 
-    New data will be less kind, the more so the fewer records: `Frontier.at` asks the expected accuracy instead.
+    The drop on new data will be larger, the more so with few records: `Frontier.at` uses the expected accuracy instead.
 
     Args:
         drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
@@ -185,7 +189,7 @@ def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") ->
 
 
 def _fill(found: dict[Ranks, tuple[float, float]], state: ThresholdSearch) -> None:
-    """Add what lies between neighbours on the front, where no single price is best."""
+    """Add points between neighbours on the front, which are not optimal at any single price."""
     for cheap, dear in itertools.pairwise(_front(found)):
         steps = min(20, int((found[dear][0] - found[cheap][0]) / 0.002))
         for t in np.linspace(0, 1, steps + 2)[1:-1]:
@@ -199,9 +203,5 @@ def _prices(count: int) -> Floats:
 
 
 def _front(found: Mapping[Ranks, tuple[float, float]]) -> list[Ranks]:
-    """From cheap to dear, each more accurate than all cheaper ones; and never leaving, which needs no luck."""
-    kept: list[Ranks] = []
-    for ranks in sorted(found, key=lambda ranks: (found[ranks][0], -found[ranks][1])):
-        if not kept or found[ranks][1] > found[kept[-1]][1] or not any(ranks):
-            kept.append(ranks)
-    return kept
+    """Pareto front from cheap to expensive, and never exiting, whose accuracy is not optimistic."""
+    return pareto(found, lambda ranks: found[ranks][0], lambda ranks: found[ranks][1], lambda ranks: not any(ranks))

@@ -1,4 +1,4 @@
-"""Thresholds with the most accuracy at a price of a MAC, found in three ways."""
+"""Thresholds that maximize accuracy at a price per MAC, in three ways."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ee_surgery.calibration.budget import between, quota_thresholds
 from ee_surgery.calibration.correctness import logistic
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.policies.policy import NEVER, Fallback, ThresholdPolicy
@@ -21,13 +23,13 @@ Ranks: TypeAlias = tuple[int, ...]
 class ThresholdSearch:
     """Coordinate ascent on `accuracy - price * cost` over one score's thresholds.
 
-    A threshold is held as a rank: how many samples, from the highest score down, reach it; 0 closes the exit.
-    Given all other thresholds, the best rank at one exit is found exactly, by one cumulative sum over the samples
-    in the order of their scores.
+    A threshold is represented by a rank: the number of samples, from the highest score down, that reach it; 0 closes
+    the exit. Given all other thresholds, the best rank at one exit is found exactly, by one cumulative sum over the
+    samples in the order of their scores.
 
     Args:
-        outcomes: what an answer of each exit is worth for each sample, (K, N), in place of whether it is right: its
-            estimated probability of being right has the same mean and less noise.
+        outcomes: the value of each exit's prediction for each sample, (K, N), instead of 0 or 1 for correctness: an
+            estimated probability of being correct has the same mean and less noise.
     """
 
     def __init__(
@@ -35,35 +37,35 @@ class ThresholdSearch:
     ) -> None:
         self.score: str | FittedScore = score
         self.fallback: Fallback = "last"
-        # Where a later exit reads the answers of earlier ones, those run and cost even when closed.
+        # If later exits depend on earlier ones, those run and cost MACs even when closed.
         self.always = records.chained or ScoreOf(score).stateful
-        self.outcomes = records.correct.double().numpy() if outcomes is None else outcomes
+        self.outcomes = records.outcomes.numpy() if outcomes is None else outcomes
         self.trunk = np.array(records.trunk_macs) / records.base_macs
         self.branch = np.array([*records.branch_macs, 0]) / records.base_macs
         self.scores = records.scores(score).double().numpy()
-        self.exits, self.n = self.scores.shape
+        self.exits, self.n = self.scores.shape  # (K - 1, N), as are order, ranked, ends and position
         self.order = np.argsort(-self.scores, axis=1, kind="stable")
         self.ranked = np.take_along_axis(self.scores, self.order, 1)
-        # Ties stay together: a rank may stand only where the next score is lower. -inf never leaves.
+        # Equal scores cannot be separated: a rank may end only where the next score is lower. -inf never leaves.
         self.ends = np.ones_like(self.ranked, dtype=bool)
         self.ends[:, :-1] = self.ranked[:, 1:] < self.ranked[:, :-1]
         self.ends &= np.isfinite(self.ranked)
-        self.correct = records.correct.double().numpy()
+        self.correct = records.outcomes.numpy()
         self.position = np.empty_like(self.order)
         np.put_along_axis(self.position, self.order, np.broadcast_to(np.arange(self.n), self.order.shape), 1)
-        # who has nothing finite to say is less certain than the original, whatever that says
+        # samples with non-finite branch logits rank below the original's certainty
         self.certainty = records.certainty.double().numpy().copy()
         self.certainty[-1] = np.maximum(self.certainty[-1], -1)
         self._surest: dict[tuple[bool, ...], NDArray[np.intp]] = {}
 
     def falling_back(self, fallback: Fallback) -> ThresholdSearch:
-        """The same search with another answer for samples that never leave."""
+        """The same search with a different fallback for samples that never exit early."""
         other = copy.copy(self)
         other.fallback = fallback
         return other
 
     def only(self, exits: Sequence[int]) -> ThresholdSearch:
-        """The search of a model that has some of these exits only; their numbers, in program order."""
+        """The search restricted to some exits, given by their numbers in program order."""
         other, rows, kept = copy.copy(self), [*exits, self.exits], list(exits)
         for name in ("trunk", "branch", "outcomes", "correct", "certainty"):
             setattr(other, name, getattr(self, name)[rows])
@@ -73,26 +75,17 @@ class ThresholdSearch:
         return other
 
     def policy(self, ranks: Ranks) -> ThresholdPolicy:
-        """What these ranks stand for."""
+        """The policy with these ranks as thresholds."""
         return ThresholdPolicy(self.thresholds(ranks), self.score, self.fallback)
 
     def thresholds(self, ranks: Ranks) -> tuple[float, ...]:
         """Halfway between the last score that leaves and the first that stays."""
-        values = []
-        for k, rank in enumerate(ranks):
-            if rank == 0:
-                values.append(NEVER)
-                continue
-            last = self.ranked[k, rank - 1]
-            after = self.ranked[k, rank] if rank < self.n and np.isfinite(self.ranked[k, rank]) else last
-            middle = float(np.float32((last + after) / 2))  # scores are float32: so must a threshold between them be
-            values.append(middle if after < middle <= last else float(last))
-        return tuple(values)
+        return tuple(between(self.ranked[k], rank) if rank else NEVER for k, rank in enumerate(ranks))
 
     def evaluate(self, ranks: Ranks, outcomes: Floats | None = None) -> tuple[float, float]:
         """Mean cost, as a fraction of the original's, and mean outcome."""
         outcomes = self.outcomes if outcomes is None else outcomes
-        here = np.ones(self.n, dtype=bool)
+        here = np.ones(self.n, dtype=bool)  # samples that have not left yet
         right = cost = 0.0
         for k, runs in enumerate(self._visits(ranks)):
             if not runs:
@@ -105,7 +98,7 @@ class ThresholdSearch:
         return (cost + self.trunk[-1] * here.sum()) / self.n, (right + self._rest(ranks, outcomes)[here].sum()) / self.n
 
     def improve(self, ranks: Ranks, price: float) -> Ranks:
-        """Move one threshold after the other to its best place until none moves."""
+        """Optimize one threshold after the other until none changes."""
         moved = list(ranks)
         for _ in range(20):
             before = list(moved)
@@ -117,13 +110,8 @@ class ThresholdSearch:
 
     def quotas(self, shares: Floats) -> Ranks:
         """Ranks at which about these shares of the samples leave at each branch."""
-        here, ranks = np.ones(self.n, dtype=bool), []
-        for k in range(self.exits):
-            reached = np.flatnonzero(here[self.order[k]])  # who is still there, by falling score
-            quota = min(round(shares[k] * self.n), len(reached))
-            ranks.append(self.snap(k, int(reached[quota - 1]) + 1) if quota else 0)
-            here &= self.position[k] >= ranks[k]
-        return tuple(ranks)
+        quotas = [round(share * self.n) for share in shares[: self.exits]]
+        return self.ranks(quota_thresholds(torch.from_numpy(self.scores), quotas))
 
     def ranks(self, thresholds: tuple[float, ...]) -> Ranks:
         """Ranks of thresholds that were chosen on other samples."""
@@ -147,7 +135,7 @@ class ThresholdSearch:
         return tuple(any(ranks[k:]) if self.always else bool(rank) for k, rank in enumerate(ranks))
 
     def _rest(self, ranks: Sequence[int], outcomes: Floats) -> Floats:
-        """What the answer of each sample is worth, (N,), if it never leaves."""
+        """The outcome of each sample, (N,), if it never exits early."""
         if self.fallback == "last":
             return outcomes[-1]
         seen = (*self._visits(ranks), True)
@@ -156,29 +144,31 @@ class ThresholdSearch:
         return outcomes[self._surest[seen], np.arange(self.n)]
 
     def snap(self, k: int, rank: int) -> int:
-        """The nearest rank at or below that does not part a tie."""
+        """The nearest rank at or below that does not separate equal scores."""
         below = np.flatnonzero(self.ends[k, : max(rank, 0)])
         return int(below[-1]) + 1 if len(below) else 0
 
     def _best(self, k: int, ranks: list[int], price: float) -> int:
+        """The best rank at exit k, given the ranks of all other exits."""
         here = np.ones(self.n, dtype=bool)
         for j in range(k):
             here &= self.position[j] >= ranks[j]
         opened, shut = ([*ranks[:k], rank, *ranks[k + 1 :]] for rank in (1, 0))
         stay = self._onward(k + 1, opened, price)
         leave = self.outcomes[k] - price * self.trunk[k]
+        # gain[r - 1]: total gain if the r samples with the highest scores leave here
         gain = np.where(here, leave - stay, 0.0)[self.order[k]].cumsum()
         gain = np.where(self.ends[k], gain, -np.inf)
         best = int(gain.argmax())
-        # whoever comes here pays for the branches that run only if this exit is open, whether it leaves or not
+        # every sample that reaches this exit pays for the branches that run only if it is open, even if it stays
         extra = [a and not b for a, b in zip(self._visits(opened), self._visits(shut), strict=True)]
         toll = price * self.branch[:-1][extra].sum() * here.sum()
-        if self.fallback != "last":  # a closed exit has no say in who is the most confident
+        if self.fallback != "last":  # a closed exit does not take part in the most confident fallback
             toll += (self._onward(k + 1, shut, price) - stay)[here].sum()
         return best + 1 if gain[best] > toll else 0
 
     def _onward(self, start: int, ranks: list[int], price: float) -> Floats:
-        """What each sample is worth if it goes on to exit `start`, costs before that left out."""
+        """Value of each sample, (N,), if it continues to exit `start`, without earlier costs."""
         value = self._rest(ranks, self.outcomes) - price * self.trunk[-1]
         visits = self._visits(ranks)
         for j in reversed(range(start, self.exits)):
@@ -187,10 +177,10 @@ class ThresholdSearch:
                 value = np.where(self.position[j] < ranks[j], leave, value) - price * self.branch[j]
         return value
 
-    # --- three ways to choose ranks for a price, from the fewest things fitted to the most
+    # --- three ways to choose ranks for a price, from the fewest fitted parameters to the most
 
     def shared(self, prices: Floats) -> list[Ranks]:
-        """One threshold for all exits: the best of a hundred at every price."""
+        """One threshold for all exits: the best of 100 at every price."""
         finite = self.scores[np.isfinite(self.scores)]
         grid = np.unique(np.quantile(finite, np.linspace(0, 1, 100))) if len(finite) else np.zeros(1)
         ranks = [(0,) * self.exits, *(self.ranks((tau,) * self.exits) for tau in grid)]
@@ -198,15 +188,15 @@ class ThresholdSearch:
         return [ranks[int((value - price * cost).argmax())] for price in prices]
 
     def induction(self, prices: Floats) -> list[Ranks]:
-        """Optimal stopping: leave where the chance of being right is worth more than going on.
+        """Optimal stopping: leave where the probability of being correct is worth more than continuing.
 
-        Backward over the exits: the value of going on is regressed on the chance of being right here (a parabola), and
-        the threshold stands where the two cross. Source: the regression method of Longstaff & Schwartz (Review of
-        Financial Studies, 2001) for optimal stopping.
+        Backward over the exits: the value of continuing is regressed on the probability of being correct here (a
+        parabola), and the threshold is where the two cross. Source: the regression method of Longstaff & Schwartz
+        (Review of Financial Studies, 2001) for optimal stopping.
         """
         chances = [_chance(row, right) for row, right in zip(self.scores, self.correct, strict=False)]
         bases = [np.stack([np.ones(self.n), p, p**2], 1) for p in chances]
-        penalty = np.diag([1e-6, 10.0, 10.0])
+        penalty = np.diag([1e-6, 10.0, 10.0])  # ridge; the constant is almost free
         solvers = [np.linalg.solve(basis.T @ basis + penalty, basis.T) for basis in bases]
         found = []
         for price in prices:
@@ -227,13 +217,13 @@ class ThresholdSearch:
         return found
 
     def ascent(self, prices: Floats) -> list[Ranks]:
-        """A threshold an exit, moved until none moves: from several starts, the optimal stopping's among them."""
+        """One threshold per exit by coordinate ascent, from several starts, including those of optimal stopping."""
         found = self.sweep(prices)
         return [_best_at(found, price) for price in prices]
 
 
 def _chance(scores: Floats, right: Floats) -> Floats:
-    """How likely a score means a right answer, (N,): logistic in its log-odds, never falling."""
+    """Probability of being correct given the score, (N,): logistic in its log-odds, non-decreasing."""
     finite = np.where(np.isfinite(scores), scores, np.nanmin(np.where(np.isfinite(scores), scores, np.nan), initial=0))
     if finite.min() >= 0 and finite.max() <= 1:
         finite = np.log(finite.clip(1e-7, 1 - 1e-7) / (1 - finite.clip(1e-7, 1 - 1e-7)))

@@ -1,1 +1,1 @@
-"""Feed: whatever the user has as batches, its labels, its shards over processes."""
+"""Feed: any user data as batches, labels, shards over processes."""

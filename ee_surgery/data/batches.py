@@ -1,4 +1,4 @@
-"""Whatever the user has, as batches of (inputs, labels)."""
+"""Any form of user data as batches of (inputs, labels)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _LABELS = ("labels", "label", "y")
 
 
 def halves(data: Data, batch_size: int) -> tuple[Half, Half]:
-    """Two halves of the data that have no sample in common, drawn at random; each can be read many times.
+    """Two random disjoint halves of the data; each can be read many times.
 
     Raises:
-        DataError: it can be read once only; or, when read again, it gives other samples or another order.
+        DataError: the data can be read only once, or gives other samples or another order when read again.
     """
     if isinstance(data, Iterator):
-        raise DataError("An iterator is used up after one pass, but has to be read again: give a Dataset or a list.")
+        raise DataError("An iterator can be read only once, but several passes are needed: give a Dataset or a list.")
     batches = loader(data, batch_size)
     known: list[int] = []
     return Half(batches, 0, known), Half(batches, 1, known)
@@ -41,7 +41,7 @@ class Half:
     """One of two halves of the samples of every batch.
 
     Args:
-        known: a checksum of every batch that was read before, shared by both halves.
+        known: checksums of the batches read so far, shared by both halves.
     """
 
     def __init__(self, batches: Iterable[Any], which: int, known: list[int]) -> None:
@@ -52,7 +52,7 @@ class Half:
             inputs, labels = unpack(batch)
             self._compare(number, inputs)
             order = torch.randperm(count(inputs), generator=torch.Generator().manual_seed(number))
-            rows = order[(self.which + number) % 2 :: 2]  # of odd batches, the halves have the larger part in turn
+            rows = order[(self.which + number) % 2 :: 2]  # of odd batches, the halves take turns to get the larger part
             if len(rows):
                 yield take(inputs, rows) if labels is None else (take(inputs, rows), labels[rows])
 
@@ -63,16 +63,16 @@ class Half:
             self.known.append(found)
         elif self.known[number] != found:
             raise DataError(
-                "The held-out data gives other samples, or another order, when it is read again: its halves would mix. "
+                "The held-out data gives other samples, or another order, when read again: its halves would overlap. "
                 "Give a Dataset or a DataLoader that neither shuffles nor augments."
             )
 
 
 def unlabelled(data: Data) -> Data:
-    """The same data without its labels: then the original's own answers stand for them, and accuracy is agreement.
+    """The same data without its labels: accuracy then means agreement with the original.
 
     Raises:
-        DataError: it is no data.
+        DataError: not a data set.
     """
     _check(data)
     if isinstance(data, Iterator):
@@ -130,11 +130,11 @@ def is_samples(data: Data) -> bool:
 
 
 def loader(data: Data, batch_size: int, *, shuffle: bool = False, num_workers: int = 0) -> Iterable[Any]:
-    """Batches of `data`: itself where it gives batches already, else a DataLoader over it.
+    """Batches of `data`: itself if it already yields batches, else a DataLoader over it.
 
     Raises:
-        DataError: it is neither, or has no samples; or samples do not make a batch.
-        ConfigError: no such batch size.
+        DataError: it is neither, it is empty, or its samples cannot be collated.
+        ConfigError: an invalid batch size.
     """
     batch_size = count_of("batch_size", batch_size)
     _check(data)
@@ -142,19 +142,19 @@ def loader(data: Data, batch_size: int, *, shuffle: bool = False, num_workers: i
         return data  # pyright: ignore[reportReturnType]
     stream = isinstance(data, IterableDataset)
     if not stream and len(data) == 0:  # pyright: ignore[reportArgumentType]
-        raise DataError(f"No samples: the {type(data).__name__} that was handed in is empty.")
+        raise DataError(f"No samples: the {type(data).__name__} is empty.")
     shuffle = shuffle and not stream
     return DataLoader(data, batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=_collate)  # pyright: ignore[reportArgumentType]
 
 
 def _check(data: object) -> None:
-    """Whether it can be data.
+    """Check that it can be data.
 
     Raises:
-        DataError: it is the name of some, a model, a single number, ...
+        DataError: it is a path, a model, a single number, ...
     """
     if isinstance(data, _NO_DATA) or not (isinstance(data, Iterable) or is_samples(data)):  # pyright: ignore[reportArgumentType]
-        hint = "A folder of pictures: torchvision.datasets.ImageFolder(folder, branched.transform())."
+        hint = "For a folder of images: torchvision.datasets.ImageFolder(folder, branched.transform())."
         text = isinstance(data, (str, bytes, os.PathLike))
         refuse("data", "a Dataset, a DataLoader or an iterable of batches", data, DataError, hint if text else "")
 
@@ -163,28 +163,28 @@ _NO_DATA = (str, bytes, os.PathLike, Mapping, torch.nn.Module, type)
 
 
 def _collate(samples: list[Any]) -> Any:
-    """One batch of samples, as torch makes it.
+    """Collate samples into a batch as torch does.
 
     Raises:
-        DataError: they hold something else than numbers, or do not have the same shape.
+        DataError: they contain something other than numbers, or differ in shape.
     """
     try:
         return default_collate(samples)
     except (TypeError, RuntimeError) as error:
-        told = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"The samples do not make a batch: {told}. Give the dataset a transform that ends in tensors of one size "
-            "(`branched.transform()`), or hand in batches."
+            f"The samples cannot be collated: {reason}. Give the dataset a transform that returns tensors of one size "
+            "(`branched.transform()`), or pass batches."
         ) from error
 
 
 def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
-    """Inputs, with B samples, and labels (B,) of one batch; labels are None where it has none.
+    """Inputs, with B samples, and labels (B,) of one batch; labels are None if there are none.
 
-    A dict's tensors but the labels are the inputs: of one, the tensor alone; of several, a dict of them.
+    All tensors of a dict except the labels are inputs: a single one as a tensor, several as a dict.
 
     Raises:
-        DataError: the batch is of no known form.
+        DataError: the batch has an unknown form.
     """
     inputs: Any = None
     labels = None
@@ -203,35 +203,35 @@ def unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
         seen = {k: type(v).__name__ for k, v in batch.items()} if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
             f"A batch must be inputs, (inputs, labels), or a dict of input tensors (one of {_INPUTS}, or under the "
-            f"names that the model takes) with one of {_LABELS}, all tensors; got {seen}. For a PIL dataset, give it a "
-            "transform that ends in tensors."
+            f"names that the model takes) with one of {_LABELS}, all tensors; got {seen}. Give a PIL dataset a "
+            "transform that returns tensors."
         )
     if labels is not None and (labels.ndim == 0 or len(labels) != count(inputs)):
-        seen = len(labels) if labels.ndim else "a single number in place of"
+        seen = len(labels) if labels.ndim else "a single number instead of"
         raise DataError(f"{count(inputs)} inputs but {seen} labels in one batch.")
     return inputs, labels
 
 
 def _normal(batch: Any) -> Any:
-    """Tensors that were made in inference mode, of which autograd keeps none, as copies; all others as they are."""
+    """Copy tensors created in inference mode, which autograd cannot save; leave others as they are."""
     if torch.is_inference_mode_enabled():
         return batch
     return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 def count(inputs: Inputs) -> int:
-    """How many samples there are; of several tensors, the first tells."""
+    """Number of samples, taken from the first tensor."""
     return len(inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values())))
 
 
 def batches(
     data: Data, batch_size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Inputs, Tensor | None]]:
-    """Batches of (inputs, labels) in order, from any form of data; labels are None where there are none.
+    """Batches of (inputs, labels) in order, from any form of data; labels are None if there are none.
 
     Args:
-        batch_size: of a Dataset; batches that come as such stay as they are.
-        device: where to put them; floating inputs become `dtype`.
+        batch_size: for a Dataset; existing batches stay as they are.
+        device: to move them to; floating-point inputs become `dtype`.
     """
     for batch in loader(data, batch_size):
         inputs, labels = unpack(batch)

@@ -1,7 +1,7 @@
-"""Several processes, one training: who runs which samples, and what all of them make of a batch.
+"""Data-parallel training: shard each batch over processes and reduce over the whole batch.
 
-Whatever is computed over a batch (losses, BatchNorm statistics, accuracies) is computed over the batch of all
-processes. So training on N processes is training on one, but for the order in which floats are summed.
+Everything that is computed over a batch (losses, BatchNorm statistics, accuracies) is computed over the global batch.
+So training on N processes equals training on one, except for the order in which floats are summed.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.data_loader import DataLoaderAdapter
-from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -24,29 +21,32 @@ from ee_surgery.backbone.inputs import Inputs, take
 from ee_surgery.data.batches import count, unpack
 from ee_surgery.errors import ConfigError, DataError, TrainingError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 T = TypeVar("T")
-_SPLIT_MODELS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_SPLIT_MODELS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's names of what splits a model up
 
 
 class Shard(NamedTuple):
-    """What one process runs of a batch."""
+    """The part of a batch that one process runs."""
 
     inputs: Inputs
     labels: Tensor | None
     total: int
-    """Samples of the whole batch, in all processes."""
+    """Samples of the global batch, in all processes."""
     own: int
-    """How many of the samples here count; those behind them only fill up, for no process can go without."""
+    """How many of the samples here count; the rest is padding, since every process needs a shard of equal size."""
 
 
 class Processes:
-    """The processes of an accelerator; without one, this process alone, whatever the others do.
+    """The processes of an accelerator; without one, this process alone.
 
-    A batch is cut into pieces of one size, in order; where it does not divide, its first sample fills up the last
-    pieces, and counts nowhere.
+    A batch is split into shards of equal size, in order. If it does not divide evenly, the last shards are padded with
+    its first sample, which is not counted.
 
     Raises:
-        ConfigError: several processes were started, but the accelerator knows only one; or they share out a model.
+        ConfigError: several processes were started but the accelerator sees only one, or they shard the model.
     """
 
     def __init__(self, accelerator: Accelerator | None) -> None:
@@ -56,53 +56,64 @@ class Processes:
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if accelerator is not None and self.number == 1 < started:
             raise ConfigError(
-                f"{started} processes were started, but Accelerate sees one device and would let each train on its "
-                "own. On CPUs, start them with ACCELERATE_USE_CPU=true."
+                f"{started} processes were started, but Accelerate sees one device and would let each train alone. "
+                "On CPUs, start them with ACCELERATE_USE_CPU=true."
             )
-        if accelerator is not None and accelerator.distributed_type in _SPLIT_MODELS:
+        if accelerator is not None and accelerator.distributed_type.name in _SPLIT_MODELS:
             raise ConfigError(
-                f"{accelerator.distributed_type.value} splits models up, but exits read whole ones. Launch with plain "
+                f"{accelerator.distributed_type.value} shards the model, but exits need it whole. Launch with plain "
                 "data parallelism (`accelerate launch --multi_gpu`): branches are small, the original has no gradients."
             )
 
     def of_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, for all of them; the others make nothing."""
+        """Call `make` in the main process and broadcast the result."""
         made = [make() if self.main else None]
         if self.number > 1:
+            from accelerate.utils import broadcast_object_list
+
             broadcast_object_list(made)
         return made[0]  # pyright: ignore[reportReturnType]
 
     def of_each(self, value: T) -> list[T]:
         """The values of all processes, in order."""
-        return gather_object([value]) if self.number > 1 else [value]
+        if self.number == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
-        return reduce(x, "sum") if self.number > 1 else x  # pyright: ignore[reportReturnType]
+        if self.number == 1:
+            return x
+        from accelerate.utils import reduce
+
+        return reduce(x, "sum")  # pyright: ignore[reportReturnType]
 
     def rows(self, x: Tensor, total: int) -> Tensor:
-        """The rows that all processes hold of a batch, in its order: (own, *F) to (total, *F).
+        """Gather the rows of a batch from all processes, in order: (own, *F) -> (total, *F).
 
-        Gradients flow into the own rows alone, so that those of all processes add up to the whole (`add_up`).
+        Gradients flow only into this process's rows, so that summing over processes gives the whole (`add_up`).
         """
         if self.number == 1:
             return x
-        pieces = list(_gathered(x.detach()).split(len(x)))
+        pieces = list(_gathered(x.detach()).split(len(x)))  # equal sizes: shards are padded
         if x.requires_grad:
             pieces[self.index] = x
         return torch.cat(pieces)[:total]
 
     def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every parameter the sum of its gradients in all processes."""
+        """Sum the gradients of every parameter over all processes."""
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.number == 1 or not grads:
             return
+        # one flat tensor: a single all-reduce
         whole = self.total(torch.cat([grad.flatten() for grad in grads]))
         for grad, part in zip(grads, whole.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 
     def agree(self, what: str, value: object) -> None:
-        """Make sure that all processes have the same.
+        """Check that all processes have the same value.
 
         Raises:
             TrainingError: they do not.
@@ -110,35 +121,46 @@ class Processes:
         values = self.of_each(value)
         for index, other in enumerate(values):
             if other != values[0]:
-                raise TrainingError(f"Process {index} has another {what} than process 0: {other!r}, not {values[0]!r}.")
+                raise TrainingError(
+                    f"Process {index} has a different {what} from process 0: {other!r}, not {values[0]!r}."
+                )
 
     def piece(self, batch: list[T]) -> list[T]:
-        """The piece of a batch that this process runs."""
+        """This process's shard of a batch, padded to equal size."""
         size = math.ceil(len(batch) / self.number)
         filled = batch + batch[:1] * (size * self.number - len(batch))
         return filled[self.index * size : (self.index + 1) * size]
 
     def own(self, total: int) -> int:
-        """How many samples of its piece count."""
+        """How many samples of this process's shard count."""
         size = math.ceil(total / self.number)
         return max(0, min(size, total - self.index * size))
 
 
 def _gathered(x: Tensor) -> Tensor:
+    from accelerate.utils import gather
+
     return gather(x)  # pyright: ignore[reportReturnType]
 
 
+def _split_already(batches: Iterable[Any]) -> bool:
+    """Whether a loader gives each process samples of its own."""
+    from accelerate.data_loader import DataLoaderAdapter
+
+    return isinstance(batches, DataLoaderAdapter) or isinstance(getattr(batches, "sampler", None), DistributedSampler)
+
+
 class ShardedBatches:
-    """Batches, of which each process runs its piece. Can be iterated as often as the batches themselves.
+    """Batches sharded over processes. Can be iterated as often as the batches themselves.
 
     Args:
-        labels: what is made of the labels of a batch of so many samples, see `Labels`; nothing when left out.
+        labels: maps the labels of a batch with so many samples, see `Labels`; by default labels stay as they are.
 
-    Of a Dataset, or a DataLoader over one, each process loads only what it runs, in an order that the main process
-    draws. Any other iterable is read by the main process alone, which hands out the pieces.
+    With a Dataset, or a DataLoader over one, each process loads only its own shard, in an order that the main process
+    draws. Any other iterable is read by the main process alone, which sends out the shards.
 
     Raises:
-        DataError: the loader is for one process already.
+        DataError: the loader is already split over processes.
     """
 
     def __init__(
@@ -148,13 +170,10 @@ class ShardedBatches:
         labels: Callable[[Tensor, int], Tensor | None] | None = None,
     ) -> None:
         self.processes, self.labels = processes, labels
-        split = isinstance(batches, DataLoaderAdapter) or isinstance(
-            getattr(batches, "sampler", None), DistributedSampler
-        )
-        if split and processes.number > 1:
+        if processes.number > 1 and _split_already(batches):
             raise DataError(
-                f"This {type(batches).__name__} gives each process its own samples already, and would be split "
-                "again. Hand in a plain DataLoader: without accelerator.prepare, without DistributedSampler."
+                f"This {type(batches).__name__} already gives each process its own samples, and would be split again. "
+                "Pass a plain DataLoader, without accelerator.prepare or DistributedSampler."
             )
         self.sampler: _Pieces | None = None
         if type(batches) is DataLoader and not isinstance(batches.dataset, IterableDataset) and batches.batch_sampler:
@@ -164,7 +183,7 @@ class ShardedBatches:
 
     @property
     def length(self) -> int | None:
-        """How many batches there are, where that is known."""
+        """The number of batches, if known."""
         try:
             return len(self.batches)  # pyright: ignore[reportArgumentType]
         except TypeError:
@@ -173,7 +192,7 @@ class ShardedBatches:
     def __iter__(self) -> Iterator[Shard]:
         if self.sampler is None:
             return self._handed_out()
-        self.sampler.draw()  # now, not with the first batch: in between, each process gets its own random numbers
+        self.sampler.draw()  # now, not at the first batch: in between, each process is seeded differently
         return self._loaded(self.sampler.order)
 
     def _loaded(self, order: list[list[Any]]) -> Iterator[Shard]:
@@ -195,7 +214,7 @@ class ShardedBatches:
             yield Shard(take(inputs, rows), None if labels is None else labels[rows], total, self.processes.own(total))
 
     def _next(self, iterator: Iterator[Any]) -> tuple[Inputs, Tensor | None] | None:
-        """The next batch, on the CPU, or None behind the last."""
+        """The next batch, on the CPU, or None after the last."""
         for batch in iterator:
             inputs, labels = self._unpack(batch)
             if isinstance(inputs, Tensor):
@@ -213,14 +232,14 @@ class ShardedBatches:
 
 
 class _Pieces(Sampler[list[Any]]):
-    """Of each batch of another sampler, the piece of this process."""
+    """Yields this process's shard of each batch of another sampler."""
 
     def __init__(self, whole: Iterable[list[Any]], processes: Processes) -> None:
         self.whole, self.processes = whole, processes
         self.order: list[list[Any]] = []
 
     def draw(self) -> None:
-        """Draw the order of a pass over the data: in the main process, for all."""
+        """Draw the order of one epoch in the main process, and broadcast it."""
         self.order = self.processes.of_main(lambda: [list(batch) for batch in self.whole])
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -239,16 +258,16 @@ def _with_sampler(loader: DataLoader[Any], sampler: _Pieces) -> DataLoader[Any]:
 
 
 class GlobalBatchNorm(TorchFunctionMode):
-    """Within this, BatchNorms in training take their statistics from the samples of all processes.
+    """A mode in which BatchNorms in training use the statistics of the samples of all processes.
 
-    Like `torch.nn.SyncBatchNorm`, but on any device, for any module that calls `batch_norm`, and without the samples
-    that only fill up.
+    Like `torch.nn.SyncBatchNorm`, but on any device, for any module that calls `batch_norm`, and without padding
+    samples.
 
-    A batch of one sample with one value per channel has no statistics: it takes those that were kept.
+    A batch of one sample with one value per channel has no variance: the running statistics are used.
 
     Args:
-        own: how many of the samples here count.
-        total: how many samples the batch has in all processes.
+        own: number of samples here without padding.
+        total: number of samples in all processes.
     """
 
     def __init__(self, processes: Processes, own: int, total: int) -> None:
@@ -256,7 +275,7 @@ class GlobalBatchNorm(TorchFunctionMode):
         self.processes, self.own, self.total = processes, own, total
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace `batch_norm`, and nothing else."""
+        """Replace `batch_norm` only."""
         if func is F.batch_norm:
             return self._batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -277,15 +296,16 @@ class GlobalBatchNorm(TorchFunctionMode):
             statistics = training and not alone
             return F.batch_norm(input, running_mean, running_var, weight, bias, statistics, momentum, eps)
         x = input.float()
-        places = [dim for dim in range(x.ndim) if dim != 1]
+        places = [dim for dim in range(x.ndim) if dim != 1]  # reduce over batch and positions
         shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
         counted = x[: self.own]
         n = counted.numel() // x.shape[1]
         mean = counted.sum(places) / max(1, n)
         var = (counted - mean.view(shape)).square().sum(places) / max(1, n)
         ns, means, variances = _Each.apply(torch.stack([torch.full_like(mean, n), mean, var]), self.processes).unbind(1)
-        total = ns.sum(0)  # (C,), as all of these: the same number, n of all processes
+        total = ns.sum(0)  # (C,), all entries equal: n summed over processes
         mean = (ns * means).sum(0) / total
+        # law of total variance over processes; biased, as in training mode
         var = (ns * (variances + (means - mean).square())).sum(0) / total
         with torch.no_grad():
             if running_mean is not None and running_var is not None:
@@ -297,7 +317,7 @@ class GlobalBatchNorm(TorchFunctionMode):
 
 
 class _Each(torch.autograd.Function):
-    """A tensor of every process, (processes, *shape), through which gradients flow back into all of them."""
+    """Differentiable all-gather: (*shape) -> (processes, *shape); gradients flow back to all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, processes: Processes) -> Tensor:

@@ -1,4 +1,4 @@
-"""Labels: checked, mapped to the model's classes, held against the original's answers; one place for every verb."""
+"""Labels: checked, mapped to the model's classes, and compared with the original's predictions."""
 
 from __future__ import annotations
 
@@ -14,177 +14,124 @@ from torch import Tensor
 from ee_surgery.backbone.base import Backbone
 from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
 from ee_surgery.model import EarlyExitModel
-
-IGNORED = -100
-"""Label of a sample that counts nowhere: `ignore_index` of `torch.nn.functional.cross_entropy`."""
+from ee_surgery.task import CLASSIFICATION, IGNORED
 
 ClassMap: TypeAlias = Sequence[int | str] | Mapping[int, int | str]
 """Label of the data -> class of the model: its number, its name or its WordNet id."""
 
-_POOR = 0.2  # accuracy below which an original does not know its labels: it has far more classes than five
+_POOR = 0.2  # accuracy below which labels look foreign, given far more than five classes
 _SURE = 0.002
-_ENOUGH = 256  # labelled samples after which only the end of the data is looked at
-_CLASSES = 3  # seen before anything is said of data that may be sorted by class
-_MANY = 8  # classes, most of which are not off by the same number without a reason
+_ENOUGH = 256  # labelled samples after which the next check is at the end of the data
+_CLASSES = 3  # classes to see before any verdict: the data may be sorted by class
+_MANY = 8  # classes: so many are not shifted by the same number by chance
 
 
 def check_labels(labels: Tensor, num_classes: int, rows: int) -> Tensor:
-    """Labels as class numbers, int64 (B,), or as class probabilities, floating (B, C).
-
-    Args:
-        labels: integers of any width, (B,) or (B, 1); one-hot integers or probabilities (B, C). A sample labelled
-            -100, or with a row of zeros, is ignored.
-        num_classes: C.
-        rows: B.
-    Raises:
-        DataError: they are neither; what was seen is named.
-    """
-    if labels.ndim == 0 or len(labels) != rows:
-        raise DataError(f"{rows} inputs but labels of shape {tuple(labels.shape)} in one batch.")
-    if labels.ndim == 2 and labels.shape[1] == num_classes > 1 and not labels.is_complex():
-        return _distributions(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)  # (B, 1) beside (B,) answers would compare every sample with every other
-    wanted = f"Labels must be class numbers below {num_classes} (or probabilities of shape (B, C)); got "
-    if labels.ndim != 1:
-        raise DataError(f"{wanted}a tensor of shape {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        seen = f", {labels[:3].tolist()} ..." if len(labels) else ""
-        raise DataError(f"{wanted}{labels.dtype}{seen}. Where these are class numbers, give labels.long().")
-    labels = labels.long()
-    counted = labels[labels != IGNORED]
-    if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < num_classes:
-        low, high = int(counted.min()), int(counted.max())
-        raise DataError(f"{wanted}{low} to {high}. {_advice(low, high, num_classes)}")
-    return labels
-
-
-def _distributions(labels: Tensor) -> Tensor:
-    """Rows (B, C) as probabilities, or as class numbers where they are integers."""
-    total = labels.double().sum(1)
-    whole = not labels.is_floating_point()
-    one = (total - 1).abs() <= (0 if whole else 1e-2)
-    good = torch.isfinite(total) & (one | (total == 0)) & (labels >= 0).all(1)
-    if not bool(good.all()):
-        row = labels[int((~good).nonzero()[0])]
-        raise DataError(
-            f"Labels of shape {tuple(labels.shape)} must be one-hot or probabilities, each row of sum 1; a row is "
-            f"{row[:5].tolist()} ... with sum {row.sum().item():g}. Several classes for one sample are not supported."
-        )
-    return torch.where(total == 0, IGNORED, labels.long().argmax(1)) if whole else labels.float()
-
-
-def _advice(low: int, high: int, num_classes: int) -> str:
-    if low == 1 and high == num_classes:
-        return "Counted from 1? The first class is 0: give labels - 1."
-    if low < 0:
-        return f"A sample without a label is labelled {IGNORED}, and counts nowhere."
-    return "Labels of other classes than the model's: say which is which with class_map=."
-
-
-def ignored(labels: Tensor) -> Tensor:
-    """Which samples count nowhere, of checked labels; bool (B,)."""
-    return labels == IGNORED if labels.ndim == 1 else labels.sum(1) == 0
+    """Labels of one right class, see `Classification.check_target`."""
+    return CLASSIFICATION.check_target(labels, num_classes, rows)
 
 
 def hard(labels: Tensor) -> Tensor:
     """Checked labels as class numbers, int64 (B,): of probabilities the most probable class."""
-    return labels if labels.ndim == 1 else labels.argmax(1).masked_fill(ignored(labels), IGNORED)
+    return CLASSIFICATION.hard(labels)
 
 
 class Labels:
-    """The labels of one data set, as the classes of one model.
+    """The labels of one data set, mapped to the classes of one model.
 
     Args:
-        class_map: which class of the model each label of the data is; the same number when left out. Where it is given,
-            labels that the original knows nothing about are warned of, not refused: it was said that they are right.
+        class_map: the model's class for each label of the data; by default the same number. If it is given, labels that
+            do not match the original's predictions cause a warning, not an error, since the user has vouched for them.
     Raises:
-        ConfigError: the map names a class that the model has not, or that is not told from another.
+        ConfigError: the map names an unknown or ambiguous class, or labels of the model's task are not class numbers.
     """
 
     def __init__(self, branched: EarlyExitModel, class_map: ClassMap | None = None) -> None:
-        self.backbone: Backbone = branched._backbone
-        self.classes = branched.num_classes
+        self.backbone: Backbone = branched.engine.backbone
+        self.classes, self.task = branched.num_classes, branched.task
+        if class_map is not None and not self.task.class_numbers:
+            raise ConfigError(f"class_map= maps class numbers, and labels of the task {self.task.name!r} are none.")
         self.table = None if class_map is None else class_numbers(class_map, self.backbone)
-        self.compares = branched.branches.head is None  # a new head knows what it has learned so far
-        self.told = False
+        # a new head knows what it has learned so far
+        self.compares = branched.branches.head is None and self.task.class_numbers
+        self.warned = False
         self.answers: list[Tensor] = []
         self.truth: list[Tensor] = []
         self.seen = 0
 
     def __call__(self, labels: Tensor, rows: int) -> Tensor:
-        """Checked labels of a batch of `rows` samples, as the model's classes; see `check_labels`."""
+        """Checked labels of a batch of `rows` samples, as the model's classes; see `Task.check_target`."""
         if self.table is None:
-            return check_labels(labels, self.classes, rows)
-        labels = check_labels(labels, len(self.table), rows)
+            return self.task.check_target(labels, self.classes, rows)
+        labels = self.task.check_target(labels, len(self.table), rows)
         table = self.table.to(labels.device)
         if labels.ndim == 2:
             return labels.new_zeros(rows, self.classes).index_add_(1, table.clamp_min(0), labels)
         mapped = torch.where(labels == IGNORED, IGNORED, table[labels.clamp_min(0)])
         if bool((mapped == -1).any()):
-            raise DataError(f"class_map= says nothing about label {int(labels[mapped == -1][0])}.")
+            raise DataError(f"class_map= has no entry for label {int(labels[mapped == -1][0])}.")
         return mapped
 
     @property
     def curious(self) -> bool:
-        """Whether the first samples do not tell yet if the original knows these labels."""
+        """Whether more samples are needed to judge if the labels match the original's classes."""
         return self.compares and self.seen < _ENOUGH
 
     def compare(self, answers: Tensor, labels: Tensor) -> None:
-        """Hold the classes that the original answers with, (B,), against checked labels: does it know them at all?
+        """Compare the original's predicted classes, (B,), with checked labels.
 
         Raises:
-            DataError: surely not.
+            DataError: the labels clearly are not the original's classes.
         """
         if not self.compares:
             return
-        counts = ~ignored(labels)
+        counts = ~self.task.ignored(labels)
         self.answers.append(answers[counts].cpu())
-        self.truth.append(hard(labels)[counts].cpu())
+        self.truth.append(self.task.hard(labels)[counts].cpu())
         curious, self.seen = self.curious, self.seen + len(self.truth[-1])
         if curious and self.seen:
             self._look(_CLASSES)
 
     def settle(self) -> None:
-        """There are no more samples: say what is known of the labels now.
+        """Judge the labels at the end of the data.
 
         Raises:
-            DataError: the original surely does not know them.
+            DataError: they clearly are not the original's classes.
         """
         if self.seen:
             self._look(1)
             warning = _warning(torch.cat(self.answers), torch.cat(self.truth))
-            if warning and not self.told:
+            if warning and not self.warned:
                 warnings.warn(f"{self.backbone.model_id} {warning}", SurgeryWarning, stacklevel=3)
 
     def _look(self, least: int) -> None:
         answers, truth = torch.cat(self.answers), torch.cat(self.truth)
         found = strangers(answers, truth, self.classes, least)
-        if found is None or self.told:
+        if found is None or self.warned:
             return
-        told = f"{self.backbone.model_id} is right on {_percent(answers == truth)} of {len(truth)} samples: {found}"
+        finding = f"{self.backbone.model_id} is right on {_percent(answers == truth)} of {len(truth)} samples: {found}"
         if self.table is not None:
-            self.told = True
-            warnings.warn(f"{told} Is class_map= right?", SurgeryWarning, stacklevel=4)
+            self.warned = True
+            warnings.warn(f"{finding} Is class_map= right?", SurgeryWarning, stacklevel=4)
             return
         label = int(truth[answers != truth].mode().values)
         most = int(answers[truth == label].bincount().argmax())
         names = self.backbone.label_names
         raise DataError(
-            f"{told} Those labelled {label} it mostly takes for class {most}{f' ({names[most]})' if names else ''}. "
-            "Say which label is which class: class_map=, one class number, name or WordNet id per label (for folders "
-            'with such names, class_map=data.classes). Or do without labels: TrainConfig(teach="original"), and '
-            "ee.unlabelled(data) for calibrate and evaluate, which then measure agreement with the original. For other "
-            "classes than the model's, give them a head of their own: a base without a head, and num_classes=."
+            f"{finding} It mostly predicts class {most}{f' ({names[most]})' if names else ''} for label {label}. "
+            "Map labels to classes with class_map=, one class number, name or WordNet id per label (for folders with "
+            'such names, class_map=data.classes). Or work without labels: TrainConfig(teach="original"), and '
+            "ee.unlabelled(data) for calibrate and evaluate, which then measure agreement with the original. For new "
+            "classes, use a base without a head, and num_classes=."
         )
 
 
 def strangers(answers: Tensor, truth: Tensor, classes: int, least: int = 1) -> str | None:
-    """Why these labels surely are not the classes that a model answers with; None where that is not sure.
+    """The reason why these labels clearly are not the model's classes; None if that is not certain.
 
-    That an untrained model does badly says nothing about labels: either they use far fewer numbers than the model has
-    classes, or its answers follow them under other numbers. The class it is best at is left aside where there are three
-    or more: of ten folders numbered from 0, one may be the right class by chance.
+    Low accuracy alone is not enough, since the model may be untrained: the labels must also use far fewer numbers than
+    the model has classes, or its predictions must follow them under other numbers. With three or more classes, the
+    best one is left out: of ten folders numbered from 0, one may be the right class by chance.
 
     Args:
         answers, truth: class numbers of the same samples, int64 (N,).
@@ -197,7 +144,7 @@ def strangers(answers: Tensor, truth: Tensor, classes: int, least: int = 1) -> s
         return None
     moved = _moved(answers, truth, seen)
     if moved is not None:
-        return f"its answers are mostly the label {moved:+d}, so that labels are counted from elsewhere."
+        return f"its predictions are mostly the label {moved:+d}, so labels are numbered differently."
     right = truth[answers == truth].bincount(minlength=classes)
     best = int(right.argmax()) if len(seen) >= _CLASSES and int(right.max()) else None
     hits, n = int(right.sum()), len(truth)
@@ -208,17 +155,17 @@ def strangers(answers: Tensor, truth: Tensor, classes: int, least: int = 1) -> s
     expected = classes * (1 - (1 - 1 / classes) ** len(truth))  # distinct classes among so many samples
     if len(seen) <= min(expected / 2, classes / 4):
         numbers = f"{int(seen[0])} to {int(seen[-1])}" if len(seen) > 1 else f"{int(seen[0])}"
-        return f"the labels are {len(seen)} of its {classes} class numbers, {numbers}, and surely not those classes."
+        return f"the labels are {len(seen)} of its {classes} class numbers, {numbers}, but clearly not those classes."
     modes = [answers[truth == label].bincount(minlength=classes).max(0) for label in seen.tolist()]
-    # of two or three classes, an untrained model may tell each from the others and be wrong about all
+    # with two or three classes, an untrained model may separate them and be wrong about all
     one_to_one = len({int(mode.indices) for mode in modes}) == len(seen) > _CLASSES
     if len(truth) >= 8 * len(seen) and one_to_one and sum(int(m.values) for m in modes) > 0.9 * len(truth):
-        return "its answers follow the labels, but under other numbers."
+        return "its predictions follow the labels, but under other numbers."
     return None
 
 
 def _moved(answers: Tensor, truth: Tensor, seen: Tensor) -> int | None:
-    """By how much labels are off where most of them are, and by the same number in most classes."""
+    """The shift between labels and predictions, if most labels in most classes are shifted by the same number."""
     if len(truth) < 28 or len(seen) < _MANY:
         return None
     by = int((answers - truth).mode().values)
@@ -229,7 +176,7 @@ def _moved(answers: Tensor, truth: Tensor, seen: Tensor) -> int | None:
 
 
 def _warning(answers: Tensor, truth: Tensor) -> str | None:
-    """What to say of an original whose answers have nothing to do with the labels."""
+    """A warning if the original's predictions are unrelated to the labels."""
     size = int(max(answers.max(), truth.max())) + 1
     n = len(truth)
     chance = float((answers.bincount(minlength=size) / n) @ (truth.bincount(minlength=size) / n))
@@ -237,8 +184,8 @@ def _warning(answers: Tensor, truth: Tensor) -> str | None:
     if n < 64 or len(truth.unique()) == 1 or (right and bdtrc(right - 1, n, min(chance, 1.0)) < 0.01):
         return None
     return (
-        f"is right on {_percent(answers == truth)} of {n} samples, no more than answers that have nothing to do with "
-        "the labels would be: is it trained, and are these the classes that it was trained on?"
+        f"is right on {_percent(answers == truth)} of {n} samples, no better than chance. Is it trained, and are "
+        "these the classes that it was trained on?"
     )
 
 
@@ -250,10 +197,10 @@ def _percent(right: Tensor) -> str:
 
 
 def class_numbers(class_map: ClassMap, backbone: Backbone) -> Tensor:
-    """Class of the model for every label of the data, int64; -1 for those that the map leaves out.
+    """The model's class for every label of the data, int64; -1 for labels without an entry.
 
     Raises:
-        ConfigError: a class that the model has not, or a name that several have.
+        ConfigError: an unknown class, or a name that several classes have.
     """
     if isinstance(class_map, str) or not isinstance(class_map, (Mapping, Sequence)) or not len(class_map):
         raise ConfigError(
@@ -261,7 +208,7 @@ def class_numbers(class_map: ClassMap, backbone: Backbone) -> Tensor:
         )
     given = dict(class_map) if isinstance(class_map, Mapping) else dict(enumerate(class_map))
     if not all(isinstance(label, int) and label >= 0 for label in given):
-        raise ConfigError(f"class_map must be by the data's label numbers; got {list(given)[:5]}.")
+        raise ConfigError(f"The keys of class_map must be label numbers of the data; got {list(given)[:5]}.")
     names = _class_names(backbone) if any(isinstance(name, str) for name in given.values()) else {}
     table = torch.full((max(given) + 1,), -1)
     for label, name in given.items():
@@ -278,13 +225,13 @@ def _class_number(name: object, names: Mapping[str, list[int]], backbone: Backbo
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(f"class_map: {backbone.model_id} has several classes {name!r}, {found}: give one by number.")
-    known = f"its names, such as {', '.join(list(names)[:3])}" if names else "nothing else, as it states no names"
+        raise ConfigError(f"class_map: {backbone.model_id} has several classes named {name!r}, {found}: give a number.")
+    known = f"its names, such as {', '.join(list(names)[:3])}" if names else "nothing else: it has no class names"
     raise ConfigError(f"class_map: {backbone.model_id} has no class {name!r}. Give class numbers, or {known}.")
 
 
 def _class_names(backbone: Backbone) -> dict[str, list[int]]:
-    """All names of all classes, each synonym on its own, and WordNet ids where they are the classes of an ImageNet."""
+    """All names of all classes, each synonym separately, and WordNet ids for ImageNet classes."""
     lists = [backbone.label_names or []]
     if backbone.library == "timm" or not lists[0] or _are_imagenets(lists[0], backbone.num_classes):
         lists += _imagenet_names(backbone.num_classes)
@@ -299,7 +246,7 @@ def _class_names(backbone: Backbone) -> dict[str, list[int]]:
 
 
 def _are_imagenets(names: Sequence[str], classes: int) -> bool:
-    """Whether a model of transformers names its classes as ImageNet does, whatever it leaves out or adds."""
+    """Whether a transformers model has ImageNet's class names, allowing for small differences."""
     known = _imagenet_names(classes)
     if not known:
         return False
@@ -308,7 +255,7 @@ def _are_imagenets(names: Sequence[str], classes: int) -> bool:
 
 
 def _imagenet_names(classes: int) -> list[list[str]]:
-    """WordNet ids and descriptions of the ImageNet with so many classes; nothing where there is none."""
+    """WordNet ids and descriptions of the ImageNet variant with so many classes; empty if there is none."""
     from timm.data import ImageNetInfo, infer_imagenet_subset  # pyright: ignore[reportPrivateImportUsage]
 
     subset = infer_imagenet_subset({"num_classes": classes})
@@ -319,5 +266,5 @@ def _imagenet_names(classes: int) -> list[list[str]]:
 
 
 def _plain(name: str) -> str:
-    """Without case, and with blanks for what stands for them in the names of folders."""
+    """Lower case, with spaces in place of underscores and hyphens."""
     return re.sub(r"[\s_-]+", " ", name).strip().lower()

@@ -1,15 +1,14 @@
-"""Calibrate: every trade-off between accuracy and cost that the branches of a model reach on held-out data."""
+"""Calibrate: the frontier of accuracy and cost of a branched model on held-out data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.calibration.methods import CALIBRATORS
-from ee_surgery.calibration.risk import risk_table
+from ee_surgery.calibration.risk import risk_tables
 from ee_surgery.checks import instance, names, renamed
 from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
@@ -18,6 +17,10 @@ from ee_surgery.evaluation.record import record
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.share.provenance import CALIBRATION
+from ee_surgery.task import require
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def calibrate(
@@ -31,9 +34,9 @@ def calibrate(
     class_map: ClassMap | None = None,
     policy: str | None = None,
 ) -> Frontier:
-    """Find every trade-off between accuracy and cost that the branches can reach; kept on the model.
+    """Find the frontier of accuracy and cost of the branches, and keep it on the model.
 
-    Nothing leaves early until `branched.operate(...)` picks one of them.
+    No sample leaves early until `branched.operate(...)` picks a point of it.
 
     Args:
         data: held out: neither what trained the branches nor what will be reported; its labels as for `record`.
@@ -44,7 +47,8 @@ def calibrate(
         class_map: as for `record`.
         policy: old name of `method`.
     Raises:
-        ConfigError: `scores` beside a method that has its own, an empty list, or a score that needs confidence units.
+        ConfigError: a method or score that is not for the model's task, `scores` beside a method that has its own, an
+            empty list, or a score that needs confidence units.
         UnknownNameError: no such method or score.
         DataError: as for `record`.
     """
@@ -53,6 +57,7 @@ def calibrate(
     if scores is not None and not takes_score:
         raise ConfigError(f"The method {method!r} has its own score: leave out scores=, or use method='search'.")
     instance("branched", branched, EarlyExitModel)
+    require(f"The calibrator {method!r}", CALIBRATORS.property(method, "tasks"), branched.task)
     wanted = None if scores is None else _scores(branched, scores)
     records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
     if takes_score:
@@ -60,9 +65,8 @@ def calibrate(
         frontier = Frontier.of(records, [p for score in wanted for p in CALIBRATORS[method](records, score)])
     else:
         frontier = Frontier.trace(records, method)
-    risks = ("disagreement", *(["accuracy_gap"] if records.labels is not None else []))
     branched.provenance.pop(CALIBRATION, None)
-    branched.frontier = replace(frontier, risks=tuple(risk_table(records, risk) for risk in risks))
+    branched.frontier = replace(frontier, risks=risk_tables(records))
     return branched.frontier
 
 
@@ -72,6 +76,6 @@ def _scores(branched: EarlyExitModel, scores: Iterable[str]) -> list[str]:
     if not given:
         raise ConfigError("scores= is an empty list: name at least one score, or leave it out.")
     for name in given:
-        policy = ThresholdPolicy((0.0,) * len(branched.branches), name)
+        policy = ThresholdPolicy((0.0,) * len(branched.branches), name, task=branched.task)
         policy.check(branched.num_classes, branched.branches.units, branched.branches.chained)
     return given

@@ -1,45 +1,55 @@
-"""Evaluate a branched model as it stands: routed, its original beside it."""
+"""Evaluate a branched model with early exit, and its original on the same samples."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ee_surgery.checks import instance
 from ee_surgery.data.batches import Data, loader, place
 from ee_surgery.data.distributed import ShardedBatches
-from ee_surgery.data.labels import ClassMap, Labels, hard
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.evaluation.record import all_or_none, home, labelled_rows, processes
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating_point import describe
+from ee_surgery.task import Task
 from ee_surgery.text import visible
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a branched model does on data, by running it as it stands: samples really leave."""
+    """Results of a branched model on data, run with early exit."""
 
     accuracy: float
     """In [0, 1]; agreement with the original when there were no labels."""
     original_accuracy: float
-    """Of the original on the same samples; 1.0 when there were no labels."""
+    """Accuracy of the original on the same samples; 1.0 if there were no labels."""
     agreement: float
-    """Share of the samples given the same class as by the original."""
+    """Share of the samples given the same class as by the original; of several labels, of these."""
     macs_fraction: float
-    """Mean MACs, branches visited included, by the original's."""
+    """Mean MACs per sample, including every branch visited, as a fraction of the original's."""
     exits: tuple[str, ...]
     """Names, the original's head (`original`) last."""
     exit_shares: tuple[float, ...]
     exit_accuracies: tuple[float | None, ...]
-    """Of the samples that left at each exit; None where none did."""
+    """Accuracy on the samples that left at each exit; None if there were none."""
     samples: int
     labelled: bool
+    measure: str = "accuracy"
+    """What `accuracy` is of this model's task, see `Task.measure`: of several labels, the mean share that is right."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What else the task measures on labelled data, where it is defined; `original_` and the name: of the original."""
 
     def __str__(self) -> str:
-        what = "accuracy" if self.labelled else "agreement"
+        what = self.measure if self.labelled else "agreement"
         rows = [
             f"  {visible(name):32} {share:6.1%}  {'-' if accuracy is None else format(accuracy, '.2%')}"
             for name, share, accuracy in zip(self.exits, self.exit_shares, self.exit_accuracies, strict=True)
@@ -48,7 +58,7 @@ class Evaluation:
             f"{what} {self.accuracy:.2%} (original {self.original_accuracy:.2%}, same class {self.agreement:.2%}) at "
             f"{self.macs_fraction:.1%} of its MACs, {self.samples} samples; share and {what} at each exit:"
         )
-        return "\n".join([head, *rows])
+        return "\n".join([head, *rows, *(f"  {name}: {value:.2%}" for name, value in self.measures.items())])
 
 
 def evaluate(
@@ -61,17 +71,18 @@ def evaluate(
 ) -> Evaluation:
     """Run a branched model, routed, and its original on the same samples; with an accelerator as `record` does.
 
-    The result is kept in `branched.provenance["evaluation"]`, with the operating point that it is of: the model card
-    states it.
+    The result is kept in `branched.provenance["evaluation"]` with its operating point, for the model card.
 
     Args:
-        data: its labels as for `record`; samples labelled -100 count nowhere.
+        data: labels as for `record`; samples labelled -100 are ignored.
         class_map: as for `record`.
     Raises:
         DataError: as for `record`.
     """
     instance("branched", branched, EarlyExitModel)
+    task = branched.task
     found: list[Tensor] = []
+    whole: list[tuple[Tensor, Tensor, Tensor]] = []  # logits, routed and of the original, and labels: for `measures`
     labelled = 0
     working = processes(branched, accelerator)
     where = home(branched)
@@ -80,35 +91,63 @@ def evaluate(
         x = place(shard.inputs, *where)
         output = branched.predict(x)
         with branched.exits_disabled():
-            original = branched.predict(x).logits.argmax(-1)
-        target = original if shard.labels is None else hard(shard.labels).to(where[0])
-        of_sample = (output.logits.argmax(-1), original, target, output.exit_index, output.macs_fraction)
+            original = branched.predict(x).logits
+        said = task.labels_from(original)
+        target = said if shard.labels is None else task.hard(shard.labels.to(where[0]))
+        of_sample = (
+            task.outcome(output.logits, target), task.outcome(original, target), task.outcome(output.logits, said),
+            ~task.ignored(target), output.exit_index, output.macs_fraction,
+        )  # fmt: skip
         found.append(working.rows(torch.stack([value.float() for value in of_sample], 1), shard.total).cpu())
         if shard.labels is not None:
             labelled += 1
-            known.compare(*found[-1][:, 1:3].long().unbind(1))
+            told = working.rows(target, shard.total).cpu()
+            known.compare(working.rows(said, shard.total).cpu(), told)
+            if task.measures:
+                routed = working.rows(output.logits, shard.total).cpu()
+                whole.append((routed, working.rows(original, shard.total).cpu(), told))
     all_or_none(labelled, len(found))
     known.settle()
-    table = torch.cat(found)
-    answer, original, target, exit_index, macs = table[labelled_rows(table[:, 2])].unbind(1)
-    correct, base, same = answer == target, original == target, answer == original
-    exits = (*branched.exits, "original")
+    result = _summed_up(torch.cat(found), (*branched.exits, "original"), labelled > 0, task, whole)
+    point = None if branched.policy is None else branched.operating_point
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
+    for name in ("measure", "measures"):  # of the task; left out where there are none, as before there were tasks
+        if not result.measures:
+            del plain[name]
+    branched.provenance["evaluation"] = {**plain, "operating_point": describe(point)}
+    return result
+
+
+def _summed_up(
+    table: Tensor, exits: tuple[str, ...], labelled: bool, task: Task, whole: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Evaluation:
+    """What was found, sample by sample, as means.
+
+    Args:
+        table: outcome, the original's, agreement, whether it counts, exit and cost of each sample, (N, 6).
+        whole: logits, the original's, and labels, batch by batch; where the task has `measures`.
+    """
+    rows = labelled_rows(table[:, 3] > 0)
+    outcome, base, same, _, exit_index, macs = table[rows].unbind(1)
     left = [exit_index == k for k in range(len(exits))]
-    result = Evaluation(
-        accuracy=_mean(correct),
+    measures: dict[str, float] = {}
+    if whole:
+        routed, original, target = (torch.cat(parts)[rows] for parts in zip(*whole, strict=True))
+        for name, of in task.measures.items():
+            measures |= {name: of(routed, target), f"original_{name}": of(original, target)}
+    return Evaluation(
+        accuracy=_mean(outcome),
         original_accuracy=_mean(base),
         agreement=_mean(same),
         macs_fraction=_mean(macs),
         exits=exits,
-        exit_shares=tuple(_mean(rows) for rows in left),
-        exit_accuracies=tuple(_mean(correct[rows]) if rows.any() else None for rows in left),
-        samples=len(correct),
-        labelled=labelled > 0,
+        exit_shares=tuple(_mean(here) for here in left),
+        exit_accuracies=tuple(_mean(outcome[here]) if here.any() else None for here in left),
+        samples=len(outcome),
+        labelled=labelled,
+        measure=task.measure,
+        measures={name: value for name, value in measures.items() if math.isfinite(value)},
     )
-    point = None if branched.policy is None else branched.operating_point
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
-    branched.provenance["evaluation"] = {**plain, "operating_point": describe(point)}
-    return result
 
 
 def _mean(values: Tensor) -> float:

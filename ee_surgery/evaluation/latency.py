@@ -1,4 +1,4 @@
-"""How long things take: interleaved with the original, warmed up, synchronised, threads stated."""
+"""Timing: interleaved with the original, after a warm-up, synchronized, with the number of threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def environment(device: torch.device) -> str:
-    """One line on what the timings were taken with; timings without it mean little."""
+    """One line about the environment of a timing, without which it means little."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     malloc = ", ".join(f"{key}={os.environ.get(key, 'unset')}" for key in ALLOCATOR)
     return f"{device.type} {name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {malloc}"
@@ -37,12 +37,12 @@ def interleave(
     """Time functions in turn, round after round, so that a slow moment of the machine hits all of them.
 
     Returns:
-        Seconds of each call, `rounds` a function, in the order of the rounds.
+        Seconds of each call, `rounds` per function, in the order of the rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names, order = list(functions), random.Random(0)
     for i in range(-warmup, rounds):
-        order.shuffle(names)  # whoever goes before leaves its data in the caches: let that be anybody
+        order.shuffle(names)  # the previous function leaves its data in the caches: randomize which one that is
         for name in names:
             _synchronise(device)
             start = time.perf_counter()
@@ -71,14 +71,14 @@ class Measurement:
     """Of one batch, median over the rounds, mean over the batches."""
     original_latency_ms: float
     throughput: float
-    """Samples a second, from the latency."""
+    """Samples per second, from the latency."""
     original_throughput: float
     latency_ratio: float
-    """Routed by original; below 1 is faster."""
+    """Routed / original; below 1 is faster."""
     spread: tuple[float, float]
     """Quartiles of that ratio over the rounds."""
     macs_fraction: float
-    """Mean MACs of these samples by the original's: what the ratio would be if time went with MACs."""
+    """Mean MACs of these samples as a fraction of the original's: the ratio if time were proportional to MACs."""
     environment: str
 
     def __str__(self) -> str:
@@ -96,12 +96,12 @@ def measure(
     """Time a branched model at its operating point against its original, on the same batches in the same run.
 
     Args:
-        inputs: samples as they come in service, shape (N, ...) or a dict of such, on the model's device; which exits
+        inputs: samples as in production, shape (N, ...) or a dict of such, on the model's device; which exits
             they take decides the time, so take real ones.
-        batch_size: samples a batch; a last, smaller batch is left out.
+        batch_size: samples per batch; a smaller last batch is left out.
     Raises:
         DataError: fewer inputs than one batch, or no input tensors.
-        ConfigError: a number that is none.
+        ConfigError: an invalid number.
     """
     if not hasattr(branched, "operate"):
         refuse("branched", "an EarlyExitModel", branched)
@@ -119,9 +119,9 @@ def measure(
         rows = {name: v[start : start + batch_size] if isinstance(v, Tensor) else v for name, v in named.items()}
         batches.append(rows[""] if isinstance(inputs, Tensor) else rows)
     if not batches:
-        raise DataError(f"{len(first)} inputs are no batch of {batch_size}.")
+        raise DataError(f"{len(first)} inputs do not fill a batch of {batch_size}.")
 
-    model = branched._backbone.state().model  # the original in eval mode, without our checks at every call
+    model = branched.engine.backbone.state().model  # the original in eval mode, without our checks at every call
 
     def original(batch: Inputs) -> object:
         return model(batch) if isinstance(batch, Tensor) else model(**batch)
@@ -163,21 +163,22 @@ def measure(
 
 
 def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]]:
-    """Every stage and branch that a routed run of `x` would call, on its own and on the samples that get there.
+    """Every stage and branch that a routed run of `x` would call, alone, on the samples that reach it.
 
-    The sum of their times is the ideal for that run: what it would take if deciding and compacting were free.
+    The sum of their times is the ideal for that run: its time if deciding and compacting were free.
     """
     policy, chained = branched.policy, branched.branches.chained
-    program, live, batch = branched.prepare(x)
+    batch = branched.engine.backbone.batch(x)
+    program, live = branched.engine.entry(batch).program, batch.tensors
     found: dict[str, Callable[[], object]] = {}
     with torch.no_grad():
         exit_index = branched.predict(x).exit_index
-        rows = torch.arange(batch, device=live[0].device)
+        rows = torch.arange(batch.size, device=batch.device)
         log_probs: Tensor | None = None
         for k, stage in enumerate(program.stages):
             if len(rows) == 0:
                 break
-            # a stage may write to its inputs: time it on the same ones all the same, the values do not matter
+            # a stage may write to its inputs: time it on the same ones anyway, the values do not matter
             found[f"stage {k}"] = lambda stage=stage, live=live: stage(*live)
             live = stage(*(tensor.clone() for tensor in live))
             if k < len(branched.branches):
@@ -188,7 +189,7 @@ def parts(branched: EarlyExitModel, x: Inputs) -> dict[str, Callable[[], object]
                     found[f"branch {k}"] = call
                     log_probs = call().log_probs if chained else None
                     log_probs = None if log_probs is None else log_probs.index_select(0, stay)
-                live, rows = compact(live, program.stages[k + 1].axes, stay), rows[stay]
+                live, rows = compact(live, program.segments[k + 1].axes, stay), rows[stay]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Go or no-go: early exits against the smaller models that one could take instead."""
+"""Go or no-go: early exits against smaller models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from ee_surgery.calibration.records import replay_point
 from ee_surgery.checks import instance, numbers, shown
 from ee_surgery.data.batches import Data, batches
-from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.errors import ConfigError, DataError, OperatingPointError
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.inspection import inspect
@@ -20,14 +20,14 @@ from ee_surgery.model import EarlyExitModel
 
 @dataclass(frozen=True)
 class Alternative:
-    """A smaller model, and what the exits do when asked for its accuracy."""
+    """A smaller model, and early exit at its accuracy."""
 
     name: str
     accuracy: float
     macs_fraction: float
-    """By the original's."""
+    """As a fraction of the original's."""
     exits_accuracy: float
-    """Realised by the operating point that was calibrated for this model's accuracy drop."""
+    """Of the operating point that was calibrated for this model's accuracy drop."""
     exits_macs_fraction: float
 
     @property
@@ -45,12 +45,12 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether early exits pay."""
+    """Whether early exits pay off."""
 
     accuracy: float
     """Of the original."""
     best_case: tuple[float, float]
-    """Accuracy and mean MACs of leaving at the first right exit; see `ExitRecords.best_case`."""
+    """Accuracy and mean MACs of leaving at the first correct exit; see `ExitRecords.best_case`."""
     alternatives: tuple[Alternative, ...]
     samples: int
 
@@ -63,7 +63,7 @@ class Verdict:
         accuracy, cost = self.best_case
         lines = [
             f"original: {self.accuracy:.2%}, {self.samples} samples",
-            f"best case, leaving at the first right exit: {accuracy:.2%} at {cost:.1%} of the MACs",
+            f"best case, leaving at the first correct exit: {accuracy:.2%} at {cost:.1%} of the MACs",
         ]
         return "\n".join([*lines, *map(str, self.alternatives)])
 
@@ -84,7 +84,7 @@ def verdict(
     Args:
         data: labelled, other than what `calibrate` was given.
         alternatives: models that take the same inputs and answer with the same classes; or, where they were measured
-            elsewhere, their accuracy in [0, 1] and their MACs by the original's.
+            elsewhere, their accuracy in [0, 1] and their MACs as a fraction of the original's.
         class_map: as for `record`; the alternatives have the original's classes.
     Raises:
         OperatingPointError: the model is not calibrated.
@@ -97,7 +97,7 @@ def verdict(
         raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
     records = record(branched, data, batch_size=batch_size, class_map=class_map)
     if records.labels is None:
-        raise DataError("Without labels nothing tells which model is more accurate: give labelled data.")
+        raise DataError("Comparing accuracy needs labels: give labelled data.")
     known, found = Labels(branched, class_map), []
     for name, other in alternatives.items():
         accuracy, cost = other if isinstance(other, tuple) else _measure(branched, other, data, batch_size, known)
@@ -108,14 +108,14 @@ def verdict(
 
 
 def _check(name: str, other: object) -> None:
-    """Whether it is a model, or what one was measured at.
+    """Check that it is a model, or its measurements.
 
     Raises:
         ConfigError: it is neither.
     """
     if isinstance(other, nn.Module):
         return
-    hint = "A model, or its (accuracy, MACs by the original's)."
+    hint = "A model, or its (accuracy, MACs as a fraction of the original's)."
     if len(numbers(f"alternatives[{name!r}]", other, low=0, hint=hint)) != 2 or other[0] > 1:  # pyright: ignore[reportIndexIssue]
         raise ConfigError(f"alternatives[{name!r}] must be accuracy in [0, 1] and MACs, got {shown(other)}. {hint}")
 
@@ -123,16 +123,20 @@ def _check(name: str, other: object) -> None:
 def _measure(
     branched: EarlyExitModel, other: nn.Module, data: Data, batch_size: int, known: Labels
 ) -> tuple[float, float]:
-    """Accuracy, and MACs by the original's."""
+    """Accuracy, and MACs as a fraction of the original's."""
     sample = branched.sample
-    graph = inspect(other, sample if len(sample) > 1 else next(iter(sample.values())))  # its own name for the input
+    task = branched.task
+    own = sample if len(sample) > 1 else next(iter(sample.values()))  # it has its own name for the input
+    graph = inspect(other, own, task=type(task))
     home = next(iter(branched.branches.parameters()))
-    right = total = 0
+    right, total = 0.0, 0
     for inputs, labels in batches(data, batch_size, home.device, home.dtype):
         assert labels is not None  # as in the records
-        labels = hard(known(labels, len(labels)))
+        labels = known(labels, len(labels))
+        counts = ~task.ignored(labels)
         arguments = graph.backbone.arguments(inputs)
         with torch.no_grad():
-            answers = graph.backbone.logits(graph.backbone(arguments)).argmax(-1)
-        right, total = right + int((answers == labels).sum()), total + int((labels != IGNORED).sum())
+            answers = graph.backbone.logits(graph.backbone(arguments))
+        right += float(task.outcome(answers, labels)[counts].double().sum())
+        total += int(counts.sum())
     return right / total, graph.macs / branched.trunk_macs[-1]

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
-import torch
 
-from ee_surgery.backbone.inputs import Arguments, select, tensors
+from ee_surgery.backbone.inputs import Arguments, tensors
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import choice, flag, instance
 from ee_surgery.data.batches import Data, batches
@@ -125,7 +124,8 @@ def _wiring(parts: Pieces) -> list[Plain]:
 
 def _metadata(branched: EarlyExitModel, point: OperatingPoint, parts: Pieces) -> Plain:
     """What readers need beside the graph, as plain data; infinite thresholds are strings."""
-    engine, identity = branched._engine, branched._backbone.identity()
+    engine = branched.engine
+    identity = engine.backbone.identity()
     frontier = branched.frontier
     return {
         "format_version": FORMAT_VERSION,
@@ -137,7 +137,7 @@ def _metadata(branched: EarlyExitModel, point: OperatingPoint, parts: Pieces) ->
         "thresholds": point.to_dict()["thresholds"],
         "score": str(point.score),
         "fallback": point.fallback,
-        "labels": branched._backbone.label_names,
+        "labels": engine.backbone.label_names,
         "preprocessing": branched.preprocessing,
         "points": [] if frontier is None else [_plain(each) for each in _reachable(frontier, point)],
         "base_accuracy": None if frontier is None else frontier.base_accuracy,
@@ -162,16 +162,15 @@ def _verify(file: OnnxModel | StagedModel, branched: EarlyExitModel, point: Oper
         CaptureError: they differ.
     """
     count = len(branched.branches)
-    sample, dims = branched._backbone.sample, branched._backbone.batch_dims
-    device = next(iter(tensors(sample).values())).device
+    sample = branched.engine.backbone.own_batch()
     with _operating(branched):
         middle: list[float] = []
         for k in range(count):
             branched.operate(replace(point, thresholds=(NEVER,) * k + (-NEVER,) * (count - k)))
-            middle.append(float(branched.predict(sample).score.nan_to_num(0).median()))
+            middle.append(float(branched.predict(sample.arguments).score.nan_to_num(0).median()))
         for thresholds in ((-NEVER,) * count, (*(NEVER,) * (count - 1), -NEVER), tuple(middle), (NEVER,) * count):
             for batch in (1, 2, 7):
-                arguments = select(sample, dims, torch.arange(batch, device=device) % 4)
+                arguments = sample.select([row % 4 for row in range(batch)]).arguments
                 found = _compare(file, branched, replace(point, thresholds=thresholds), arguments)
                 if found.exits or found.logits > _CLOSE:
                     raise CaptureError(
@@ -243,7 +242,7 @@ def check_export(
     weight = next(branched.branches.parameters())
     with _operating(branched):
         for inputs, _ in batches(data, batch_size, weight.device, weight.dtype):
-            found = found.plus(_compare(file, branched, point, branched._backbone.arguments(inputs)))
+            found = found.plus(_compare(file, branched, point, branched.engine.backbone.arguments(inputs)))
     if not found.samples:
         raise DataError("No samples: the data that was handed in is empty.")
     return found

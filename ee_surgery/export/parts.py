@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ee_surgery.backbone.inputs import tensors
 from ee_surgery.branches.base import Branch, run_branch
+from ee_surgery.graph.backends.base import Run
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.features import ReadAllLive, ReadFeatures
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import ScoreOf, sound
+from ee_surgery.task import Task
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Carried:
 class StagePart(nn.Module):
     """The original between two exits: live tensors in, live tensors out."""
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: Run) -> None:
         super().__init__()
         self.stage = stage
 
@@ -63,11 +66,11 @@ class BranchPart(nn.Module):
 
     def __init__(
         self, branch: Branch, read: ReadFeatures | ReadAllLive, score: ScoreOf, index: int, live: int, carried: Carried,
-        chained: bool,
+        chained: bool, task: Task,
     ) -> None:  # fmt: skip
         super().__init__()
         self.branch, self.read, self.score, self.index = branch, read, score, index
-        self.live, self.carried, self.chained = live, carried, chained
+        self.live, self.carried, self.chained, self.task = live, carried, chained, task
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Ask the branch."""
@@ -76,7 +79,7 @@ class BranchPart(nn.Module):
         features = self.read(live)
         answer = run_branch(self.branch, features, previous) if self.chained else self.branch(*features)
         score, state = self.score(answer.logits, answer.confidence, carried.state, self.index)
-        best = tuple(_better(one, answer.logits) for one in carried.best)
+        best = tuple(_better(one, answer.logits, self.task) for one in carried.best)
         log_probs = () if answer.log_probs is None else (answer.log_probs,)
         return answer.logits, score, sound(score, answer.logits), *Carried(tuple(state), log_probs, best).tensors
 
@@ -84,23 +87,25 @@ class BranchPart(nn.Module):
 class EndPart(nn.Module):
     """The last stage, a new head where the original has none, and the fallback: live tensors and best, to logits."""
 
-    def __init__(self, stage: nn.Module, read: ReadFeatures | None, head: Branch | None, live: int) -> None:
+    def __init__(self, stage: Run, read: ReadFeatures | None, head: Branch | None, live: int, task: Task) -> None:
         super().__init__()
-        self.stage, self.read, self.head, self.live = stage, read, head, live
+        self.stage, self.read, self.head, self.live, self.task = stage, read, head, live, task
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Logits (B, C)."""
         out = self.stage(*tensors[: self.live])
         logits = out[0] if self.head is None or self.read is None else self.head(*self.read(out)).logits
         for best in tensors[self.live :]:
-            logits = _better(best, logits)
+            logits = _better(best, logits, self.task)
         return logits
 
 
-def _better(best: Tensor, logits: Tensor) -> Tensor:
+def _better(best: Tensor, logits: Tensor, task: Task) -> Tensor:
     """Row by row, whichever answer is more certain; the earlier of equals; NaN throughout is no answer yet."""
     unset = torch.isnan(best).all(-1)
-    return torch.where((unset | (certainty(logits) > certainty(best)))[:, None], logits, best.to(logits.dtype))
+    return torch.where(
+        (unset | (certainty(logits, task) > certainty(best, task)))[:, None], logits, best.to(logits.dtype)
+    )
 
 
 @dataclass(frozen=True)
@@ -140,29 +145,28 @@ class Pieces:
 
 def pieces(branched: EarlyExitModel, policy: ThresholdPolicy) -> Pieces:
     """Take a branched model apart, running its sample through to know every shape."""
-    program, arguments = branched._engine.sample_program()
-    names = tuple(arguments)
-    dims = branched._engine.backbone.dims(arguments)
-    live: tuple[Tensor, ...] = tuple(arguments.values())
-    axes: tuple[Axis | None, ...] = tuple(None if dims[n] is None else Axis(dims[n]) for n in names)  # pyright: ignore
-    score = ScoreOf(policy.score)
-    chained = branched.branches.chained
-    batch = live[0].shape[axes[0].dim]  # pyright: ignore
-    unset = torch.full((batch, branched.num_classes), torch.nan, dtype=next(branched.branches.parameters()).dtype)
+    batch = branched.engine.backbone.own_batch()
+    program = branched.engine.entry(batch).program
+    names, live = tuple(tensors(batch.arguments)), batch.tensors
+    axes = tuple(None if (dim := batch.dims[name]) is None else Axis(dim) for name in names)
+    task, chained = branched.task, branched.branches.chained
+    score = ScoreOf(policy.score, task)
+    weight = next(branched.branches.parameters())
+    unset = torch.full((batch.size, branched.num_classes), torch.nan, dtype=weight.dtype, device=weight.device)
     carried = Carried(best=(unset,) if policy.fallback == "most_confident" else ())
     exits: list[ExitPieces] = []
     with torch.no_grad():
         for k, branch in enumerate(branched.branches):
             stage = _piece(StagePart(program.stages[k]), live, axes)
-            live, axes = stage.outputs, tuple(program.stages[k + 1].axes)
-            part = BranchPart(branch, program.readers[k], score, k, len(live), carried, chained)
+            live, axes = stage.outputs, tuple(program.segments[k + 1].axes)
+            part = BranchPart(branch, program.readers[k], score, k, len(live), carried, chained, task)
             asked = _piece(part, (*live, *carried.tensors), (*axes, *(Axis(0) for _ in carried.tensors)))
             exits.append(ExitPieces(stage, asked, carried))
             rest = asked.outputs[3:]
             m = len(rest) - len(carried.best)
             states = m - (1 if chained else 0)
             carried = Carried(rest[:states], rest[states:m], rest[m:])
-        last = EndPart(program.stages[-1], program.head, branched.branches.head, len(live))
+        last = EndPart(program.stages[-1], program.head, branched.branches.head, len(live), task)
         end = _piece(last, (*live, *carried.best), (*axes, *(Axis(0) for _ in carried.best)))
     return Pieces(names, exits, end, not (chained or score.stateful))
 

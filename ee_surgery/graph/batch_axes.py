@@ -1,9 +1,9 @@
-"""Where the tensors of a program keep their batch, also folded together with windows or tokens."""
+"""The batch axis of every tensor of a program, also if it is folded with windows or tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,14 @@ from sympy import Expr, Integer
 from torch import Tensor, fx
 
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import VIEWS, op_name
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The batch of a tensor: dimension `dim` counts `before` x B x `after` things, the sample in the middle.
+    """The batch axis of a tensor: dimension `dim` has `before` x B x `after` entries.
 
-    Windows cut out of each picture in turn make (1, B, windows); pictures one window at a time (windows, B, 1).
+    If the windows of an image are adjacent, (before, B, after) is (1, B, windows); if images are, (windows, B, 1).
     """
 
     dim: int
@@ -27,19 +28,19 @@ class Axis:
 
     @property
     def folded(self) -> bool:
-        """True where the dimension holds more than the batch."""
+        """True if the dimension holds more than the batch."""
         return self.before * self.after > 1
 
     def split(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """The tensor with its batch in a dimension of its own, and which one that is."""
+        """The tensor with its batch in a separate dimension, and the index of that dimension."""
         if not self.folded:
             return tensor, self.dim
         return tensor.unflatten(self.dim, (self.before, -1, self.after)), self.dim + 1
 
     def select(self, tensor: Tensor, keep: Tensor) -> Tensor:
-        """The samples `keep` (int64 indices) of a tensor, folded as it was."""
+        """The samples `keep` (int64 indices) of a tensor, folded as before."""
         if self.dim == 0 and tensor.ndim == 4 and not tensor.is_contiguous() and not self.folded:
-            # index_select answers in the default memory format: keep channels_last as it is
+            # trap: index_select returns the default memory format; keep channels_last
             rows = tensor.permute(0, 2, 3, 1)
             if rows.is_contiguous():
                 return rows.index_select(0, keep).permute(0, 3, 1, 2)
@@ -48,10 +49,17 @@ class Axis:
         parts, dim = self.split(tensor)
         return parts.index_select(dim, keep).flatten(dim - 1, dim + 1)
 
+    def concat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The samples of several tensors that differ in their batch alone, one after the other, folded as they were."""
+        if not self.folded:
+            return torch.cat([*tensors], self.dim)
+        parts = [self.split(tensor)[0] for tensor in tensors]
+        return torch.cat(parts, self.dim + 1).flatten(self.dim, self.dim + 2)
+
 
 def find_axes(capture: Capture, data_dependent: Set[fx.Node]) -> dict[fx.Node, Axis | str | None]:
-    """For each tensor that depends on the input: its batch axis; None where it belongs to no sample (made of inputs
-    that all samples share alone); or, in words, why samples cannot be told apart in it.
+    """For each tensor that depends on the input: its batch axis; None if it has no batch (made only of inputs that all
+    samples share); or, in words, the reason why samples are not separate in it.
     """
     shared = set(capture.shared)
     found: dict[fx.Node, Axis | str | None] = {}
@@ -79,7 +87,7 @@ def _axis(node: fx.Node, batch: Expr, found: dict[fx.Node, Axis | str | None]) -
     if len(dims) > 1:
         return f"several dimensions of {node.name} carry the batch: {shape}"
     (dim,) = dims
-    times = sizes[dim] / batch
+    times = sizes[dim] / batch  # e.g. windows per image
     if times == 1:
         return Axis(dim)
     if isinstance(times, Integer):
@@ -91,12 +99,12 @@ def _axis(node: fx.Node, batch: Expr, found: dict[fx.Node, Axis | str | None]) -
 
 
 def _sizes(value: Tensor) -> list[Any]:
-    """Sympy expressions of the batch, or integers."""
+    """Sizes as sympy expressions of the batch symbol, or integers."""
     return [size.node.expr if isinstance(size, torch.SymInt) else Integer(size) for size in value.shape]
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors a call works on, those behind a list of its parts too."""
+    """The input tensors of a call; for an element of a list, the inputs of the call that made the list."""
     for arg in node.all_input_nodes:
         if isinstance(arg.meta.get("val"), (list, tuple)):
             yield from arg.all_input_nodes
@@ -104,19 +112,16 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
             yield arg
 
 
-_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
-
-
 def _inherited(
     node: fx.Node, source: fx.Node, axis: Axis | str | None, dim: int, sizes: list[Any], batch: Expr
 ) -> Axis | None:
-    """The axis of a folded dimension, from the tensor it was made of."""
+    """The axis of a folded dimension, from the tensor it was made from."""
     value = source.meta.get("val")
     if not isinstance(axis, Axis) or not isinstance(value, Tensor):
         return None
     given = _sizes(value)
-    if getattr(node.target, "__name__", "").partition(".")[0] in _VIEWS:
-        # A view keeps the order of all numbers: the batch strides over as many of them as before.
+    if op_name(node) in VIEWS:
+        # A view keeps the order of elements, so the stride between samples stays the same.
         stride = axis.after * math.prod(int(size) for size in given[axis.dim + 1 :])
         inner = math.prod(int(size) for size in sizes[dim + 1 :])
         total = int(sizes[dim] / batch)

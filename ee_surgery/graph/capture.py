@@ -1,4 +1,4 @@
-"""A model as nodes in program order, with a symbolic batch (torch.export)."""
+"""Capture a model as nodes in program order, with a symbolic batch (torch.export)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from ee_surgery.backbone.base import Backbone, State
-from ee_surgery.backbone.inputs import Arguments, tensors
+from ee_surgery.backbone.inputs import Arguments, Batch, tensors
 from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture_errors import explained
@@ -24,7 +24,7 @@ from ee_surgery.graph.leftovers import caches_emptied, untie
 from ee_surgery.graph.opaque import OpaqueCalls
 from ee_surgery.graph.squeezes import name_squeezed_dims
 
-_PREFIX = "surgery_original."  # of the wrapper below, in front of the names that export reports (of most)
+_PREFIX = "surgery_original."  # of the wrapper below, a prefix of most names that export reports
 
 
 GLOBAL_STATE = threading.RLock()
@@ -38,7 +38,7 @@ class _LogitsOnly(nn.Module):
         super().__init__()
         self.surgery_original = model
         if "use_cache" in backbone.input_names:
-            options = {"use_cache": False, **options}  # a classifier has no next token to keep it for
+            options = {"use_cache": False, **options}  # a classifier generates no tokens
         self._read: Callable[[Arguments], Tensor] = lambda given: backbone.logits(
             backbone.call({**given, **options}, model)
         )
@@ -53,10 +53,10 @@ class _LogitsOnly(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """One program: what the model computes for inputs of one shape, dtype and device, at any batch size."""
+    """One program: the model's computation for inputs of one shape, dtype and device, at any batch size."""
 
     state: State
-    """Of the backbone when it was read."""
+    """State of the backbone at capture."""
     nodes: list[fx.Node]
     """Every call, in program order."""
     position: dict[fx.Node, int]
@@ -64,7 +64,7 @@ class Capture:
     inputs: dict[str, fx.Node]
     """Input tensors by name, the main one first."""
     shared: set[fx.Node]
-    """Those without a batch: one for all samples."""
+    """Inputs without a batch dimension, shared by all samples."""
     output: fx.Node
     """The node whose value is the logits."""
     batch: Expr
@@ -72,35 +72,34 @@ class Capture:
     tensors: dict[fx.Node, str]
     """Parameter and buffer placeholders, by their name in the model."""
     constants: dict[fx.Node, object]
-    """Values the graph carries itself: lifted tensors, submodules of higher-order ops."""
+    """Values stored in the graph: lifted tensors, submodules of higher-order ops."""
     opaque: OpaqueCalls
-    """Calls of modules that were kept whole."""
+    """Calls of modules kept whole."""
     owners: dict[fx.Node, list[str]] = field(default_factory=dict)
-    """Module paths around each call, outermost first; a module called again gets the suffix @1, @2."""
+    """Module paths of each call, outermost first; repeated calls of a module have the suffix @1, @2."""
 
 
-def capture(backbone: Backbone, arguments: Arguments) -> Capture:
-    """Read `backbone` as a graph whose batch is a symbol.
+def capture(backbone: Backbone, batch: Batch) -> Capture:
+    """Capture `backbone` as a graph with a symbolic batch.
 
-    The model itself is left alone: a twin is read, whose tensors export swaps for fake ones while other threads run the
-    model. One capture at a time; others wait.
+    The model itself is not touched: export swaps the tensors of a twin for fake ones while other threads run the model.
+    One capture at a time; others wait.
 
     Args:
-        arguments: inputs of the size, dtype and device to capture for, with at least two samples.
+        batch: inputs of the size, dtype and device to capture for, with at least two samples.
     Raises:
         CaptureError: the model cannot be exported, or only for one batch size.
     """
-    dims = backbone.dims(arguments)
-    inputs = tensors(arguments)
-    options = {name: value for name, value in arguments.items() if name not in inputs}
+    dims, inputs = batch.dims, tensors(batch.arguments)
+    options = {name: value for name, value in batch.arguments.items() if name not in inputs}
     dynamic = {name: None if dims[name] is None else {dims[name]: Dim.DYNAMIC} for name in inputs}
     state = backbone.state()
     with GLOBAL_STATE, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # export warns about its own deprecated internals
         model = twin(state.model)
         wrapper = _LogitsOnly(backbone, model, options, dims).eval()
-        with explained(backbone, model, arguments):
-            opaque = OpaqueCalls.record(backbone, state.model, arguments)
+        with explained(backbone, model, batch.arguments):
+            opaque = OpaqueCalls.record(backbone, state.model, batch)
             with opaque.patched(model), _indexed_masks(), _backends_kept(), caches_emptied():
                 program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
     untie(program)
@@ -108,22 +107,22 @@ def capture(backbone: Backbone, arguments: Arguments) -> Capture:
 
 
 def _backends_kept() -> AbstractContextManager[object]:
-    """While this lasts, torch.export leaves cuDNN and oneDNN on, which it switches for the whole process.
+    """Prevent torch.export from disabling cuDNN and oneDNN, which it does process-wide.
 
-    Other threads would compute with other kernels meanwhile, slower and rounded otherwise. Off, they keep the operators
-    of one backend out of decompositions; this capture is not decomposed.
+    Otherwise other threads would use different kernels meanwhile, slower and with different rounding. Export disables
+    them to keep backend-specific operators out of decompositions; this capture is not decomposed.
     """
     from torch.export import _trace  # slow to import, and export does it anyway
 
-    name = "_ignore_backend_decomps"  # torch's own business, so it may be gone tomorrow
+    name = "_ignore_backend_decomps"  # private to torch, so it may disappear
     return patch.object(_trace, name, nullcontext) if hasattr(_trace, name) else nullcontext()
 
 
 @contextmanager
 def _indexed_masks() -> Iterator[None]:
-    """While this lasts, transformers makes attention masks by indexing, not by vmap: its traces run nowhere else.
+    """Make transformers create attention masks by indexing instead of vmap, whose traces cannot be run elsewhere.
 
-    Both ways give the same mask; transformers itself indexes wherever it knows the mask function allows it.
+    Both give the same mask; transformers itself uses indexing if the mask function allows it.
     """
     masking = sys.modules.get("transformers.masking_utils")
     if masking is None or not hasattr(masking, "_non_vmap_expansion_sdpa"):
@@ -172,7 +171,7 @@ def _read(
     main, dim = next((sources[name], dim) for name in inputs if (dim := dims[name]) is not None)
     batch = main.meta["val"].shape[dim]
     if not isinstance(batch, torch.SymInt):
-        raise CaptureError(f"The model was read for a batch of {batch} alone: its code fixes the batch size.")
+        raise CaptureError(f"The model was captured only for a batch of {batch}: its code fixes the batch size.")
     return Capture(
         state=state,
         nodes=nodes,

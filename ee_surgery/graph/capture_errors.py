@@ -1,4 +1,4 @@
-"""Why a model could not be read as a graph: what happened, in which module, and the way out."""
+"""Explain why a model could not be captured: the problem, the module, and a way out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ee_surgery.errors import OUT_OF_MEMORY, CaptureError
 
 @contextmanager
 def explained(backbone: Backbone, model: nn.Module, arguments: Arguments) -> Iterator[None]:
-    """Turn whatever torch.export raises inside, reading `model`, into a `CaptureError` that helps."""
+    """Turn any error of torch.export on `model` into a `CaptureError` with an explanation."""
     names = {id(module): name for name, module in model.named_modules() if name}
-    fixed: list[str] = []  # where a size became a constant, that of the batch last
+    fixed: list[str] = []  # modules where a size became constant; the last is that of the batch
 
     try:
         with _watched(lambda: fixed.append(_innermost(_outward(sys._getframe(2)), names))):
@@ -37,8 +37,8 @@ def explained(backbone: Backbone, model: nn.Module, arguments: Arguments) -> Ite
 
 
 def _watched(note: Callable[[], None]) -> AbstractContextManager[object]:
-    """While this lasts, `note` is called whenever a symbolic size turns out to be one number."""
-    original = getattr(ShapeEnv, "_set_replacement", None)  # torch's own business: only the message depends on it
+    """Call `note` whenever a symbolic size becomes a constant."""
+    original = getattr(ShapeEnv, "_set_replacement", None)  # private to torch; only the message depends on it
     if original is None:
         return nullcontext()
 
@@ -51,7 +51,7 @@ def _watched(note: Callable[[], None]) -> AbstractContextManager[object]:
 
 
 def _refused(backbone: Backbone, arguments: Arguments) -> str:
-    """Why the model itself does not take these inputs, if so."""
+    """Why the model itself does not accept these inputs, if so."""
     try:
         with torch.no_grad():
             backbone(arguments)
@@ -66,27 +66,27 @@ def _cannot(backbone: Backbone, error: Exception, where: str, fixed: list[str]) 
     said, kind = str(error), type(error).__name__
     if "Constraints violated" in said:
         where = fixed[-1] if fixed else where
-        problem = "its code fixes the batch size, as a Python loop over the samples does"
-        hint = "Compute on the batch as a whole there"
+        problem = "its code fixes the batch size, for example by a Python loop over the samples"
+        hint = "Compute on the whole batch there"
     elif kind == "UnsupportedOperatorException" or "fake" in said.partition("\n")[0].lower():
         problem = f"an operator has no fake kernel ({first_line(error)})"
         hint = "Register one with torch.library.register_fake"
     elif kind.startswith("GuardOnDataDependent") or "data-dependent" in said or "Data-dependent" in said:
         problem = f"its Python control flow depends on the data ({first_line(error)})"
-        hint = "Replace it by tensor operations (torch.where)"
+        hint = "Replace it with tensor operations (torch.where)"
     elif quantised := _quantised(backbone.model):
         problem = f"its modules {quantised[:5]} are quantised, which torch.export cannot read ({first_line(error)})"
-        hint = "Put exits on the model as it was before it was quantised, in float32, float16 or bfloat16"
+        hint = "Put exits on the model before it was quantised, in float32, float16 or bfloat16"
     else:
         problem = f"{kind}: {first_line(error)}"
-        hint = "The error names the cause; code that only eager mode runs has to be written in tensor operations"
+        hint = "See the cause above; code that only works in eager mode has to be written as tensor operations"
     place = f" in module {where!r}" if where else ""
-    keep = f", or, if it treats each sample on its own, keep it whole: opaque=[{where!r}]" if where else ""
+    keep = f", or, if it treats each sample independently, keep it whole: opaque=[{where!r}]" if where else ""
     return f"{backbone.model_id} cannot be captured by torch.export{place}: {problem}. {hint}{keep}."
 
 
 def _quantised(model: nn.Module) -> list[str]:
-    """Modules of the libraries for quantisation, which keep weights packed or in tensor types of their own."""
+    """Modules of quantisation libraries, which store weights packed or in their own tensor types."""
     libraries = ("quantized", "bitsandbytes", "torchao", "quanto", "awq", "gptq")
     return [
         name
@@ -97,7 +97,7 @@ def _quantised(model: nn.Module) -> list[str]:
 
 
 def _innermost(frames: Iterator[FrameType], names: dict[int, str]) -> str:
-    """The module of the model whose code ran deepest."""
+    """The module of the model in the innermost frame."""
     found = ""
     for frame in frames:
         owner = frame.f_locals.get("self")

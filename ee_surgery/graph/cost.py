@@ -1,7 +1,7 @@
-"""Multiply-accumulate operations of every call, from its shapes.
+"""Multiply-accumulate operations (MACs) of every call, from its shapes.
 
 One multiply-add is one MAC. Convolutions, linear layers, matrix products, einsum and scaled dot-product attention
-count; element-wise calls, normalisation, pooling, interpolation and data movement are free, as in the field's tables.
+count; element-wise calls, normalization, pooling, interpolation and data movement are free, as is usual.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ee_surgery.backbone.twin import twin
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import op_name
 from ee_surgery.graph.opaque import is_opaque
 
 _Shape = tuple[int, ...]
@@ -66,7 +67,7 @@ def _einsum(node: fx.Node, inputs: list[_Shape], out: _Shape) -> int:
     total, have = 0, set(terms[0])
     for i, term in enumerate(terms[1:], start=1):  # pairwise from the left, as torch does without opt_einsum
         later = set(result).union(*terms[i + 1 :])
-        # an index that only one operand has, and nobody later, is summed before the product
+        # an index in only one operand and in no later one is summed before the product
         have = {letter for letter in have if letter in later or letter in term}
         mine = {letter for letter in term if letter in later or letter in have}
         total += math.prod(sizes[letter] for letter in have | mine)
@@ -93,7 +94,7 @@ _FORMULAS: dict[str, _Formula] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
 }
 
-# Calls without a pointwise tag that move, normalise, pool or reduce: no multiply-adds worth counting.
+# Calls without a pointwise tag that move, normalize, pool or reduce: negligible multiply-adds.
 _FREE = frozenset(
     """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d avg_pool1d avg_pool2d
@@ -118,18 +119,9 @@ def _concrete(value: object, batch: Expr) -> _Shape | None:
     return tuple(int(str(s.node.expr.subs(batch, 1))) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
 
 
-def _op_name(node: fx.Node) -> str:
-    target = node.target
-    return (
-        target._schema.name.split("::")[-1]
-        if isinstance(target, torch._ops.OpOverload)
-        else getattr(target, "__name__", str(target))
-    )
-
-
 def node_macs(node: fx.Node, batch: Expr) -> int | None:
-    """MACs of one call for one sample; None where the call carries work that no formula here counts."""
-    name = _op_name(node)
+    """MACs of one call for one sample; None if the call may do work but has no formula."""
+    name = op_name(node)
     formula = _FORMULAS.get(name)
     if formula is not None:
         shapes = [_concrete(arg.meta.get("val"), batch) for arg in _operands(node)]
@@ -175,7 +167,7 @@ def _is_light(node: fx.Node) -> bool:
 
 
 def count(capture: Capture, needed: set[fx.Node]) -> tuple[list[int], Counter[str]]:
-    """MACs of each call of a program for one sample (0 for calls the logits do not need), and the calls not counted."""
+    """MACs of each call for one sample (0 if the logits do not need it), and the calls without a formula."""
     macs, uncounted = [], Counter[str]()
     for node in capture.nodes:
         if node not in needed:
@@ -185,7 +177,7 @@ def count(capture: Capture, needed: set[fx.Node]) -> tuple[list[int], Counter[st
         else:
             value = node_macs(node, capture.batch)
         if value is None:
-            uncounted[_op_name(node)] += 1
+            uncounted[op_name(node)] += 1
         macs.append(value or 0)
     return macs, uncounted
 

@@ -1,4 +1,4 @@
-"""Exit points: the positions of a program where a sample may leave, with their cost and the reason where it may not."""
+"""Exit points: positions of a program where samples may leave, with cost, or the reason why they cannot."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ee_surgery.errors import ExitPointError
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.features import Features, Layout
 from ee_surgery.graph.liveness import Liveness
+from ee_surgery.graph.nodes import op_name
 from ee_surgery.registry import suggest
 from ee_surgery.tables import table
 from ee_surgery.text import plain, visible
@@ -21,36 +22,36 @@ from ee_surgery.text import plain, visible
 
 @dataclass(frozen=True)
 class ExitPoint:
-    """A position behind a module call, and what a branch would find there."""
+    """A position after a module call, and the features of a branch there."""
 
     name: str
-    """Path of the module that ends here; the shortest where several nested ones do."""
+    """Path of the module that ends here; the shortest of several nested ones."""
     aliases: tuple[str, ...]
     """The longer paths that end at the same position."""
     index: int
-    """Position in the program: behind call number `index`."""
+    """Position in the program: after call number `index`."""
     node: str
     """The graph node a branch reads."""
     shape: tuple[int, ...]
-    """Of the features of one sample, without the batch."""
+    """Shape of the features of one sample, without the batch."""
     layout: Layout
     prefix_tokens: int
-    """Tokens in front of the patches (class token, registers); 0 for other layouts."""
+    """Tokens before the patches (class token, registers); 0 for other layouts."""
     live: int
-    """How many tensors cross the position; all of them lose a sample that leaves."""
+    """Number of live tensors at the position; a sample that leaves is removed from all of them."""
     macs: int
-    """Of the original up to here, one sample."""
+    """MACs of the original up to here, for one sample."""
     macs_fraction: float
     legal: bool
     reason: str
-    """Why no sample can leave here; empty where one can."""
+    """Why samples cannot leave here; empty if they can."""
     block: bool
-    """Ends a block of the network, where the fewest tensors cross: what placement rules choose from."""
+    """Whether it ends a block, where few tensors are live; placement rules choose among these."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelGraph:
-    """A model read as a graph: its exit points and its cost. `print` it, or `rich.print` it for a table."""
+    """A captured model: its exit points and its cost. `print` it, or `rich.print` it for a table."""
 
     backbone: Backbone
     capture: Capture
@@ -59,18 +60,18 @@ class ModelGraph:
     """Legal exit points in program order."""
     illegal: list[ExitPoint]
     macs: int
-    """Of one sample through the whole model."""
+    """MACs of the whole model for one sample."""
     uncounted: Counter[str]
-    """Calls that may carry multiply-adds but have no formula, with how often they occur."""
+    """Calls that may do multiply-adds but have no cost formula, with their number."""
     head: ExitPoint | None
-    """Where a model without a head of its own ends: what the head that is put there reads."""
+    """The end of a model without a head: the features of the new head."""
     live: list[list[fx.Node]]
-    """Behind each call of the program, what was made up to there from the inputs and is read later."""
+    """Live tensors after each call of the program."""
     call_macs: list[int]
-    """MACs of each call, one sample."""
+    """MACs of each call for one sample."""
     _features: dict[int, Features]
     shortcuts: dict[str, float] = field(default_factory=dict)
-    """Of each block, the share of the MACs that the shortest way from its end to the logits costs."""
+    """Per block, the cost of the shortest path from its end to the logits, as a fraction of the MACs."""
 
     @property
     def blocks(self) -> list[ExitPoint]:
@@ -81,14 +82,14 @@ class ModelGraph:
         """The legal exit point of that name or alias.
 
         Raises:
-            ExitPointError: there is none; says why, or which names are close.
+            ExitPointError: there is none; gives the reason, or close names.
         """
         for point in self.points:
             if name == point.name or name in point.aliases:
                 return point
         for point in self.illegal:
             if name == point.name or name in point.aliases:
-                raise ExitPointError(f"No sample can leave {self.backbone.model_id} at {name!r}: {point.reason}.")
+                raise ExitPointError(f"Samples cannot leave {self.backbone.model_id} at {name!r}: {point.reason}.")
         known = [n for point in self.points for n in (point.name, *point.aliases)]
         region = AUTOCAST if has_autocast(self.capture) else ""
         raise ExitPointError(f"No exit point {name!r} in {self.backbone.model_id}. {suggest(name, known)}{region}")
@@ -100,20 +101,20 @@ class ModelGraph:
         return len(self.points)
 
     def features(self, point: ExitPoint) -> Features:
-        """What a branch at a legal point reads."""
+        """The features of a branch at a legal point."""
         return self._features[point.index]
 
     def best_case(self) -> str:
-        """The best that exits could do on this model: a bound from the graph alone, before any training."""
+        """The best possible saving on this model: a bound from the graph alone, before any training."""
         early = [point for point in self.blocks if 0 < point.macs_fraction < 1]
         if not early:
-            return "No block ends before the whole cost is spent: early exit cannot save anything here."
+            return "No block ends before the full cost: early exit cannot save anything here."
         third = min(early, key=lambda point: abs(point.macs_fraction - 1 / 3))
         saved = 0.5 * (1 - third.macs_fraction)
         return (
             f"Blocks end between {early[0].macs_fraction:.1%} and {early[-1].macs_fraction:.1%} of the MACs. "
             f"If half of the samples left at {visible(third.name)} ({third.macs_fraction:.1%}), "
-            f"{saved:.0%} of the MACs would be saved, less the branches' own."
+            f"{saved:.0%} of the MACs would be saved, minus those of the branches."
         )
 
     def __str__(self) -> str:
@@ -128,7 +129,7 @@ class ModelGraph:
         return "\n".join([*lines, self.best_case()])
 
     def table(self, everything: bool = False) -> Table:
-        """Exit points that end a block, or every position with the reasons of the illegal ones."""
+        """Exit points that end a block, or every position with the reasons for illegal ones."""
         rows = sorted([*self.points, *self.illegal], key=lambda p: p.index) if everything else self.blocks
         hidden = f"{len(self.points) - len(self.blocks)} more inside blocks, {len(self.illegal)} illegal positions"
         uncounted = ", ".join(f"{visible(name)} x{n}" for name, n in self.uncounted.most_common())
@@ -152,11 +153,11 @@ class ModelGraph:
 
 
 AUTOCAST = (
-    " Part of its forward runs in a torch.autocast region, which is read as one call: nothing leaves inside. Take the "
-    "region out of the forward and put torch.autocast around the calls of the model, for the same answers."
+    " Part of its forward runs in a torch.autocast region, which is captured as one call: samples cannot leave inside. "
+    "Remove the region from the forward and put torch.autocast around the calls of the model, for the same results."
 )
 
 
 def has_autocast(program: Capture) -> bool:
     """Whether part of the forward runs in a torch.autocast region."""
-    return any(getattr(node.target, "__name__", "") == "wrap_with_autocast" for node in program.nodes)
+    return any(op_name(node) == "wrap_with_autocast" for node in program.nodes)

@@ -1,4 +1,4 @@
-"""What a branch reads at an exit: which of the tensors that cross, and how its numbers lie."""
+"""The features of a branch: which of the live tensors it reads, and their layout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ee_surgery.backbone.base import Backbone
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.liveness import Liveness
+from ee_surgery.graph.nodes import VIEWS, op_name
 
 Layout: TypeAlias = Literal["nchw", "nhwc", "tokens", "sequence", "vector"]
 
@@ -23,19 +24,19 @@ class Features:
 
     node: str
     shape: tuple[int, ...]
-    """Of one sample, without the batch."""
+    """Shape of one sample, without the batch."""
     layout: Layout
-    """`tokens` are the patches of a picture, `sequence` those of a text: of any length, perhaps padded."""
+    """`tokens` are the patches of an image, `sequence` the tokens of a text: any length, possibly padded."""
     prefix_tokens: int
-    """Tokens in front of the others (class token, registers); 0 for other layouts."""
+    """Tokens before the others (class token, registers); 0 for other layouts."""
     axis: Axis
     channels_first: bool
-    """In a folded tensor: whether the channels come before the places."""
+    """In a folded tensor: whether channels come before positions."""
     mask: fx.Node | None
-    """The input that tells tokens from padding."""
+    """The input that distinguishes tokens from padding."""
 
     def reader(self, crossing: Sequence[fx.Node]) -> ReadFeatures:
-        """How to read them from what crosses a cut."""
+        """How to read them from the live tensors at a cut."""
         names = [node.name for node in crossing]
         mask = None if self.mask is None else names.index(self.mask.name)
         return ReadFeatures(names.index(self.node), self.axis, self.channels_first, mask)
@@ -46,7 +47,7 @@ NOTHING = Features("", (), "vector", 0, Axis(0), False, None)
 
 @dataclass(frozen=True)
 class ReadFeatures:
-    """Takes a branch's arguments from the live tensors at its exit."""
+    """Reads a branch's arguments from the live tensors at its exit."""
 
     index: int
     axis: Axis
@@ -54,11 +55,11 @@ class ReadFeatures:
     mask: int | None
 
     def __call__(self, live: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Features (B, *shape), and their mask (B, tokens) where there is one."""
+        """Features (B, *shape), and their mask (B, tokens) if there is one."""
         tensor = live[self.index]
         if self.axis.folded:  # (before * B * after, ...) -> (B, tokens, channels)
-            parts, dim = self.axis.split(tensor)
-            parts = parts.movedim(dim, 0)
+            parts, dim = self.axis.split(tensor)  # (before, B, after, ...)
+            parts = parts.movedim(dim, 0)  # (B, before, after, ...)
             tensor = (parts.movedim(3, -1) if self.channels_first else parts).flatten(1, -2)
         elif self.axis.dim:
             tensor = tensor.movedim(self.axis.dim, 0)
@@ -67,26 +68,26 @@ class ReadFeatures:
 
 @dataclass(frozen=True)
 class ReadAllLive:
-    """Takes all live tensors at an exit, `count` of them, as they are."""
+    """Reads all live tensors at an exit, `count` of them, unchanged."""
 
     count: int
 
     def __call__(self, live: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What a branch cut from the graph goes on from."""
+        """The inputs of a branch that is cut from the graph."""
         return tuple(live[: self.count])
 
 
 def choose(
     program: Capture, liveness: Liveness, crossing: list[fx.Node], paths: list[str], backbone: Backbone
 ) -> Features | None:
-    """Which of several live tensors a branch reads: what the module that ends here made, and made last.
+    """Choose the live tensor that a branch reads: the last one made by the module that ends here.
 
-    That is the deepest the network knows at that point: of several streams the coarsest map (HRNet), of a map and a
-    class token what the block worked on. A tensor whose batch is still folded with windows counts only where no
-    other does. Numbers alone are features: masks and indices are not.
+    That is the deepest representation at that point: with several streams the coarsest map (HRNet), with a map and a
+    class token the one that the block computed. A tensor whose batch is still folded with windows is used only if there
+    is no other. Only floating-point tensors are features; masks and indices are not.
 
     Returns:
-        None where no tensor is a map, tokens or a vector.
+        None if no tensor is a map, tokens or a vector.
     """
     made = set(paths)
     found: list[tuple[bool, bool, Features]] = []
@@ -98,7 +99,7 @@ def choose(
             found.append((inside, not features.axis.folded, features))
     if not found:
         return None
-    best = max(rank[:2] for rank in found)
+    best = max(rank[:2] for rank in found)  # made inside the module first, then not folded; of equals the last
     return [features for *rank, features in found if tuple(rank) == best][-1]
 
 
@@ -127,7 +128,7 @@ def _describe(node: fx.Node, axis: Axis, program: Capture, backbone: Backbone) -
 
 
 def _mask(program: Capture, tokens: int) -> fx.Node | None:
-    """The input that says which of so many tokens are padding."""
+    """The attention mask for this number of tokens."""
     for name, node in program.inputs.items():
         if name.endswith("attention_mask") and node.meta["val"].ndim == 2 and node.meta["val"].shape[1] == tokens:
             return node
@@ -135,7 +136,7 @@ def _mask(program: Capture, tokens: int) -> fx.Node | None:
 
 
 def _prefix(tokens: int, prefix: int) -> int:
-    """Before the class token is put in front, there are only patches: a square number, usually."""
+    """Prefix tokens present here: before the class token is added there are only patches, usually a square number."""
     if prefix >= tokens:
         return 0
     bare = math.isqrt(tokens) ** 2 == tokens and math.isqrt(tokens - prefix) ** 2 != tokens - prefix
@@ -147,26 +148,23 @@ _LAST = {"layer_norm", "linear", "rms_norm"}
 
 
 def _channel_axis(node: fx.Node) -> int:
-    """1 or -1: where the nearest call that knows the channels finds them, through calls that leave them in place."""
+    """1 or -1: the channel dimension, from the nearest call with known channels, across calls that keep the shape."""
     shape = node.meta["val"].shape
-    queue, seen = [node], {node}
+    queue, seen = [node], {node}  # breadth-first over users and inputs
     while queue:
         here = queue.pop(0)
         for near in (*here.users, *here.all_input_nodes, here):
             value = near.meta.get("val")
             if near.op != "call_function" or not isinstance(value, Tensor):
                 continue
-            name = getattr(near.target, "__name__", "").partition(".")[0]
+            name = op_name(near)
             if name in _LAST and value.ndim > 2:
                 return -1
             if name in _FIRST and value.ndim == len(shape):
                 return 1
-            # (B, H, W, C) viewed as (B, H * W, C) still ends in its channels
-            viewed = name in _VIEWS or getattr(here.target, "__name__", "").partition(".")[0] in _VIEWS
+            # (B, H, W, C) viewed as (B, H * W, C) still has channels last
+            viewed = VIEWS & {name, op_name(here)}
             if near not in seen and (value.shape == shape or (viewed and value.shape[-1] == shape[-1])):
                 seen.add(near)
                 queue.append(near)
     return 1
-
-
-_VIEWS = {"view", "reshape", "flatten", "unflatten"}

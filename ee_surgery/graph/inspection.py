@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ee_surgery.backbone.answers import OutputKey
 from ee_surgery.backbone.base import Backbone, Sample
-from ee_surgery.backbone.inputs import Arguments
+from ee_surgery.backbone.inputs import Batch
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture import Capture, capture
 from ee_surgery.graph.cost import count
@@ -18,6 +18,7 @@ from ee_surgery.graph.features import NOTHING, Features, choose
 from ee_surgery.graph.last_call import refuse_probabilities
 from ee_surgery.graph.liveness import Liveness, analyse, live_out
 from ee_surgery.graph.shortcut import shortest
+from ee_surgery.task import Task
 
 
 def inspect(
@@ -27,28 +28,30 @@ def inspect(
     opaque: Sequence[str] = (),
     num_classes: int | None = None,
     output: OutputKey | None = None,
+    task: str | Task | type[Task] | None = None,
 ) -> ModelGraph:
-    """Read a model as a graph and find where samples may leave it. The model is not changed.
+    """Capture a model as a graph and find where samples may leave. The model is not changed.
 
     Args:
         model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
         sample: an example batch (B, ...), a dict of several input tensors, or a tuple of them by position; needed
-            where the model does not say what it takes.
-        opaque: names of modules to keep whole, see `Backbone`: the way out where torch.export cannot read one.
-        num_classes: for a model that answers with features: how many classes a new head shall tell apart.
-        output: which part of the answer the logits are, by index or name, where more than one could be; see `Backbone`.
+            if the model does not describe its inputs.
+        opaque: names of modules to keep whole, for those that torch.export cannot read; see `Backbone`.
+        num_classes: for a model that returns features: number of classes of a new head.
+        output: which part of the output the logits are, by index or name, if more than one could be; see `Backbone`.
+        task: what its answers are: `classification`, `multi_label` or one of your own in `TASKS`; see `Backbone`.
     Raises:
         CaptureError: the model cannot be exported with a symbolic batch.
-        DataError: no sample given and none can be derived.
+        DataError: no sample is given and none can be derived.
     """
-    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output)
-    graph = read(backbone, backbone.sample)
+    backbone = model if isinstance(model, Backbone) else Backbone(model, sample, opaque, num_classes, output, task)
+    graph = read(backbone)
     return replace(graph, shortcuts=shortest(graph))
 
 
-def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
-    """The graph of a backbone for inputs of the shape, dtype and device of these, at least two samples."""
-    program = capture(backbone, arguments)
+def read(backbone: Backbone, batch: Batch | None = None) -> ModelGraph:
+    """The graph of a backbone for inputs like those of a batch of at least two samples; by default, its own sample."""
+    program = capture(backbone, batch or backbone.own_batch())
     if not backbone.headless:
         refuse_probabilities(program, backbone.model_id)
     liveness = analyse(program)
@@ -80,7 +83,7 @@ def read(backbone: Backbone, arguments: Arguments) -> ModelGraph:
 def _head(program: Capture, liveness: Liveness, backbone: Backbone, macs: int) -> tuple[ExitPoint, Features]:
     features = choose(program, liveness, [program.output], [], backbone)
     if features is None:
-        raise CaptureError(f"{backbone.model_id} answers with neither a map, tokens nor a vector for a head to read.")
+        raise CaptureError(f"{backbone.model_id} returns neither a map, tokens nor a vector that a head could read.")
     end = len(program.nodes) - 1
     return _point(["head"], end, features, live=1, macs=macs, total=macs), features
 
@@ -149,7 +152,7 @@ def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
     ends: dict[int, list[str]] = {}
     final = program.position.get(program.output, len(program.nodes))
     for path, i in last.items():
-        # The parts of a split belong together: the position is behind the last of them.
+        # The parts of a split belong together: the position is after the last of them.
         while i + 1 < len(program.nodes) and getattr(program.nodes[i + 1].target, "__name__", "") == "getitem":
             i += 1
         if i < final:
@@ -158,9 +161,9 @@ def _module_ends(program: Capture, liveness: Liveness) -> dict[int, list[str]]:
 
 
 def _narrow(live: list[int]) -> list[bool]:
-    """Positions where few tensors cross: the valleys of their number, and where it is no higher than at the last one.
+    """Positions with few live tensors: local minima of their number, and positions no higher than the last minimum.
 
-    The second matters where a network of several streams folds them together at its end (HRNet).
+    The latter matters for networks that merge several streams at the end (HRNet).
     """
     valley = [True] * len(live)
     for order in (range(len(live)), range(len(live) - 1, -1, -1)):
@@ -178,7 +181,7 @@ def _narrow(live: list[int]) -> list[bool]:
 
 
 def _interior(path: str, model: nn.Module, ends: set[str]) -> bool:
-    """True when `path` lies inside an element of a container that has an end of its own."""
+    """True if `path` is inside an element of a container, and that element has its own end."""
     parts = path.partition("@")[0].split(".")
     for depth in range(len(parts) - 1, 0, -1):
         parent = model.get_submodule(".".join(parts[: depth - 1]))
@@ -190,7 +193,7 @@ def _interior(path: str, model: nn.Module, ends: set[str]) -> bool:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """A stage rather than a block: one of its children is a sequence of modules that have children themselves."""
+    """True for a stage rather than a block: one of its children is a sequence of modules with children."""
     return any(
         isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         and any(next(element.children(), None) is not None for element in child.children())

@@ -1,16 +1,15 @@
-"""What the last call of a program makes of the logits: probabilities are refused, whatever numbers a sample gives."""
+"""Refuse models that return probabilities, judged by the last call of the program, not by values on a sample."""
 
 from __future__ import annotations
 
-from torch import fx
-
-from ee_surgery.backbone.answers import LATER, PROBABILITIES
 from ee_surgery.errors import CaptureError
 from ee_surgery.graph.capture import Capture
+from ee_surgery.graph.nodes import op_name
+from ee_surgery.task import PROBABILITIES
 
 _SIGMOID = frozenset({"sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "log_sigmoid", "log_sigmoid_forward"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
-# Change neither the numbers nor which of them is largest.
+# Calls that do not change which logit is largest.
 _THROUGH = frozenset(
     {
         "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "slice", "select", "alias", "clone",
@@ -20,22 +19,18 @@ _THROUGH = frozenset(
 
 
 def refuse_probabilities(program: Capture, model_id: str) -> None:
-    """Refuse a model that ends in a sigmoid or a softmax: exits work on logits of a softmax over classes.
+    """Refuse a model that ends in a sigmoid or a softmax: exits need the logits before it.
 
     Raises:
-        CaptureError: it does, with the way out.
+        CaptureError: it does; says what to do.
     """
     node = program.output
-    while _name(node) in _THROUGH and node.all_input_nodes:
+    while op_name(node) in _THROUGH and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    if _name(node) in _SIGMOID:
+    if op_name(node) in _SIGMOID:
         raise CaptureError(
-            f"{model_id} ends in a sigmoid ({_name(node)}): each class on its own, not a softmax over classes. {LATER} "
-            "If exactly one class is right, wrap the model in a module that answers with what goes into the sigmoid."
+            f"{model_id} ends in a sigmoid ({op_name(node)}) and returns probabilities: wrap the model in a module "
+            "that returns the input of the sigmoid. If several classes may be right, pass task='multi_label' as well."
         )
-    if _name(node) in _SOFTMAX:
-        raise CaptureError(f"{model_id} ends in a softmax, and answers with probabilities: {PROBABILITIES}")
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", "").partition(".")[0] if node.op == "call_function" else ""
+    if op_name(node) in _SOFTMAX:
+        raise CaptureError(f"{model_id} ends in a softmax and returns probabilities: {PROBABILITIES}")

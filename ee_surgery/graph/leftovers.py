@@ -1,4 +1,4 @@
-"""What torch.export leaves in memory behind a capture, cut loose: else calls in ever new sizes would fill it."""
+"""Free memory that torch.export keeps after a capture; otherwise calls with ever new sizes would fill it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 @contextmanager
 def caches_emptied() -> Iterator[None]:
-    """Behind what runs inside, torch's process-wide caches hold nothing of it. They are caches: no result changes.
+    """Empty torch's process-wide caches of what ran inside. They are only caches: no result changes.
 
-    Methods of every `ShapeEnv` remember their last answers, and with them the environment. The source of every graph
-    that was made into a module is kept for tracebacks, for good.
+    Methods of every `ShapeEnv` cache their last results, and with them the environment. The source of every graph
+    module is kept forever for tracebacks.
     """
-    # torch's own business, so it may be gone tomorrow: then there is nothing to empty
+    # private to torch, so it may disappear: then there is nothing to empty
     sources: dict[str, str] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
     before = {*sources}
     try:
@@ -35,10 +35,10 @@ def caches_emptied() -> Iterator[None]:
 
 
 def untie(program: torch.export.ExportedProgram) -> None:
-    """Let the garbage collector have a program once nobody needs it.
+    """Make a program collectable once it is no longer referenced.
 
-    Its `ShapeEnv` lists the fake inputs, whose sizes hold the `ShapeEnv`: in C++, where Python cannot see the cycle.
-    The list is for making guards, which an exported program has behind it.
+    Its `ShapeEnv` lists the fake inputs, whose sizes hold the `ShapeEnv` in C++, a cycle that Python cannot see.
+    The list is for making guards, which an exported program no longer needs.
     """
     for node in program.graph.nodes:
         value = node.meta.get("val")

@@ -1,7 +1,7 @@
-"""Modules kept whole: one call in the graph, whatever their own code does.
+"""Modules kept whole: one call in the graph, whatever their code does.
 
-The way out for code that torch.export cannot read (a loop over samples, a branch on their values) and that treats each
-sample on its own: the module is run once to see what it answers, and its call becomes one node.
+This is for code that torch.export cannot read (a loop over samples, a branch on their values) but that treats each
+sample independently: the module is run once to observe its outputs, and its call becomes one node.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_surgery.backbone.base import Backbone
-from ee_surgery.backbone.inputs import Arguments, batch_size, select
+from ee_surgery.backbone.inputs import Arguments, Batch
 from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import CaptureError
 from ee_surgery.registry import suggest
 
-_running: list[OpaqueCalls] = []  # what the operator's shapes come from while a model is captured
+_running: list[OpaqueCalls] = []  # source of the operator's output shapes during a capture
 # Module, tensors in, values out, their structure, MACs.
 _Observed: TypeAlias = tuple[str, list[Tensor], list[Any], pytree.TreeSpec, int]
 
 
 @dataclass(eq=False)
 class _Call:
-    """One call of one module, as a real run saw it."""
+    """One call of one module, as observed in a real run."""
 
     module: str
     spec: pytree.TreeSpec
-    """Structure of what it answers."""
+    """Structure of its output."""
     like: list[tuple[tuple[tuple[int, int], ...], torch.dtype]]
-    """Of each tensor it answers: (constant, multiple of the batch) of each dimension, and its type."""
+    """Per output tensor: (constant, multiple of the batch) for each dimension, and the dtype."""
     batch: tuple[int, int]
-    """Which of the tensors that go in tells the batch, and in which dimension."""
+    """Index of an input tensor that has the batch, and its batch dimension."""
     macs: int
 
 
@@ -46,14 +46,14 @@ class OpaqueCalls:
     """The calls of all opaque modules of a model, in the order they happen."""
 
     model: nn.Module
-    """In eval mode, with the original's tensors: what runs them."""
+    """Runs them: in eval mode, with the original's tensors."""
     calls: list[_Call] = field(default_factory=list)
     _inputs: dict[int, tuple[list[int], list[Any], pytree.TreeSpec]] = field(default_factory=dict)
-    """Of each call: which of its flat arguments are tensors, the others, and the structure of all."""
+    """Per call: which of its flat arguments are tensors, the other arguments, and the structure of all."""
 
     @classmethod
-    def record(cls, backbone: Backbone, model: nn.Module, arguments: Arguments) -> OpaqueCalls:
-        """Run a twin of the model with all samples and with one fewer, and keep what its opaque modules answer.
+    def record(cls, backbone: Backbone, model: nn.Module, batch: Batch) -> OpaqueCalls:
+        """Run a twin of the model with all samples and with one fewer, and record the outputs of its opaque modules.
 
         Raises:
             CaptureError: there is no module of that name.
@@ -64,15 +64,14 @@ class OpaqueCalls:
         for name in backbone.opaque:
             if name not in known:
                 raise CaptureError(f"{backbone.model_id} has no module {name!r} to keep whole. {suggest(name, known)}")
-        size = batch_size(arguments, backbone.dims(arguments))
-        device = next(value for value in arguments.values() if isinstance(value, Tensor)).device
-        fewer = select(arguments, backbone.dims(arguments), torch.arange(size - 1, device=device))
-        many, few = (_observe(backbone, twin(model), given) for given in (arguments, fewer))
+        size = batch.size
+        fewer = batch.select([*range(size - 1)])
+        many, few = (_observe(backbone, twin(model), given.arguments) for given in (batch, fewer))
         return cls(model, [_compare(name, a, b, size) for (name, *a), (_, *b) in zip(many, few, strict=True)])
 
     @contextmanager
     def patched(self, model: nn.Module) -> Iterator[None]:
-        """While this lasts, calls of opaque modules are one operator each."""
+        """Replace calls of opaque modules by one operator each."""
         if not self.calls:
             yield
             return
@@ -85,7 +84,9 @@ class OpaqueCalls:
             rest = [None if i in places else value for i, value in enumerate(flat)]
             if any(isinstance(value, torch.SymInt) for value in rest):
                 name = self.calls[index].module
-                raise CaptureError(f"Module {name!r} takes a size as argument: only tensors tell a module kept whole.")
+                raise CaptureError(
+                    f"Module {name!r} takes a size as argument: a module kept whole may only take tensors."
+                )
             self._inputs[index] = (places, rest, spec)
             return pytree.tree_unflatten(_operator(index, [flat[i] for i in places]), self.calls[index].spec)
 
@@ -99,11 +100,11 @@ class OpaqueCalls:
             _running[:] = [other for other in _running if other is not self]
 
     def macs(self, node: fx.Node) -> int:
-        """MACs of the module's call, one sample, as torch counted them."""
+        """MACs of the module's call for one sample, counted by torch."""
         return self.calls[_index(node)].macs
 
     def function(self, node: fx.Node) -> Callable[[list[Tensor]], list[Tensor]]:
-        """The module's own call, from input tensors to output tensors."""
+        """The call of the module, from input tensors to output tensors."""
         index = _index(node)
         module = self.model.get_submodule(self.calls[index].module)
         places, rest, spec = self._inputs[index]
@@ -120,7 +121,7 @@ class OpaqueCalls:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")  # of its owner, who replaced the class's own
+    before = vars(module).get("forward")  # the user may have replaced the class's forward
     try:
         module.forward = forward
         yield
@@ -160,7 +161,9 @@ def _compare(name: str, many: list[Any], few: list[Any], size: int) -> _Call:
     like = []
     for a, b in zip(leaves, fewer_leaves, strict=True):
         if not isinstance(a, Tensor):
-            raise CaptureError(f"Module {name!r} answers with a {type(a).__name__}: only tensors can be kept whole.")
+            raise CaptureError(
+                f"Module {name!r} returns a {type(a).__name__}: a module kept whole must return tensors."
+            )
         steps = [x - y for x, y in zip(a.shape, b.shape, strict=True)]
         like.append((tuple((x - size * step, step) for x, step in zip(a.shape, steps, strict=True)), a.dtype))
     places = [
@@ -170,13 +173,13 @@ def _compare(name: str, many: list[Any], few: list[Any], size: int) -> _Call:
         if x == size and y == size - 1
     ]
     if not places:
-        raise CaptureError(f"Nothing that goes into module {name!r} carries the batch: it cannot be kept whole.")
+        raise CaptureError(f"No input of module {name!r} has the batch: it cannot be kept whole.")
     return _Call(name, spec, like, places[0], macs // size)
 
 
 @torch.library.custom_op("ee_surgery::opaque", mutates_args=())
 def _operator(index: int, given: list[Tensor]) -> list[Tensor]:
-    raise NotImplementedError("An opaque call stands for its module; stages call the module itself.")
+    raise NotImplementedError("An opaque call is a placeholder for its module; stages call the module itself.")
 
 
 @_operator.register_fake
@@ -197,5 +200,5 @@ def _index(node: fx.Node) -> int:
 
 
 def is_opaque(node: fx.Node) -> bool:
-    """True for the one call that stands for a module kept whole."""
+    """True for a call that represents a module kept whole."""
     return node.target is torch.ops.ee_surgery.opaque.default

@@ -1,4 +1,4 @@
-"""Shortcuts: ways from an exit to the logits that jump over blocks of the rest of the program.
+"""Shortcuts: paths from an exit to the logits that skip blocks of the rest of the program.
 
 A jump leads from one position to another whose live tensors have the same shapes, types and batch axes: what runs there
 cannot tell the difference, but for the values.
@@ -18,7 +18,7 @@ from ee_surgery.errors import BranchError
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.opaque import is_opaque
-from ee_surgery.graph.segments import Code, calls, emit_python, statistics
+from ee_surgery.graph.segments import Segment, statistics
 from ee_surgery.registry import suggest
 
 
@@ -33,14 +33,14 @@ class Piece:
     """Its calls are those from `start` up to `stop` in program order."""
     macs: int
     optional: bool
-    """Ends as it begins, so that a shortcut may jump over it."""
+    """Ends with the live tensors it begins with, so that a shortcut may skip it."""
 
 
 TAIL = "tail"
 
 
 def pieces(graph: ModelGraph, point: ExitPoint) -> list[Piece]:
-    """What comes behind an exit, in order, the tail last."""
+    """The pieces after an exit, in order, the tail last."""
     ends = [point, *(p for p in graph.blocks if p.index > point.index and p.macs_fraction < 1)]
     found: list[Piece] = []
     i = 0
@@ -114,7 +114,7 @@ def _alike(left: Sequence[fx.Node], right: Sequence[fx.Node], graph: ModelGraph)
 
 def _same(a: fx.Node, b: fx.Node, graph: ModelGraph) -> bool:
     axis, x, y = graph.liveness.axis[a], a.meta["val"], b.meta["val"]
-    # without an axis a tensor belongs to all samples: nobody knows what another one means
+    # a tensor without an axis belongs to all samples, and need not mean the same at another position
     return axis is not None and axis == graph.liveness.axis[b] and x.dtype == y.dtype and x.shape == y.shape
 
 
@@ -135,9 +135,10 @@ def key(tensors: Sequence[Tensor], axes: Sequence[Axis | None]) -> Key:
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """A way from an exit to the logits, written out for inputs of one size, dtype and device."""
+    """A way from an exit to the logits, for inputs of one size, dtype and device."""
 
-    codes: tuple[Code, ...]
+    segments: tuple[Segment, ...]
+    """What runs without a jump between."""
     macs: int
     key: Key
     """Of the tensors that cross the exit."""
@@ -145,26 +146,24 @@ class Shortcut:
     """Names in the model of what it has copies of: parameters, and the running statistics of BatchNorms."""
 
 
-def write_shortcut(graph: ModelGraph, point: ExitPoint, kept: Sequence[Piece]) -> Shortcut:
-    """Write the way from an exit through these pieces.
+def find_shortcut(graph: ModelGraph, point: ExitPoint, kept: Sequence[Piece]) -> Shortcut:
+    """The way from an exit through these pieces.
 
     Raises:
         BranchError: a piece calls a module that is kept whole: it has no graph to copy.
     """
     live, position = graph.live, graph.capture.position
-    codes: list[Code] = []
-    found: list[fx.Node] = []
+    segments: list[Segment] = []
     for start, stop in _joined(kept):
         given = live[start - 1]
         wanted = live[stop - 1] if stop < len(graph.capture.nodes) else [graph.capture.output]
-        part = calls(graph.capture, graph.liveness, given, wanted, start, stop)
-        codes.append(emit_python(part, given, wanted, graph.capture, graph.liveness, learning=True))
-        found += part
+        segments.append(Segment.of(graph.capture, graph.liveness, given, wanted, start, stop, learning=True))
+    found = [node for segment in segments for node in segment.calls]
     if any(is_opaque(node) for node in found):
         raise BranchError(f"No shortcut from {point.name!r}: it would need a copy of a module that is kept whole.")
     macs = sum(graph.call_macs[position[node]] for node in dict.fromkeys(found))
     crossing = [node.meta["val"] for node in live[point.index]]
-    return Shortcut(tuple(codes), macs, key(crossing, codes[0].axes), _learned(found, graph))
+    return Shortcut(tuple(segments), macs, key(crossing, segments[0].axes), _learned(found, graph))
 
 
 def _joined(kept: Sequence[Piece]) -> list[tuple[int, int]]:

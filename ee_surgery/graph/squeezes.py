@@ -1,4 +1,4 @@
-"""`squeeze()` read with several samples, and run with one."""
+"""`squeeze()` captured with several samples but run with one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BY_DIMS = {
 
 
 def name_squeezed_dims(graph: fx.Graph) -> None:
-    """Let every squeeze drop what it dropped of several samples: of one, it would drop the batch dimension too."""
+    """Fix the dimensions that every squeeze drops: with a single sample, it would drop the batch dimension too."""
     for node in graph.nodes:
         if node.target in _BY_DIMS:
             given = node.args[0]

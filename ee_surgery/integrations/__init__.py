@@ -1,4 +1,4 @@
-"""At home in other libraries: registered with them as soon as they are imported, and never the reason that they are."""
+"""Integration with other libraries: registered when they are imported, without importing them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["exit_metrics", "register"]
 
 
 def register() -> None:
-    """Make the Auto classes of transformers know adapters: now where it is imported, else right after it is.
+    """Register adapters with the Auto classes of transformers: now if it is imported, else right after its import.
 
-    A plain torch or timm model should not pay for its import. Calling this again changes nothing.
+    Users of torch and timm models should not pay for importing transformers. Calling this again has no effect.
     """
     if "transformers" in sys.modules:
         from ee_surgery.integrations.transformers import register as register_classes
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 class _OnImport(MetaPathFinder):
-    """Finds transformers where everybody else does, and registers once it has been imported."""
+    """Finds transformers through the other finders, and registers once it has been imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -42,16 +42,16 @@ class _OnImport(MetaPathFinder):
             return spec
         run = spec.loader.exec_module
 
-        # Only now: many libraries ask for the spec without importing, to know whether it is installed.
+        # Not earlier: many libraries look up the spec only to see whether it is installed.
         def run_and_register(module: ModuleType) -> None:
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             try:
                 register()
-            except Exception as error:  # transformers itself must not fail for it
+            except Exception as error:  # must not break the import of transformers
                 warnings.warn(
-                    f"ee_surgery's classes are not known to transformers: {error}", SurgeryWarning, stacklevel=2
+                    f"ee_surgery's classes are not registered with transformers: {error}", SurgeryWarning, stacklevel=2
                 )
 
         spec.loader.exec_module = run_and_register

@@ -3,10 +3,10 @@
     model = AutoModelForImageClassification.from_pretrained("user/name")      # or a folder
     model.branched.operate(budget=0.6)                                        # the EarlyExitModel inside
     pipe = pipeline("image-classification", model="user/name")
-    pipe(pictures), pipe.model.exit_counts
+    pipe(images), pipe.model.exit_counts
 
-The module that transformers sees holds the branches alone: what it trains, saves, counts or wraps is never the
-original, which moves along between devices and keeps every bit and flag.
+The module that transformers sees contains only the branches: it never trains, saves, counts or wraps the original,
+which moves between devices with them and keeps every bit and flag.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -38,19 +37,18 @@ from ee_surgery.files import atomic_write
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.pipeline import from_pretrained
 from ee_surgery.share.adapter import CONFIG, without_tensors
-from ee_surgery.share.provenance import forget_measured
 from ee_surgery.share.schema import ConfigForm, parse
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loss import batch_loss, relative_costs
 
 _LABELS_TAKEN = (
-    "The loss of early exits is over all of them, and the model computes it itself, from `labels`. Trainer takes those "
-    "away for label_smoothing_factor and for compute_loss_func: leave both out. In place of smoothing, distill "
-    "(TrainConfig(distill=...)), or let a data collator make smoothed labels of shape (B, C); in place of a loss "
-    "function, register an objective in ee_surgery.OBJECTIVES. TrainConfig(teach='original') does without labels."
+    "The model itself computes a loss over all exits from `labels`. Trainer removes them for label_smoothing_factor "
+    "and for compute_loss_func: use neither. Instead of smoothing, distill (TrainConfig(distill=...)), or let a data "
+    "collator make smoothed labels of shape (B, C); instead of a loss function, register an objective in "
+    "ee_surgery.OBJECTIVES. TrainConfig(teach='original') needs no labels."
 )
 _UNSUPPORTED = ("output_attentions", "output_hidden_states")
-# What `from_pretrained` is handed and has no use for; nothing executable is read, whomever one trusts.
+# Arguments of `from_pretrained` that have no effect; nothing executable is ever read.
 _IGNORED = (
     "trust_remote_code",
     "adapter_kwargs",
@@ -59,19 +57,19 @@ _IGNORED = (
     "low_cpu_mem_usage",
     "weights_only",
 )
-# Of `save_pretrained`: about weights files that an adapter does not have.
+# Arguments of `save_pretrained` about weights files that an adapter does not have.
 _UNSAVED = ("max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format")
 
 
 class EarlyExitConfig(PreTrainedConfig):
-    """An adapter's `config.json` as attributes, and the names of the classes: the base's, where they are known."""
+    """An adapter's `config.json` as attributes, with the base's class names if they are known."""
 
     model_type = "ee_surgery"
-    # What Trainer gathers: `logits`, and in an evaluation of all exits `exit_logits`.
+    # Trainer gathers the others: `logits` and, when all exits are evaluated, `exit_logits`.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "score", "macs"]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Take everything in `config.json`; class names given beside it win."""
+        """Take everything in `config.json`; class names given as arguments win."""
         base = kwargs.get("base", {})
         if self.id2label is None:
             names = kwargs.get("label_names") or _imagenet_names(base)
@@ -84,23 +82,23 @@ class EarlyExitConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> EarlyExitConfig:
-        """What a `config.json` holds; of the keys that transformers would act upon, those of an adapter alone.
+        """The content of a `config.json`, restricted to the keys of an adapter.
 
         Raises:
-            AdapterError: it is not that of an adapter, or is damaged.
+            AdapterError: it is not an adapter's, or is damaged.
         """
         own = {key: config_dict[key] for key in ConfigForm.model_fields if key in config_dict}
         return super().from_dict(parse(ConfigForm, own, Path(CONFIG)), **kwargs)
 
     @classmethod
     def of(cls, branched: EarlyExitModel, name: str = "") -> EarlyExitConfig:
-        """Describe a model; `name` is where it was loaded from."""
+        """The configuration of a model; `name` is its source."""
         data = without_tensors(branched.adapter_config().to_dict(), {})
         return cls.from_dict(data, name_or_path=name)
 
 
 def _imagenet_names(base: Mapping[str, Any]) -> list[str] | None:
-    """timm states no names; transformers too takes those of ImageNet where the number of classes fits."""
+    """timm has no class names; like transformers, use ImageNet's if the number of classes matches."""
     if base.get("library") != "timm":
         return None
     from timm.data import ImageNetInfo, infer_imagenet_subset  # pyright: ignore[reportPrivateImportUsage]
@@ -110,17 +108,17 @@ def _imagenet_names(base: Mapping[str, Any]) -> list[str] | None:
 
 
 class _EarlyExitForClassification(PreTrainedModel):
-    """What image and text classifiers share. The registered module is the bank of branches and nothing else."""
+    """Base of image and text classifiers. The only registered submodule is the list of branches."""
 
     config_class = EarlyExitConfig
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides by accumulation steps
     answers_with: type[ModelOutput]
-    """Output class where the base has none of its own."""
+    """Output class if the base has none of its own."""
 
     def __init__(self, config: EarlyExitConfig, branched: EarlyExitModel | None = None) -> None:
         if branched is None:
             raise ConfigError(
-                f"A configuration holds no branches: use {type(self).__name__}.from_pretrained(folder_or_repo), or "
+                f"A configuration has no branches: use {type(self).__name__}.from_pretrained(folder_or_repo), or "
                 f"{type(self).__name__}.of(branched) for a model from ee_surgery.augment."
             )
         super().__init__(config)
@@ -128,9 +126,9 @@ class _EarlyExitForClassification(PreTrainedModel):
         self.branches = branched.branches
         self.branched: EarlyExitModel
         """The model inside: `operate`, `receipt`, `backbone`, ..."""
-        object.__setattr__(self, "branched", branched)  # not registered: its original is not transformers' to train
+        object.__setattr__(self, "branched", branched)  # not registered: transformers must not train its original
         self.train_config = TrainConfig()
-        """Objective and distillation of the loss in training mode; the rest of it is up to `TrainingArguments`."""
+        """Objective and distillation of the loss in training mode; `TrainingArguments` decide the rest."""
         self._counts = torch.zeros(len(branched.exits) + 1, dtype=torch.long)
         self.train(branched.branches.training)
 
@@ -138,7 +136,10 @@ class _EarlyExitForClassification(PreTrainedModel):
     def of(cls, branched: EarlyExitModel, train_config: TrainConfig | None = None) -> _EarlyExitForClassification:
         """Wrap a branched model, which is shared, not copied."""
         model = cls(EarlyExitConfig.of(branched), branched)
-        model.config.problem_type = getattr(getattr(branched.backbone, "config", None), "problem_type", None)
+        own, task = getattr(getattr(branched.backbone, "config", None), "problem_type", None), branched.task
+        # what a pipeline makes of the logits
+        stated = own if own in task.problem_types else task.states
+        model.config.problem_type = stated  # pyright: ignore[reportAttributeAccessIssue]
         if train_config is not None:
             model.train_config = train_config
         return model
@@ -165,24 +166,24 @@ class _EarlyExitForClassification(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository on the Hub.
-            config: with class names of yours, for example; as many as the base has.
-            base_model: the base, where it cannot be made by its name.
+            config: for example with your own class names, as many as the base has.
+            base_model: the base, if it cannot be loaded by its name.
             train_config: see the attribute.
             revision, token, cache_dir, local_files_only: of the repository.
-            dtype: cast base and branches to it after the base was recognised; `auto`: as they are.
-            torch_dtype: older name of it.
-            device_map: a device, or `auto` for the accelerator that there is.
-            own_base: expect an adapter that brings a base of its own, as for `ee_surgery.from_pretrained`.
-            others: nothing else; `trust_remote_code` is not listened to, as nothing executable is ever read.
+            dtype: cast base and branches to it after checking the base; `auto`: no cast.
+            torch_dtype: older name of `dtype`.
+            device_map: a device, or `auto` for the current accelerator.
+            own_base: expect an adapter with its own base weights, as for `ee_surgery.from_pretrained`.
+            others: none; `trust_remote_code` has no effect, since nothing executable is ever read.
         Raises:
-            ConfigError: an argument that has no meaning here, a base over several devices, another number of classes,
-                or a `base_model` that would have to be cast.
+            ConfigError: an unsupported argument, a base on several devices, a different number of classes, or a
+                `base_model` that would have to be cast.
             HubError, AdapterError, FingerprintError: see `ee_surgery.from_pretrained`.
         """
         unknown = [n for n, v in others.items() if v and not n.startswith("_") and n not in _IGNORED]
         if unknown:
             raise ConfigError(
-                f"Loading early exits takes no {unknown}: the base is loaded by its own library as it is."
+                f"Loading early exits does not support {unknown}: the base's own library loads it unchanged."
             )
         branched = from_pretrained(
             pretrained_model_name_or_path,
@@ -205,7 +206,7 @@ class _EarlyExitForClassification(PreTrainedModel):
             model.config = config
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         wanted = torch_dtype if dtype is None else dtype
-        wanted = getattr(config, "dtype", None) if wanted is None else wanted  # where transformers 5.9 puts it
+        wanted = getattr(config, "dtype", None) if wanted is None else wanted  # transformers 5.9 passes it there
         model._cast(wanted, given=base_model is not None)
         model.config.dtype = model.dtype
         if device_map is not None:
@@ -221,17 +222,17 @@ class _EarlyExitForClassification(PreTrainedModel):
         if wanted != self.dtype:
             if given:
                 raise ConfigError(
-                    f"base_model is in {self.dtype}, and casting it to {wanted} would change your own module: leave "
-                    "dtype out, and call .to(dtype) if that is what you want."
+                    f"base_model is in {self.dtype}, and casting it to {wanted} would change your module: leave out "
+                    "dtype, and call .to(dtype) if you want that."
                 )
             self.to(dtype=wanted)  # pyright: ignore[reportCallIssue]
 
-    # --- the view that transformers has: branches alone
+    # --- what transformers sees: only the branches
 
     def _apply(self, fn: Any, recurse: bool = True) -> _EarlyExitForClassification:
-        # Devices and dtypes hold for the original too, which is not among this module's own.
+        # Devices and dtypes also apply to the original, which is not a submodule.
         super()._apply(fn, recurse)
-        self.branched.original._apply(fn, recurse)
+        self.branched.backbone._apply(fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> _EarlyExitForClassification:
@@ -241,48 +242,50 @@ class _EarlyExitForClassification(PreTrainedModel):
 
     # --- running
 
-    @torch.compiler.disable  # what runs was captured already: tracing it again would pay at each new input size
+    @torch.compiler.disable  # already captured: tracing would be repeated for each new input size
     def _answer(
         self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None, return_dict: bool | None
     ) -> ModelOutput | tuple[Any, ...]:
         asked = [name for name in _UNSUPPORTED if named.pop(name, None)]
         if asked:
-            raise DataError(
-                f"An early exit answers with logits alone: leave out {asked}, or call `.branched.backbone`."
-            )
+            raise DataError(f"Early exits give logits only: leave out {asked}, or call `.branched.backbone`.")
         if self.training and labels is None and self.train_config.teach != "original" and torch.is_grad_enabled():
-            raise ConfigError(f"A step of training came without labels. {_LABELS_TAKEN}")
-        # Without an operating point nothing leaves, and the answers tell nothing about the exits: evaluate those.
+            raise ConfigError(f"A training step has no labels. {_LABELS_TAKEN}")
+        # Without an operating point no sample leaves early, so evaluate the exits instead of the output.
         evaluated = labels is not None and self.branched.policy is None
         if (self.training and (labels is not None or self.train_config.teach == "original")) or evaluated:
             fields = self._all_exits(main, named, labels)
         else:
             found = self.branched.predict(*main, **named)
-            loss = None if labels is None else F.cross_entropy(found.logits.float(), labels.to(found.logits.device))
+            loss = None
+            if labels is not None:
+                loss = self.branched.task.mean_loss(found.logits.float(), labels.to(found.logits.device))
             fields = {"loss": loss, "logits": found.logits, "exit_index": found.exit_index, "score": found.score}
             fields["macs"] = found.macs
         if not self.training:
             index = fields["exit_index"]
             self._counts = self._counts.to(index.device)
             self._counts.index_add_(0, index, torch.ones_like(index))
-        given = self.branched._backbone.answer(fields["logits"])
+        given = self.branched.engine.backbone.answer(fields["logits"])
         own = isinstance(given, ModelOutput) and "logits" in given and hasattr(given, "loss")
         output = _with_exits(type(given) if own else self.answers_with)(**fields)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def _all_exits(self, main: tuple[Tensor, ...], named: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        """The loss over all exits; logits are those of the original, as no samples leave."""
+        """The loss over all exits; the logits are the original's, since no samples leave early."""
         config, bank = self.train_config, self.branches
         if config.distill_from > 0 or config.exit_weights == "ramp":
-            raise ConfigError("`distill_from` and `ramp` follow the progress of training, which Trainer does not tell "
-                              "its model: use ee_surgery.train.")  # fmt: skip
+            raise ConfigError("`distill_from` and `ramp` depend on the progress of training, which Trainer does not "
+                              "pass to its model: use ee_surgery.train.")  # fmt: skip
         if self.training:
             self._forget_what_was_measured()
-        features, original = self.branched.features(*main, **named)
-        exits, original = self.branched.split(bank(features), original)
+        features, original = self.branched.engine.features(*main, **named)
+        exits, original = bank.split(bank(features), original)
         costs = relative_costs(self.branched).to(original.device)
-        loss = batch_loss(exits, original, labels, costs, config, new_head=bank.head is not None)
+        loss = batch_loss(
+            exits, original, labels, costs, config, new_head=bank.head is not None, task=self.branched.task
+        )
         last = torch.full((len(original),), len(bank), device=original.device)
         fields = {"loss": loss, "logits": original.detach(), "exit_index": last}
         if self.training:
@@ -294,21 +297,19 @@ class _EarlyExitForClassification(PreTrainedModel):
         return fields
 
     def _forget_what_was_measured(self) -> None:
-        """Thresholds, frontier and evaluation are of the weights before this step."""
+        """Remove thresholds, frontier and evaluation, which belong to the weights before this step."""
         config, branched = self.train_config, self.branched
         told = {name: getattr(config, name) for name in ("objective", "teach", "distill", "temperature")}
         branched.provenance["training"] = {"by": "a training loop of transformers", **told}
-        forget_measured(branched.provenance)
-        branched.frontier = None
-        branched.operate(None)
+        branched.state.forget_measured()
 
     @property
     def exit_counts(self) -> dict[str, int]:
-        """How many samples left at each exit, by name, since loading or `reset_exit_counts`; the last is `original`."""
+        """Number of samples that left at each exit, by name, since loading or `reset_exit_counts`; last `original`."""
         return dict(zip((*self.branched.exits, "original"), self._counts.tolist(), strict=True))
 
     def reset_exit_counts(self) -> None:
-        """Count from 0."""
+        """Reset the counts to 0."""
         self._counts.zero_()
 
     # --- sharing
@@ -326,13 +327,13 @@ class _EarlyExitForClassification(PreTrainedModel):
         """Write the adapter folder, as `branched.save_pretrained` does: never the base.
 
         In a `checkpoint-<step>` folder of Trainer the branches are also in `model.safetensors`, where Trainer looks
-        for them to resume, or to load the best.
+        for them to resume or to load the best model.
 
         Args:
-            is_main_process: others write nothing.
-            state_dict: not read: the branches are whole on each process.
-            push_to_hub: also to `repo_id`, or to a repository of the folder's name.
-            about: `processor`, and what the card shall say; settings of weights files are left aside.
+            is_main_process: other processes write nothing.
+            state_dict: ignored: the branches are whole in each process.
+            push_to_hub: also push to `repo_id`, or to a repository with the folder's name.
+            about: `processor`, and fields of the card; settings of weights files are ignored.
         """
         if not is_main_process:
             return
@@ -356,7 +357,7 @@ class _EarlyExitForClassification(PreTrainedModel):
 
 
 class EarlyExitForImageClassification(_EarlyExitForClassification):
-    """An image classifier with early exits: a base of timm, transformers or plain torch under its branches."""
+    """An image classifier with early exits, on a base from timm, transformers or plain torch."""
 
     main_input_name = "pixel_values"
     input_modalities = "image"
@@ -369,20 +370,21 @@ class EarlyExitForImageClassification(_EarlyExitForClassification):
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Classify; samples leave where the operating point says so.
+        """Classify; samples leave early according to the operating point.
 
         Args:
             pixel_values: shape (B, 3, H, W), or whatever the base's main input is.
-            labels: class numbers (B,): the loss is returned. In training mode, and wherever no operating point is set,
-                it is that of all exits, as `train_config` says, and no samples leave; else that of the answers.
+            labels: class numbers (B,), or multi-hot (B, C) for a multi-label base: the loss is returned. In training
+                mode, and wherever no operating point is set, it is that of all exits, as `train_config` says, and no
+                samples leave; else that of the answers.
             return_dict: False: a tuple.
             inputs: other inputs of the base, by name.
         Returns:
-            The base's output class with `loss`, `logits` and in addition `exit_index`, `score` and `macs`, each (B,);
-            see `ExitOutput`. In eval mode with labels and without an operating point also `exit_logits` (B, K, C), of
-            every exit, the original's last: what `ee_surgery.integrations.exit_metrics` reads.
+            The base's output class with `loss`, `logits` and also `exit_index`, `score` and `macs`, each (B,); see
+            `ExitOutput`. In eval mode with labels and without an operating point also `exit_logits` (B, K, C) of all
+            exits, the original's last, for `ee_surgery.integrations.exit_metrics`.
         Raises:
-            ConfigError: in training mode without labels; Trainer takes them away for label smoothing, for example.
+            ConfigError: in training mode without labels, which Trainer removes for label smoothing, for example.
         """
         main = () if pixel_values is None else (pixel_values,)
         return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
@@ -404,7 +406,7 @@ class EarlyExitForSequenceClassification(_EarlyExitForClassification):
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Classify; samples leave where the operating point says so.
+        """Classify; samples leave early according to the operating point.
 
         Args:
             input_ids: shape (B, T). A new length is captured on first use: pad to multiples of 16, say.
@@ -421,7 +423,7 @@ class EarlyExitForSequenceClassification(_EarlyExitForClassification):
 
 
 class _NotToLearnFrom(torch.autograd.Function):
-    """The original's logits beside a loss: a loss made of them would train nothing, so its backward says so."""
+    """Marks the original's logits next to a loss: backward through them would train nothing, so it raises."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -429,22 +431,22 @@ class _NotToLearnFrom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise ConfigError(f"`logits` are the original's, and no branch learns from them. {_LABELS_TAKEN}")
+        raise ConfigError(f"`logits` are the original's, so a loss on them trains no branch. {_LABELS_TAKEN}")
 
 
 @cache
 def _with_exits(answer: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class of a base with four fields more, at its end."""
+    """The output class of a base with four more fields at the end."""
     fields = [(name, "Tensor | None", None) for name in ("exit_index", "score", "macs", "exit_logits")]
     name = f"EarlyExit{answer.__name__}"
     return make_dataclass(name, fields, bases=(answer,), namespace={"__module__": __name__})
 
 
 def _device(device_map: Any) -> torch.device:
-    """The one device that a device map names.
+    """The single device in a device map.
 
     Raises:
-        ConfigError: it names several, or is to be worked out for several.
+        ConfigError: it has several devices.
     """
     if isinstance(device_map, Mapping):
         places = set(device_map.values())
@@ -456,12 +458,12 @@ def _device(device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"device_map={device_map!r}: early exits run on one device. Give it ('cuda:0'), or `auto`."
+            f"device_map={device_map!r}: early exits run on one device. Use a device ('cuda:0') or `auto`."
         ) from error
 
 
 def register() -> None:
-    """Tell transformers' Auto classes; twice is once."""
+    """Register with transformers' Auto classes; idempotent."""
     AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
     AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitForImageClassification, exist_ok=True)
     AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True)

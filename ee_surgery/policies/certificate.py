@@ -1,4 +1,4 @@
-"""What risk control promises about a policy, as plain data that is stored beside it."""
+"""The guarantee of risk control about a policy, as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ee_surgery.text import visible
 
 @dataclass(frozen=True)
 class Certificate:
-    """A promise about one policy: risk at most `eps` on data like that which certified it.
+    """A guarantee about one policy: risk at most `eps` on data like the certifying data.
 
     It may be wrong with a chance of `delta` over the draw of that data, for one request; a series of requests that
     are all to hold at once needs `delta` shared between them. With method `crc` only the mean risk over many such
@@ -25,26 +25,26 @@ class Certificate:
     delta: float
     method: str
     thresholds: tuple[float, ...]
-    """One a branch; all `inf` where nothing could be certified."""
+    """One per branch; all `inf` if nothing could be certified."""
     score: str
     n: int
-    """Samples that certify; those that chose the path are not among them."""
+    """Number of certifying samples, without those that chose the path."""
     observed: float
     """Mean loss on them."""
     certified: bool
-    """False where no policy with an open exit was cleared. All exits are closed then, which loses nothing."""
+    """False if no policy with an open exit was cleared; then all exits are closed, which loses nothing."""
     bound: float | None
     """Upper bound on the risk at level `delta`, for `crc` on the expected risk; None where nothing was certified."""
     data: str
     """SHA-256 of the certifying logits and labels."""
     per_exit: bool = False
-    """Whether a part of the records chose the thresholds, and the rest certify."""
+    """Whether thresholds were chosen on a part of the records and certified on the rest."""
     seed: int = 0
     """Of that split and of the order of bets."""
 
     @property
     def promise(self) -> str:
-        """In words."""
+        """The guarantee in words."""
         if not self.certified:
             return f"nothing: no early exit could be shown to keep {visible(self.risk)} within {self.eps:.3g}"
         how = "in expectation" if self.method == "crc" else f"with confidence {1 - self.delta:.3g}"
@@ -54,14 +54,14 @@ class Certificate:
         return f"{self.promise} ({visible(self.method)}, {self.n} samples, observed {self.observed:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, which has no number for `inf`: a string."""
+        """Plain data for JSON, with `inf` as a string."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         data["thresholds"] = [t if math.isfinite(t) else str(t) for t in self.thresholds]
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Certificate:
-        """What `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
             DataError: fields are missing or unknown.
@@ -74,13 +74,13 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Check:
-    """What a certified policy gave on records."""
+    """Results of a certified policy on records."""
 
     observed: float
     """Its mean loss there."""
     n: int
     bound: float
-    """Upper bound on the true risk from these records alone, too low with a chance of at most `delta`."""
+    """Upper bound on the true risk from these records alone, too low with probability at most `delta`."""
     holds: bool
     """These records certify the policy (again)."""
     contradicted: bool

@@ -1,4 +1,4 @@
-"""Cost of a sample by the exit it leaves at: the trunk up to there and every branch visited."""
+"""Cost per sample of leaving at each exit: the trunk up to there and every branch visited."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from itertools import accumulate
 
 
 def exit_costs(trunk: Sequence[int], branches: Sequence[int], visits: Sequence[bool]) -> list[int]:
-    """MACs of a sample that leaves at each of K exits: the trunk up to it and every branch it was shown to.
+    """MACs of leaving at each of K exits: the trunk up to it and every branch visited.
+
+    >>> exit_costs(trunk=[10, 20, 30], branches=[1, 2], visits=[True, False])
+    [11, 21, 31]
 
     Args:
         trunk: K numbers, `branches` and `visits`: K - 1.

@@ -1,10 +1,11 @@
-"""Operating points: a policy together with what it gave on the data it was chosen on."""
+"""Operating points: a policy with its results on the data it was chosen on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ee_surgery.errors import OperatingPointError
 from ee_surgery.policies.certificate import Certificate
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
+from ee_surgery.task import Task
 from ee_surgery.text import visible
 
 
@@ -23,45 +25,56 @@ class OperatingPoint:
     """One trade-off between accuracy and cost, with its evidence."""
 
     thresholds: tuple[float, ...]
-    """One a branch; `inf` closes an exit."""
+    """One per branch; `inf` closes an exit."""
     score: str | FittedScore
-    """A registered name, or a score that was fitted on the calibration data."""
+    """A registered name, or a score fitted on the calibration data."""
     accuracy: float
-    """Realised on the calibration data, in [0, 1]; agreement with the original when there were no labels."""
+    """On the calibration data, in [0, 1]; agreement with the original if there were no labels."""
     accuracy_drop: float
-    """The original's accuracy less this one, on the same data; negative where early exit does better."""
+    """The original's accuracy minus this one, on the same data; negative if early exit is better."""
     macs_fraction: float
-    """Mean MACs of a sample, branches visited included, by the original's."""
+    """Mean MACs per sample, including every branch visited, as a fraction of the original's."""
     exit_shares: tuple[float, ...]
-    """Share of the samples that left at each exit, the original's head last."""
+    """Share of the samples leaving at each exit, the original's head last."""
     samples: int
-    """How many calibration samples stand behind these numbers."""
+    """Number of calibration samples behind these numbers."""
     rule: str
     """The calibrator that chose the thresholds."""
     expected_accuracy: float = math.nan
-    """On new data: `accuracy` less the luck that cross-validation found in choosing; NaN where not estimated."""
+    """On new data: `accuracy` minus the optimism estimated by cross-validation; NaN if not estimated."""
     fallback: Fallback = "last"
-    """Whose answer a sample gets that never left early."""
+    """Whose prediction samples get that never exit early."""
     certificate: Certificate | None = None
-    """What `risk_control` promises of this point."""
+    """The guarantee from `risk_control` for this point."""
 
-    @property
+    @cached_property  # the same object each time: runs are prepared for it
     def policy(self) -> ThresholdPolicy:
-        """The policy to run."""
+        """The policy to run, for one right class."""
         return ThresholdPolicy(self.thresholds, self.score, self.fallback)
+
+    def policy_for(self, task: Task) -> ThresholdPolicy:
+        """The policy to run for the answers of a model; the same object each time."""
+        if task == self.policy.task:
+            return self.policy
+        found = self._policies.get(task)
+        return found or self._policies.setdefault(task, replace(self.policy, task=task))
+
+    @cached_property
+    def _policies(self) -> dict[Task, ThresholdPolicy]:
+        return {}
 
     @classmethod
     def by_hand(
         cls, thresholds: Sequence[float] | float, score: str | FittedScore, branches: int = 1
     ) -> OperatingPoint:
-        """Thresholds that no calibration stands behind: accuracy and cost are not known, NaN.
+        """Thresholds without calibration: accuracy and cost are unknown, NaN.
 
         Args:
-            thresholds: one a branch, or one for all.
-            score: what they are compared with.
-            branches: how many there are.
+            thresholds: one per branch, or one for all.
+            score: that they are compared with.
+            branches: number of branches.
         Raises:
-            OperatingPointError: a threshold is no number.
+            OperatingPointError: a threshold is not a number.
         """
         limits = {"infinite": True, "error": OperatingPointError, "hint": "Use inf to close an exit."}
         several = isinstance(thresholds, (Sequence, Tensor, np.ndarray)) and not isinstance(thresholds, str)
@@ -91,7 +104,7 @@ class OperatingPoint:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OperatingPoint:
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         known: dict[str, Any] = {key: math.nan if value is None else value for key, value in data.items()}
         known["exit_shares"] = tuple(data["exit_shares"])
         known["thresholds"] = tuple(float(t) for t in data["thresholds"])
@@ -103,7 +116,7 @@ class OperatingPoint:
 
 
 def describe(point: OperatingPoint | None) -> dict[str, Any] | None:
-    """What tells one point from another, as plain data; None where nothing leaves early."""
+    """The identity of a point as plain data; None if no sample leaves early."""
     if point is None or point.policy.closed:
         return None
     thresholds = [t if math.isfinite(t) else str(t) for t in point.thresholds]

@@ -1,11 +1,12 @@
-"""When to leave: a score, and one threshold an exit."""
+"""When to leave: a score, and one threshold per exit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ee_surgery.checks import choice, numbers
 from ee_surgery.errors import OperatingPointError, SurgeryError
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State, precise, sound
+from ee_surgery.task import CLASSIFICATION, Task
 
 NEVER = math.inf
 
@@ -20,7 +22,7 @@ Fallback = Literal["last", "most_confident"]
 
 
 class Decision(NamedTuple):
-    """What a policy says at one exit."""
+    """Decisions of a policy at one exit."""
 
     score: Tensor
     """Shape (B,)."""
@@ -38,24 +40,26 @@ class ThresholdPolicy:
     at no threshold, -inf included.
 
     Raises:
-        ConfigError: a threshold that is no number, or another setting that is unknown.
+        ConfigError: a threshold is not a number, or another setting is unknown.
         UnknownNameError: no such score.
     """
 
     thresholds: tuple[float, ...]
-    """One for each branch, in program order; `inf` closes an exit."""
+    """One per branch, in program order; `inf` closes an exit."""
     score: str | FittedScore = "max_prob"
     """A registered name, or a score that was fitted on records."""
     fallback: Fallback = "last"
     """Whose answer a sample gets that never reached a threshold: the original's, or that of whichever exit on its
-    way had the largest softmax probability, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
+    way was the most certain, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
+    task: Task = field(default=CLASSIFICATION, repr=False)
+    """What the answers are: a model runs every policy with its own task."""
 
     def __post_init__(self) -> None:
         thresholds = numbers("thresholds", self.thresholds, infinite=True, hint="Use inf to close an exit.")
         object.__setattr__(self, "thresholds", thresholds)
-        choice("fallback", self.fallback, ("last", "most_confident"))
+        choice("fallback", self.fallback, get_args(Fallback))
         # Looked up once: decide runs at every exit. Scores are float32, so thresholds are compared as float32.
-        object.__setattr__(self, "_score", ScoreOf(self.score))
+        object.__setattr__(self, "_score", ScoreOf(self.score, self.task))
         object.__setattr__(self, "_taus", torch.tensor(self.thresholds, dtype=torch.float32).tolist())
 
     def visits(self, chained: bool = False) -> tuple[bool, ...]:
@@ -69,9 +73,9 @@ class ThresholdPolicy:
             return tuple(opened)
         return tuple(any(opened[k:]) for k in range(len(opened)))
 
-    @property
+    @cached_property
     def closed(self) -> bool:
-        """True when nothing can leave early."""
+        """Whether no sample can leave early."""
         return all(tau == NEVER for tau in self.thresholds)
 
     def to(self, device: torch.device) -> ThresholdPolicy:
@@ -97,11 +101,11 @@ class ThresholdPolicy:
         return leaves, score, state
 
     def check(self, classes: int, units: Sequence[bool], chained: bool = False) -> None:
-        """Try it on made-up answers: a score that cannot work is refused before samples come.
+        """Run it on made-up logits, to refuse a score that cannot work before any samples are run.
 
         Args:
             classes: C.
-            units: for each branch, whether it has a confidence unit.
+            units: whether each branch has a confidence unit.
             chained: whether each branch reads the answers of those before it.
         Raises:
             OperatingPointError: not a threshold for each branch, or the score does not take such answers.
@@ -126,7 +130,7 @@ class ThresholdPolicy:
             ) from error
 
 
-def certainty(logits: Tensor) -> Tensor:
-    """What `most_confident` compares exits by: the largest softmax probability; -inf where not finite, (B,)."""
-    top = torch.softmax(precise(logits), -1).amax(-1)
+def certainty(logits: Tensor, task: Task = CLASSIFICATION) -> Tensor:
+    """What `most_confident` compares exits by, see `Task.certainty`; -inf where not finite, (B,)."""
+    top = task.certainty(precise(logits))
     return torch.nan_to_num(sound(top, logits), nan=-torch.inf)

@@ -1,4 +1,4 @@
-"""How sure an exit is of its answer. Every score grows with confidence.
+"""Scores of the confidence of an exit. Every score grows with confidence.
 
 A score takes one exit's logits (B, C), its confidence logit (B,) or None, and the state it carried from the exit
 before (a tuple of tensors with the batch first, empty at the first exit). It gives the score (B,) and the new state.
@@ -7,11 +7,12 @@ A named score has nothing to fit; a `FittedScore` holds what a calibrator fitted
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ee_surgery.checks import instance
 from ee_surgery.errors import ConfigError
 from ee_surgery.registry import Registry
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames, require
 
 State: TypeAlias = tuple[Tensor, ...]
 
@@ -32,11 +34,13 @@ class Score(Protocol):
         ...
 
 
-SCORES: Registry[Score] = Registry("score", stateful=None, counts_exits=False)
+SCORES: Registry[Score] = Registry("score", stateful=None, counts_exits=False, tasks=("classification",))
 """Name -> score.
 
 Properties: `stateful=True` for one that hands a state on, whose closed exits must run all the same (found by asking it
-once where it is not stated); `counts_exits=True` for one whose values are numbers of exits, not shares in [0, 1].
+once where it is not stated); `counts_exits=True` for one whose values are numbers of exits, not shares in [0, 1];
+`tasks=None` for one that is for answers of any task, which is handed the model's if it has a parameter `task`, or the
+names of some.
 """
 
 
@@ -47,11 +51,11 @@ class FittedScore(ABC):
     """
 
     kind: ClassVar[str]
+    tasks: ClassVar[TaskNames] = ("classification",)
+    """The tasks that it is for; None: all, and then it is handed the model's if `__call__` has a parameter `task`."""
 
-    @property
-    def stateful(self) -> bool:
-        """Whether it needs the answers of the exits before, closed ones included."""
-        return False
+    stateful: ClassVar[bool] = False
+    """Whether it needs the answers of the exits before, closed ones included."""
 
     @abstractmethod
     def __call__(
@@ -64,16 +68,16 @@ class FittedScore(ABC):
         return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # pyright: ignore[reportArgumentType]
 
     def to_dict(self) -> dict[str, Any]:
-        """Its kind and fields; tensors as they are."""
+        """Its kind and fields, tensors unchanged."""
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FittedScore:
-        """What `to_dict` gave; lists, which JSON makes of tuples, are tuples again."""
+        """The inverse of `to_dict`; lists, which JSON has instead of tuples, become tuples."""
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items() if name != "kind"}
         return FITTED_SCORES[data["kind"]](**values)
 
-    def __repr__(self) -> str:  # tensors are nothing to look at
+    def __repr__(self) -> str:  # tensors are not worth printing
         return self.kind
 
 
@@ -83,7 +87,7 @@ FITTED_SCORES: Registry[type[FittedScore]] = Registry("fitted score")
 
 
 def fitted(kind: str) -> Callable[[F], F]:
-    """Decorator that files a dataclass under `kind` in `FITTED_SCORES`."""
+    """Decorator that registers a dataclass under `kind` in `FITTED_SCORES`."""
 
     def add(cls: F) -> F:
         cls.kind = kind
@@ -102,15 +106,21 @@ def _moved(value: Any, device: torch.device) -> Any:
 class ScoreOf:
     """A score of either sort, by name or fitted, behind one call: for routed runs and for replays.
 
+    Args:
+        task: what the answers are; handed to scores that have a parameter `task`.
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or not for the task.
         UnknownNameError: no score of that name.
     """
 
-    def __init__(self, score: str | FittedScore) -> None:
+    def __init__(self, score: str | FittedScore, task: Task = CLASSIFICATION) -> None:
         instance("score", score, (str, FittedScore), hint=f"Names: {', '.join(SCORES)}.")
         self.named = SCORES[score] if isinstance(score, str) else None
         self.score = score
+        tasks = SCORES.property(score, "tasks") if isinstance(score, str) else score.tasks
+        require(f"The score {score!r}", tasks, task)
+        own = score if isinstance(score, FittedScore) else SCORES[score]
+        self._call: Any = for_task(own, task)
         self.stateful = score.stateful if isinstance(score, FittedScore) else _stateful(score)
         """Whether it needs every exit's answer, closed exits included."""
 
@@ -127,15 +137,15 @@ class ScoreOf:
         logits = precise(logits)
         if confidence is not None:
             confidence = precise(confidence)
-            confidence = confidence + (confidence - confidence)  # infinity less itself is NaN
+            confidence = confidence + (confidence - confidence)  # infinity minus infinity is NaN
         if self.named is not None:
-            score, state = self.named(logits, confidence, state)
+            score, state = self._call(logits, confidence, state)
         else:
-            score, state = self.score(logits, confidence, state, exit_index)  # pyright: ignore[reportCallIssue]
+            score, state = self._call(logits, confidence, state, exit_index)
         if state and not self.stateful:
             raise ConfigError(
                 f"The score {self.score!r} keeps a state, but is not `stateful`: closed exits would be missing from "
-                "it. Register it with stateful=True, or override the property `stateful` of a fitted score."
+                "it. Register it with stateful=True, or set stateful = True in the class of a fitted score."
             )
         return score, state
 
@@ -158,6 +168,17 @@ def sound(score: Tensor, logits: Tensor) -> Tensor:
     return score + (total - total)
 
 
+def for_task(score: Callable[..., Any], task: Task) -> Callable[..., Any]:
+    """The score, its parameter `task` filled in where it has one."""
+    call = type(score).__call__ if isinstance(score, FittedScore) else score
+    return partial(score, task=task) if _takes_task(call) else score
+
+
+@lru_cache(maxsize=256)
+def _takes_task(score: Callable[..., Any]) -> bool:
+    return "task" in inspect.signature(score).parameters
+
+
 def _stateful(name: str) -> bool:
     """Whether a named score hands a state on: as stated where it was registered, else found by asking it."""
     stated = SCORES.property(name, "stateful")
@@ -173,29 +194,38 @@ def _hands_state_on(score: Score) -> bool:
         return True
 
 
-@SCORES.register("max_prob", stateful=False)
-def max_prob(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
-    """Largest softmax probability, in [1/C, 1]. Source: cascaded inference (arXiv:1805.10982)."""
-    return torch.softmax(logits, -1).amax(-1), ()
+@SCORES.register("max_prob", stateful=False, tasks=None)
+def max_prob(
+    logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
+) -> tuple[Tensor, State]:
+    """Largest probability, in [1/C, 1]; of several choices, the mean. Source: cascaded inference (arXiv:1805.10982)."""
+    return task.certainty(logits), ()
 
 
-@SCORES.register("margin", stateful=False)
-def margin(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
-    """Difference between the two largest softmax probabilities, in [0, 1]."""
-    top = torch.softmax(logits, -1).topk(2, -1).values
-    return top[..., 0] - top[..., 1], ()
+@SCORES.register("margin", stateful=False, tasks=None)
+def margin(
+    logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
+) -> tuple[Tensor, State]:
+    """Difference between the two largest probabilities, in [0, 1]; of several choices, that of the least sure one."""
+    top = task.probabilities(logits).topk(2, -1).values
+    return task.weakest(top[..., 0] - top[..., 1]), ()
 
 
-@SCORES.register("entropy", stateful=False)
-def entropy(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
-    """1 - H(p) / log C, in [0, 1]: 1 for a certain answer. BranchyNet (arXiv:1709.01686) thresholds H itself."""
-    log_p = torch.log_softmax(logits, -1)
+@SCORES.register("entropy", stateful=False, tasks=None)
+def entropy(
+    logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
+) -> tuple[Tensor, State]:
+    """1 - H(p) / log C, in [0, 1]: 1 for a certain answer; of several choices, the mean.
+
+    BranchyNet (arXiv:1709.01686) thresholds H itself.
+    """
+    log_p = task.log_probabilities(logits)
     # 0 * -inf is 0 here: a class that is ruled out carries no entropy
     h = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
-    return 1 - h / math.log(logits.shape[-1]), ()
+    return task.reduce(1 - h / math.log(log_p.shape[-1])), ()
 
 
-@SCORES.register("learned", stateful=False)
+@SCORES.register("learned", stateful=False, tasks=None)
 def learned(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
     """Sigmoid of the branch's confidence unit, in [0, 1]. Source: EENets (arXiv:2409.05336), PTEENet."""
     if confidence is None:
@@ -205,13 +235,15 @@ def learned(logits: Tensor, confidence: Tensor | None = None, state: State = ())
     return torch.sigmoid(confidence), ()
 
 
-@SCORES.register("patience", stateful=True, counts_exits=True)
-def patience(logits: Tensor, confidence: Tensor | None = None, state: State = ()) -> tuple[Tensor, State]:
-    """How many exits before this one gave the same class without a break. Source: PABEE (arXiv:2006.04152)."""
-    answer = logits.argmax(-1)
+@SCORES.register("patience", stateful=True, counts_exits=True, tasks=None)
+def patience(
+    logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
+) -> tuple[Tensor, State]:
+    """How many exits before this one gave the same answer without a break. Source: PABEE (arXiv:2006.04152)."""
+    answer = task.labels_from(logits)
     if not state:
-        streak = torch.zeros(answer.shape, dtype=torch.float32, device=answer.device)
+        streak = torch.zeros(len(answer), dtype=torch.float32, device=answer.device)
     else:
         before, streak = state
-        streak = torch.where(answer == before, streak + 1, torch.zeros_like(streak))
+        streak = torch.where(task.same(answer, before), streak + 1, torch.zeros_like(streak))
     return streak, (answer, streak)

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ee_surgery.backbone.base import State
-from ee_surgery.backbone.inputs import Arguments, as_sample, key, tensors
-from ee_surgery.branches.base import PreparedBranch
+from ee_surgery.backbone.inputs import Batch
+from ee_surgery.branches.base import ExitLogits, PreparedBranch
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
+from ee_surgery.graph.backends.base import BACKENDS
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.graph.inspection import read
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.runtime.program import Program, build_program
-from ee_surgery.runtime.router import Altered, ExitOutput, Router
+from ee_surgery.runtime.router import Altered, ExitOutput, Observer, Router
 from ee_surgery.runtime.verify import verify
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
+_ROUTERS_KEPT = 4  # operating points in turn
+Key: TypeAlias = tuple[State, str, Hashable]
+"""State of the original, backend, input signature."""
 # The engines whose exits are disabled, in this thread or task alone.
 _DISABLED: ContextVar[tuple[object, ...]] = ContextVar("ee_surgery_disabled", default=())
 
@@ -48,16 +53,17 @@ class Entry:
 
     def __init__(self, program: Program, prepared: list[PreparedBranch], branches: BranchBank) -> None:
         self.program, self.prepared, self.branches = program, prepared, branches
-        self._router: tuple[ThresholdPolicy, Router] | None = None
+        self._routers: tuple[tuple[ThresholdPolicy, Router], ...] = ()  # replaced as a whole: other threads read it
 
     def router(self, policy: ThresholdPolicy) -> Router:
-        """The router of one policy; the last one asked for is kept."""
-        found = self._router  # read once: another thread may move the knob meanwhile
-        if found is None or found[0] is not policy:
-            macs = [branch.macs for branch in self.prepared]
-            found = policy, Router(self.program, list(self.branches), policy, macs, self.branches.head)
-            self._router = found
-        return found[1]
+        """The router of one policy; those made last are kept."""
+        for known, router in self._routers:
+            if known is policy:
+                return router
+        macs = [branch.macs for branch in self.prepared]
+        router = Router(self.program, list(self.branches), policy, macs, self.branches.head)
+        self._routers = ((policy, router), *self._routers)[:_ROUTERS_KEPT]
+        return router
 
 
 class Engine:
@@ -68,16 +74,22 @@ class Engine:
 
     Args:
         graph: of the sample, which is the first signature it knows.
+        backend: what makes stages run, by its name in `BACKENDS`.
+    Raises:
+        UnknownNameError: no such backend.
     """
 
-    def __init__(self, graph: ModelGraph, plan: ExitPlan, branches: BranchBank) -> None:
+    def __init__(self, graph: ModelGraph, plan: ExitPlan, branches: BranchBank, backend: str = "python") -> None:
         self.backbone, self.plan, self.branches = graph.backbone, plan, branches
+        self.observers: tuple[Observer, ...] = ()
+        """Told of every step of a routed run: counting, auditing. They cost nothing where there are none."""
+        self._backend = backend
         self._lock = threading.Lock()
-        self.programs: OrderedDict[tuple[State, Hashable], Entry] = OrderedDict()
+        self.programs: OrderedDict[Key, Entry] = OrderedDict()
         self._latest: Entry | None = None
-        sample = graph.backbone.sample
-        first = self._compile(graph, sample)
-        self._keep((graph.capture.state, key(sample, graph.backbone.batch_dims)), first)
+        sample = self.backbone.own_batch()
+        first = self._compile(graph, sample, backend)
+        self._keep((graph.capture.state, backend, sample.key), first)
         self.trunk_macs = first.program.trunk_macs
         """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
         self.branch_macs = tuple(branch.macs for branch in first.prepared)
@@ -90,6 +102,24 @@ class Engine:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+    @property
+    def backend(self) -> str:
+        """What makes the stages run: a name in `BACKENDS`.
+
+        Setting it captures the sample again and verifies the stages; other input signatures follow on first use.
+        """
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        BACKENDS[name]
+        before, self._backend = self._backend, name
+        try:
+            self.entry(self.backbone.own_batch())
+        except Exception:
+            self._backend = before
+            raise
 
     # --- exits on or off
 
@@ -109,7 +139,7 @@ class Engine:
 
     # --- running
 
-    def run(self, arguments: Arguments, policy: ThresholdPolicy | None) -> ExitOutput:
+    def run(self, batch: Batch, policy: ThresholdPolicy | None) -> ExitOutput:
         """Logits, exit, score and costs of every sample.
 
         Args:
@@ -117,28 +147,21 @@ class Engine:
         """
         if torch.is_grad_enabled() or self.branches.training:
             with torch.no_grad(), eval_mode(list(self.branches.modules())):
-                return self.run(arguments, policy)
-        dims = self.backbone.dims(arguments)
-        values = tuple(tensors(arguments).values())
-        batch = values[0].shape[0]
-        if batch == 0:
+                return self.run(batch, policy)
+        values, size = batch.tensors, batch.size
+        if size == 0:
             return self._empty_output(values[0].device)
         if policy is None:
-            return self._full_run(arguments, self.entry(arguments, dims).program)
+            return self._full_run(batch, self.entry(batch).program)
         state = self.backbone.latest
         while True:  # each stage looks whether its modules have changed: samples that leave pay for no more than that
             try:
-                return self.entry(arguments, dims, state).router(policy)(values, batch)
+                return self.entry(batch, state).router(policy)(values, size, self.observers)
             except Altered:  # noqa: PERF203 (once in a while)
                 state = self.backbone.state()
 
-    def sample_program(self) -> tuple[Program, Arguments]:
-        """The program of the sample's signature, and the sample."""
-        arguments = self.backbone.sample
-        return self.entry(arguments, self.backbone.dims(arguments)).program, arguments
-
-    def _full_run(self, arguments: Arguments, program: Program) -> ExitOutput:
-        logits = self.backbone.logits(self.backbone(arguments))
+    def _full_run(self, batch: Batch, program: Program) -> ExitOutput:
+        logits = self.backbone.logits(self.backbone(batch.arguments))
         if self.branches.head is not None and program.head is not None:
             logits = self.branches.head(*program.head([logits])).logits
         last = torch.full((len(logits),), len(self.branches), device=logits.device)
@@ -153,9 +176,31 @@ class Engine:
         index, score = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
         return ExitOutput(logits, index, score, torch.tensor(macs, device=device), macs[-1])
 
+    def features(self, *inputs: Any, **named: Any) -> tuple[list[tuple[Tensor, ...]], Tensor]:
+        """What every branch reads, its features (B, *shape) first, and the original's answer; without gradients."""
+        batch = self.backbone.batch(*inputs, **named)
+        found, original = self.entry(batch).program.run(batch.tensors)
+        assert original is not None
+        return found, original
+
+    def features_alone(self, *inputs: Any, **named: Any) -> list[tuple[Tensor, ...]]:
+        """`features` without the original's answer, for which all behind the last exit would have to run."""
+        batch = self.backbone.batch(*inputs, **named)
+        return self.entry(batch).program.run(batch.tensors, whole=False)[0]
+
+    def answers(self, *inputs: Any, **named: Any) -> tuple[list[ExitLogits], Tensor]:
+        """The answer of every branch, and the original's logits (B, C), without gradients, in eval mode."""
+        features, logits = self.features(*inputs, **named)
+        with torch.no_grad(), eval_mode(list(self.branches.modules())):
+            return self.branches.split(self.branches(features), logits)
+
     # --- programs, one for inputs of each shape, dtype and device
 
-    def entry(self, arguments: Arguments, dims: Mapping[str, int | None], state: State | None = None) -> Entry:
+    def program(self, *inputs: Any, **named: Any) -> Program:
+        """The stages that inputs like these (shape, dtype, device; any batch size) run through."""
+        return self.entry(self.backbone.batch(*inputs, **named)).program
+
+    def entry(self, batch: Batch, state: State | None = None) -> Entry:
         """What runs inputs like these (shape, dtype, device; any batch size), captured on first use and kept.
 
         Args:
@@ -164,20 +209,20 @@ class Engine:
             CaptureError: the model cannot be captured for such inputs.
             ExitPointError: its owner changed it, and the exits do not fit it any more.
         """
-        inputs = key(arguments, dims)
-        signature = state or self.backbone.state(), inputs
+        backend, inputs = self._backend, batch.key
+        signature = state or self.backbone.state(), backend, inputs
         entry = self.programs.get(signature)
         if entry is None:
             with GLOBAL_STATE:
                 entry = self.programs.get(signature)  # another thread may have been first
                 if entry is None:
-                    state, entry = self._capture(as_sample(arguments, dims))
-                    signature = state, inputs
+                    state, entry = self._capture(batch.sample(), backend)
+                    signature = state, backend, inputs
         if entry is not self._latest:
             self._keep(signature, entry)
         return entry
 
-    def _keep(self, signature: tuple[State, Hashable], entry: Entry) -> None:
+    def _keep(self, signature: Key, entry: Entry) -> None:
         """Make it the one used last, and drop the one not used for longest where there are too many."""
         with self._lock:
             self.programs[signature] = entry
@@ -186,10 +231,10 @@ class Engine:
             if len(self.programs) > _PROGRAMS_KEPT:
                 self.programs.popitem(last=False)
 
-    def _capture(self, sample: Arguments) -> tuple[State, Entry]:
+    def _capture(self, sample: Batch, backend: str) -> tuple[State, Entry]:
         try:
             graph = read(self.backbone, sample)
-            entry = self._compile(graph, sample)
+            entry = self._compile(graph, sample, backend)
             if self.backbone.altered:
                 self._check_fit(entry.program, sample)
         except OUT_OF_MEMORY:
@@ -204,23 +249,24 @@ class Engine:
             ) from error
         return graph.capture.state, entry
 
-    def _check_fit(self, program: Program, sample: Arguments) -> None:
+    def _check_fit(self, program: Program, sample: Batch) -> None:
         """Run the branches once: a change of the model may have changed what they read.
 
         Raises:
             ExitPointError: they answer otherwise than the original does; or whatever they raise.
         """
-        features, original = program.run([*tensors(sample).values()])
+        features, original = program.run(sample.tensors)
         with torch.no_grad(), eval_mode(list(self.branches.modules())):
             answers = self.branches(features)
         if original is not None and self.branches.head is None and answers[0].logits.shape != original.shape:
             shapes = tuple(answers[0].logits.shape), tuple(original.shape)
             raise ExitPointError(f"branches answer with logits of shape {shapes[0]}, the model with {shapes[1]}.")
 
-    def _compile(self, graph: ModelGraph, sample: Arguments) -> Entry:
+    def _compile(self, graph: ModelGraph, sample: Batch, backend: str) -> Entry:
         head = self.branches.head
         head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
-        program = build_program(graph, self.plan.names, [branch.reads_all for branch in self.branches], head_macs)
+        reads_all = [branch.reads_all for branch in self.branches]
+        program = build_program(graph, self.plan.names, reads_all, head_macs, backend)
         verify(program, self.backbone, sample)
         prepared = [b.prepare(graph, p) for b, p in zip(self.branches, program.points, strict=True)]
         return Entry(program, prepared, self.branches)

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 from ee_surgery.backbone.signature import Part
+from ee_surgery.graph.backends.base import Run, bind
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.features import ReadAllLive, ReadFeatures
-from ee_surgery.graph.segments import Stage, crossing, cut
+from ee_surgery.graph.segments import Segment, crossing, cut
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """K stages: one up to each of the K - 1 exits, and the rest."""
 
-    stages: list[Stage]
+    segments: list[Segment]
+    """Each stage as data."""
+    stages: list[Run]
+    """Each stage made to run, by the backend."""
     points: tuple[ExitPoint, ...]
     readers: tuple[ReadFeatures | ReadAllLive, ...]
     """What the branch of each exit reads of the live tensors there."""
@@ -31,7 +35,7 @@ class Program:
     """Of each stage, whether the modules that it was captured from are as they were."""
 
     def run(self, inputs: Sequence[Tensor], whole: bool = True) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
-        """What every branch reads, a new head last, and the original's answer, nobody leaving; without gradients.
+        """Features of every branch, a new head last, and the original's output, without early exit or gradients.
 
         Args:
             whole: run the last stage, too; else there is no answer.
@@ -41,7 +45,7 @@ class Program:
             live = self.stages[0](*inputs)
             for k, stage in enumerate(self.stages[1:]):
                 features = self.readers[k](live)
-                if any(s.mutates_input for s in self.stages[k + 1 :]):
+                if any(segment.mutates for segment in self.segments[k + 1 :]):
                     # a branch may look at them only after later stages ran: keep them from being written to
                     features = tuple(tensor.clone() for tensor in features)
                 found.append(features)
@@ -53,17 +57,21 @@ class Program:
         return found, live[0]
 
 
-def build_program(graph: ModelGraph, names: Sequence[str], whole: Sequence[bool] = (), head_macs: int = 0) -> Program:
+def build_program(
+    graph: ModelGraph, names: Sequence[str], whole: Sequence[bool] = (), head_macs: int = 0, backend: str = "python"
+) -> Program:
     """Cut a graph at the named exit points, in program order.
 
     Args:
         whole: of each exit, whether its branch reads all that crosses there; none does when left out.
         head_macs: of a head put on a model that has none, one sample.
+        backend: what makes the stages run, by its name in `BACKENDS`.
     """
     points = tuple(graph[name] for name in names)
     found = [graph.features(point) for point in points]
     masks = list(dict.fromkeys(features.mask for features in found if features.mask is not None))
-    stages = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index for point in points], masks)
+    segments = cut(graph.capture, graph.liveness, [point.index for point in points], masks)
+    stages = [bind(backend, segment, lambda name: graph.backbone.model) for segment in segments]
     readers = tuple(
         ReadAllLive(len(graph.live[point.index]))
         if all_of_it
@@ -72,7 +80,8 @@ def build_program(graph: ModelGraph, names: Sequence[str], whole: Sequence[bool]
     )
     head = None if graph.head is None else graph.features(graph.head).reader([graph.capture.output])
     macs = (*(point.macs for point in points), graph.macs + head_macs)
-    return Program(stages, points, readers, head, macs, _checks(graph.capture, [point.index + 1 for point in points]))
+    checks = _checks(graph.capture, [point.index + 1 for point in points])
+    return Program(segments, stages, points, readers, head, macs, checks)
 
 
 def _checks(capture: Capture, cuts: Sequence[int]) -> list[Callable[[], bool]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ee_surgery.branches.base import Branch, run_branch
-from ee_surgery.graph.segments import Stage, compact
+from ee_surgery.graph.backends.base import Run
+from ee_surgery.graph.batch_axes import Axis
+from ee_surgery.graph.segments import compact
 from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import State
@@ -37,8 +39,49 @@ class ExitOutput(NamedTuple):
 
     @property
     def macs_fraction(self) -> Tensor:
-        """float64, shape (B,): `macs` by the original's."""
+        """float64, shape (B,): `macs` as a fraction of the original's."""
         return self.macs.double() / self.original_macs
+
+
+class InFlight(NamedTuple):
+    """The samples of a batch that have not left, between two stages."""
+
+    live: tuple[Tensor, ...]
+    """What crosses the cut, with a batch of b."""
+    rows: Tensor | None = None
+    """Which samples of the batch they are, int64 (b,); None while all are in flight."""
+    state: State = ()
+    """Of the policy."""
+    log_probs: Tensor | None = None
+    """Of the branch before, (b, ...), where branches read each other's answers."""
+    best: Tensor | None = None
+    """The most certain answer so far, (b, C), where the policy falls back on that."""
+
+    def keep(self, stay: Tensor, axes: Sequence[Axis | None]) -> InFlight:
+        """The samples `stay` of them, int64 indices (b',)."""
+        return InFlight(
+            compact(self.live, axes, stay),
+            stay if self.rows is None else self.rows[stay],
+            tuple(tensor.index_select(0, stay) for tensor in self.state),
+            None if self.log_probs is None else self.log_probs.index_select(0, stay),
+            None if self.best is None else self.best.index_select(0, stay),
+        )
+
+
+class Leaving(NamedTuple):
+    """The samples that leave at one exit, with their answers."""
+
+    rows: Tensor | None
+    """Which samples of the batch, int64 (n,); None for all of them."""
+    logits: Tensor
+    """(n, C)."""
+    score: Tensor | None
+    """(n,); None at the original's head, which is not asked."""
+
+
+Observer: TypeAlias = Callable[[int, Leaving | None, InFlight | None], None]
+"""Told at each exit, in order: its index, which samples leave there and which go on (behind the next stage by then);
+None for no sample. Where the original is changed in the middle of a run, that run starts again at exit 0."""
 
 
 class Router:
@@ -75,55 +118,69 @@ class Router:
         # Exits that are closed have no branch to ask.
         asked = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
         checked = [_checked(stage, same) for stage, same in zip(program.stages, program.unchanged, strict=True)]
-        axes = [stage.axes for stage in program.stages[1:]]
+        axes = [segment.axes for segment in program.segments[1:]]
         self.first = checked[0]
         self.steps = list(zip(checked[1:], axes, asked, program.readers, strict=True))
 
-    def __call__(self, inputs: Sequence[Tensor], batch: int) -> ExitOutput:
+    def __call__(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer] = ()) -> ExitOutput:
         """Run stages, ask branches, let samples leave, compact what is left.
 
         Args:
             inputs: the program's, each with `batch` samples.
+            observers: are told of each step.
         Raises:
             Altered: the original is not what the program was captured from, as far as it had to run.
         """
-        return self._one(inputs) if batch == 1 else self._batch(inputs, batch)
+        return self._one(inputs) if batch == 1 and not observers else self._batch(inputs, batch, observers)
 
-    def _batch(self, inputs: Sequence[Tensor], batch: int) -> ExitOutput:
-        rows: Tensor | None = None  # which samples are still in flight; None while all are
-        state: State = ()
+    def start(self, inputs: Sequence[Tensor]) -> InFlight:
+        """A batch at the first exit."""
+        return InFlight(self.first(*inputs))
+
+    def step(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+        """Ask the branch of exit k, and run the next stage for the samples that stay.
+
+        Returns:
+            Those that leave, and those that are at exit k + 1 now. At the original's head, the last, all leave.
+        """
+        if k == self.last:
+            last = self._last(flight.live)
+            return Leaving(flight.rows, self._better(flight.best, last) if self.keeps_best else last, None), None
+        stage, axes, branch, read = self.steps[k]
+        if branch is None:
+            return None, flight._replace(live=stage(*flight.live))
+        live, rows, state, log_probs, best = flight
+        answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
+        score, leaves, state = self.policy.decide(k, answer.logits, answer.confidence, state)
+        if self.keeps_best:
+            best = self._better(best, answer.logits)
+        gone = leaves.nonzero().squeeze(1)
+        flight = InFlight(live, rows, state, answer.log_probs, best)
+        if len(gone) == 0:
+            return None, flight._replace(live=stage(*live))
+        leaving = Leaving(gone if rows is None else rows[gone], answer.logits[gone], score[gone])
+        if len(gone) == len(leaves):
+            return leaving, None
+        flight = flight.keep((~leaves).nonzero().squeeze(1), axes)
+        return leaving, flight._replace(live=stage(*flight.live))
+
+    def _batch(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer]) -> ExitOutput:
+        flight: InFlight | None = self.start(inputs)
         results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
-        best: Tensor | None = None
-        log_probs: Tensor | None = None
-        live = self.first(*inputs)
-        for k, (stage, axes, branch, read) in enumerate(self.steps):
-            if branch is not None:
-                answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
-                decision = self.policy.decide(k, answer.logits, answer.confidence, state)
-                state, log_probs = decision.state, answer.log_probs
-                if self.keeps_best:
-                    best = _better(best, answer.logits)
-                gone = decision.leaves.nonzero().squeeze(1)
-                if len(gone) > 0:
-                    results = results or self._results(answer.logits, batch)
-                    done = gone if rows is None else rows[gone]
-                    for result, value in zip(results, (answer.logits, decision.score), strict=False):
-                        result[done] = value[gone].to(result.dtype)
-                    results[2][done] = k
-                    if len(gone) == len(decision.leaves):
-                        break
-                    stay = (~decision.leaves).nonzero().squeeze(1)
-                    rows = stay if rows is None else rows[stay]
-                    live = compact(live, axes, stay)
-                    state = tuple(tensor.index_select(0, stay) for tensor in state)
-                    log_probs = None if log_probs is None else log_probs.index_select(0, stay)
-                    best = None if best is None else best.index_select(0, stay)
-            live = stage(*live)
-        else:  # somebody came through to the original's own head
-            last = self._last(live)
-            last = _better(best, last) if self.keeps_best else last
-            results = results or self._results(last, batch)
-            results[0][slice(None) if rows is None else rows] = last.to(results[0].dtype)
+        for k in range(self.last + 1):
+            leaving, flight = self.step(k, flight)
+            for observe in observers:
+                observe(k, leaving, flight)
+            if leaving is not None:
+                results = results or self._results(leaving.logits, batch)
+                rows = slice(None) if leaving.rows is None else leaving.rows
+                results[0][rows] = leaving.logits.to(results[0].dtype)
+                results[2][rows] = k
+                if leaving.score is not None:
+                    results[1][rows] = leaving.score.to(results[1].dtype)
+            if flight is None:
+                break
+        assert results is not None
         logits, score, exit_index = results
         return ExitOutput(logits, exit_index, score, self.costs, self.original_macs)
 
@@ -134,10 +191,10 @@ class Router:
         return self.head(*self.program.head(live)).logits
 
     def _results(self, like: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, score and exit of a batch of which nobody has left early."""
+        """Logits, score and exit of a batch before any sample has left."""
         score = torch.full((batch,), torch.nan, device=like.device)
         exit_index = torch.full((batch,), self.last, device=like.device)
-        return like.new_empty((batch, like.shape[1])), score, exit_index
+        return self.policy.task.empty(like, batch), score, exit_index
 
     def _one(self, inputs: Sequence[Tensor]) -> ExitOutput:
         """One sample: it leaves or it does not, so nothing is indexed."""
@@ -153,28 +210,28 @@ class Router:
                     return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs, self.original_macs)
                 log_probs = answer.log_probs
                 if self.keeps_best:
-                    best = _better(best, answer.logits)
+                    best = self._better(best, answer.logits)
             live = stage(*live)
         index, score = self._index[self.last].clone(), self._unasked.clone()
-        last = _better(best, self._last(live)) if self.keeps_best else self._last(live)
+        last = self._better(best, self._last(live)) if self.keeps_best else self._last(live)
         return ExitOutput(last, index, score, self.costs, self.original_macs)
+
+    def _better(self, best: Tensor | None, logits: Tensor) -> Tensor:
+        """Row by row, whichever of two answers (B, C) is more certain; the earlier one of equals."""
+        if best is None:
+            return logits
+        better = certainty(logits, self.policy.task) > certainty(best, self.policy.task)
+        return torch.where(better[:, None], logits, best.to(logits.dtype))
 
 
 class Altered(Exception):
     """The original was changed since its program was captured: to be run again, by another."""
 
 
-def _checked(stage: Stage, unchanged: Callable[[], bool]) -> Callable[..., tuple[Tensor, ...]]:
+def _checked(stage: Run, unchanged: Callable[[], bool]) -> Run:
     def run(*live: Tensor) -> tuple[Tensor, ...]:
         if not unchanged():
             raise Altered
         return stage(*live)
 
     return run
-
-
-def _better(best: Tensor | None, logits: Tensor) -> Tensor:
-    """Row by row, whichever of two answers (B, C) is more certain; the earlier one of equals."""
-    if best is None:
-        return logits
-    return torch.where((certainty(logits) > certainty(best))[:, None], logits, best.to(logits.dtype))

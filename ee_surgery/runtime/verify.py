@@ -1,4 +1,4 @@
-"""Do the stages of a program give the original's own logits, whoever leaves? And if not, which module is to blame?"""
+"""Check that the stages of a program give the original's logits whichever samples leave; else name the module."""
 
 from __future__ import annotations
 
@@ -11,58 +11,55 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ee_surgery.backbone.base import Backbone
-from ee_surgery.backbone.inputs import Arguments, batch_size, select, tensors
+from ee_surgery.backbone.inputs import Batch
 from ee_surgery.backbone.twin import twin
 from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
 from ee_surgery.graph.segments import compact
 from ee_surgery.runtime.program import Program
 
 
-def verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
+def verify(program: Program, backbone: Backbone, batch: Batch) -> None:
     """Run the stages with samples leaving and changing places at every cut, and compare with the whole model.
 
     Args:
-        arguments: four samples.
+        batch: four samples.
     Raises:
         ExitPointError: the stages do not give the original's logits, or the model mixes its samples.
     """
     try:
-        _verify(program, backbone, arguments)
+        _verify(program, backbone, batch)
     except (ExitPointError, *OUT_OF_MEMORY):
         raise
     except Exception as error:
         names = [point.name for point in program.points]
         raise ExitPointError(
             f"Cut at {names}, {backbone.model_id} does not run any more when samples leave "
-            f"({type(error).__name__}: {error}). " + _suspect(backbone, arguments)
+            f"({type(error).__name__}: {error}). " + _suspect(backbone, batch)
         ) from error
 
 
-def _verify(program: Program, backbone: Backbone, arguments: Arguments) -> None:
-    dims = backbone.dims(arguments)
-    device = next(iter(tensors(arguments).values())).device
+def _verify(program: Program, backbone: Backbone, batch: Batch) -> None:
     with torch.no_grad():
-        whole = backbone.logits(backbone(arguments))
-        # Each half alone: whatever one half tells the other is missed there.
+        whole = backbone.logits(backbone(batch.arguments))
+        # Run each half separately, so any leakage between samples shows up as a difference.
         for half in ([3, 1], [0, 2]):
-            rows = torch.tensor(half, device=device)
-            live = program.stages[0](*tensors(select(arguments, dims, rows)).values())
+            rows = torch.tensor(half, device=batch.device)
+            live = program.stages[0](*batch.select(rows).tensors)
             for k, stage in enumerate(program.stages[1:]):
                 leaving = half == [3, 1] or k > 0
-                order = torch.arange(len(rows), device=device).flip(0)[: 1 if leaving else 2]
+                order = torch.arange(len(rows), device=batch.device).flip(0)[: 1 if leaving else 2]
                 rows = rows[order]
-                live = stage(*compact(live, stage.axes, order))
-            _compare(program, backbone, arguments, whole[rows], live[0])
-        _verify_one(program, backbone, arguments, whole)
+                live = stage(*compact(live, program.segments[k + 1].axes, order))
+            _compare(program, backbone, batch, whole[rows], live[0])
+        _verify_one(program, backbone, batch, whole)
 
 
-def _verify_one(program: Program, backbone: Backbone, arguments: Arguments, whole: Tensor) -> None:
+def _verify_one(program: Program, backbone: Backbone, batch: Batch, whole: Tensor) -> None:
     """The same for a batch of one, which a model may treat in its own way, and torch.export never sees."""
-    dims = backbone.dims(arguments)
-    one = select(arguments, dims, torch.zeros(1, dtype=torch.long, device=whole.device))
-    live = tuple(tensors(one).values())
+    one = batch.select([0])
+    live = one.tensors
     try:
-        alone = backbone.logits(backbone(one))
+        alone = backbone.logits(backbone(one.arguments))
     except OUT_OF_MEMORY:
         raise
     except Exception:  # the model itself takes no batch of one: there is nothing to agree with
@@ -71,20 +68,20 @@ def _verify_one(program: Program, backbone: Backbone, arguments: Arguments, whol
         raise ExitPointError(
             f"{backbone.model_id} answers a batch of one otherwise than the same sample among others (relative error "
             f"{_error(whole[:1], alone):.2g}), but samples that leave change the batch size. "
-            + _suspect(backbone, arguments)
+            + _suspect(backbone, batch)
         )
     for stage in program.stages:
         live = stage(*live)
-    _compare(program, backbone, arguments, alone, live[0])
+    _compare(program, backbone, batch, alone, live[0])
 
 
-def _compare(program: Program, backbone: Backbone, arguments: Arguments, expected: Tensor, seen: Tensor) -> None:
+def _compare(program: Program, backbone: Backbone, batch: Batch, expected: Tensor, seen: Tensor) -> None:
     if not _close(expected, seen):
         names = [point.name for point in program.points]
         raise ExitPointError(
             f"Cut at {names}, {backbone.model_id} does not give its own logits any more for {len(expected)} of its "
             f"samples (shape {tuple(seen.shape)} for {tuple(expected.shape)}, relative error "
-            f"{_error(expected, seen):.2g}). " + _suspect(backbone, arguments)
+            f"{_error(expected, seen):.2g}). " + _suspect(backbone, batch)
         )
 
 
@@ -99,10 +96,10 @@ def _close(expected: Tensor, seen: Tensor) -> bool:
     return _error(expected, seen) <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2)
 
 
-def _suspect(backbone: Backbone, arguments: Arguments) -> str:
-    """What is to blame, as far as running the original again tells: twice alike, and each sample alone."""
+def _suspect(backbone: Backbone, batch: Batch) -> str:
+    """Find the module responsible by running the original again: twice the same, and each sample alone."""
     model = twin(backbone.state().model)  # one for all calls: what it keeps between them would show
-    together, again = _calls(backbone, model, arguments), _calls(backbone, model, arguments)
+    together, again = _calls(backbone, model, batch), _calls(backbone, model, batch)
     for name, call in together.items():
         other = again.get(name)
         if other is not None and call.takes_as(other) and not call.answers_as(other):
@@ -111,10 +108,8 @@ def _suspect(backbone: Backbone, arguments: Arguments) -> str:
                 "eval mode, or keeps state between calls. Dropout by F.dropout needs training=self.training; other "
                 "noise has to go, or be drawn once and kept in a buffer."
             )
-    dims = backbone.dims(arguments)
-    device = next(iter(tensors(arguments).values())).device
-    for i in range(batch_size(arguments, dims)):
-        alone = _calls(backbone, model, select(arguments, dims, torch.tensor([i], device=device)))
+    for i in range(batch.size):
+        alone = _calls(backbone, model, batch.select([i]))
         for name, call in together.items():
             one, row = alone.get(name), call.row(i)
             if one is None or row.answer.shape != one.answer.shape:
@@ -126,7 +121,7 @@ def _suspect(backbone: Backbone, arguments: Arguments) -> str:
                     "cannot leave such a batch; make that code look at one sample at a time."
                 )
     return (
-        "Running it again and sample by sample shows no module to blame. Possible causes: samples that are not "
+        "Running it again and sample by sample shows no module responsible. Possible causes: samples that are not "
         "independent of each other, a tensor shared across the cut in a way that the graph does not show, or code that "
         "torch.export reads otherwise than eager mode runs it. Choose other exit points."
     )
@@ -155,7 +150,7 @@ class _Call:
         return _close(self.answer, other.answer)
 
 
-def _calls(backbone: Backbone, model: nn.Module, arguments: Arguments) -> dict[str, _Call]:
+def _calls(backbone: Backbone, model: nn.Module, batch: Batch) -> dict[str, _Call]:
     """The first call of each module of a twin, in the order they finish."""
     given: dict[str, tuple[Tensor, ...]] = {}
     seen: dict[str, _Call] = {}
@@ -178,7 +173,7 @@ def _calls(backbone: Backbone, model: nn.Module, arguments: Arguments) -> dict[s
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     with torch.no_grad():
-        backbone.call(arguments, model)
+        backbone.call(batch.arguments, model)
     for handle in handles:
         handle.remove()
     return seen

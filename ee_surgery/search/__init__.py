@@ -1,1 +1,1 @@
-"""Search: which exits are worth having."""
+"""Search: number, positions and kinds of exits."""

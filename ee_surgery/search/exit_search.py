@@ -1,4 +1,4 @@
-"""Exits by search: short trainings of branches at all candidate points say which are worth having."""
+"""Search for exits: short training runs of branches at all candidate points show which ones pay off."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -35,26 +34,30 @@ from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 POINTS = 12
-"""How many exit points are tried where nobody says."""
+"""Default number of exit points to try."""
 TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget in (0.15, 0.25)))
-"""The branches that are tried at each of them where nobody says."""
-_STEPS = (100, 300)  # fewest and most that a probe learns for, where nobody says
-_SHARE = 4  # of the training's steps, a probe takes one in so many
+"""Default branches to try at each point."""
+_STEPS = (100, 300)  # default range of the training steps of a probe
+_SHARE = 4  # a probe is trained for 1 / _SHARE of the training's steps
 _WIDER = (4, 16)  # times the accepted drop
 _ROUNDS = 10
+Cost: TypeAlias = Literal["macs", "time"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A branch that was tried at an exit point."""
+    """A branch tried at an exit point."""
 
     exit: str
     branch: BranchSpec
     accuracy: float
-    """Of the probe alone, on the held-out data; agreement with the original where that has no labels."""
+    """Of the probe alone, on the held-out data; agreement with the original if that has no labels."""
     cost: float
-    """Of a sample that leaves there, the branch counted, by the original's."""
+    """Cost of leaving there, branch included, as a fraction of the original's."""
     chosen: bool
 
     def __str__(self) -> str:
@@ -66,25 +69,24 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ExitSearch:
-    """What the search found: a plan and its branches for `attach`, and what they were chosen from."""
+    """Result of the search: a plan and its branches for `attach`, and the candidates."""
 
     plan: ExitPlan
     """The exits worth training."""
     branches: tuple[BranchSpec, ...]
-    """One for each point of the plan."""
+    """One per point of the plan."""
     cost: float
-    """Expected mean MACs, or time, at the accepted drop by the original's, with branches that learned as little as the
-    probes."""
+    """Expected mean MACs, or time, with the probes at the accepted drop, as a fraction of the original's."""
     max_accuracy_drop: float
     candidates: tuple[Candidate, ...]
     """In program order."""
     left_out: tuple[str, ...]
-    """Branches that cannot be built at a point, with the reason."""
+    """Branches that cannot be built at a point or save nothing there, with the reason."""
     records: ExitRecords = field(repr=False)
-    """Answers of all probes to the held-out data."""
+    """Records of all probes on the held-out data."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What was tried, as plain data."""
+        """The candidates, as plain data."""
         tried = [
             {**asdict(candidate), "branch": candidate.branch.name, "options": dict(candidate.branch.options)}
             for candidate in self.candidates
@@ -92,9 +94,9 @@ class ExitSearch:
         return {"cost": self.cost, "max_accuracy_drop": self.max_accuracy_drop, "candidates": tried}
 
     def __str__(self) -> str:
-        found = f"{len(self.plan.points)} exits of {len(self.candidates)} candidates are worth training"
+        found = f"{len(self.plan.points)} of {len(self.candidates)} candidate exits are worth training"
         cost = f"{self.cost:.1%} of the cost at an accuracy drop of {100 * self.max_accuracy_drop:g} points"
-        lines = [f"{found}; with the probes' own answers {cost}", *map(str, self.candidates)]
+        lines = [f"{found}; with the probes as branches, {cost}", *map(str, self.candidates)]
         if self.left_out:
             lines.append(f"  and {len(self.left_out)} that cannot be built there or save nothing, see `left_out`")
         return "\n".join(lines)
@@ -109,7 +111,7 @@ def search_exits(
     points: int | Sequence[str] = POINTS,
     max_accuracy_drop: float = 0.01,
     most: int = 6,
-    cost: Literal["macs", "time"] = "macs",
+    cost: Cost = "macs",
     config: TrainConfig | None = None,
     probe_steps: int | None = None,
     sample: Sample | None = None,
@@ -117,55 +119,52 @@ def search_exits(
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
 ) -> ExitSearch:
-    """Find the exits that are worth training, by what short trainings say: their number, positions and sizes.
+    """Find the exits that are worth training, from short training runs: their number, positions and sizes.
 
-    Every branch is tried at every point: those of one kind learn side by side from the same features, for a few
-    steps, as many at once as together cost no more than the original.
-    Of the answers to held-out data those exits are chosen which cost least at the accepted drop, every branch on the
-    way counted (`cheapest_exits`); and those that would be if 4 or 16 times as much were accepted, since probes are
-    worse than what they will become. Train them all, then let `prune_exits` leave out what does not pay. What learns
-    slowly is judged by its start: give such branches more steps.
+    Every branch is tried at every point. Branches of one kind are trained together on the same features for a few
+    steps, as many at once as cost no more than the original. On held-out data, the exits with the lowest cost at the
+    accepted drop are chosen, counting every branch visited (`cheapest_exits`), and those for 4 and 16 times the drop,
+    since probes are worse than fully trained branches. Train them all, then let `prune_exits` leave out those that do
+    not pay off. Branches that learn slowly are judged by their start: give them more steps.
 
     Args:
         model: the model, or the graph that `inspect` gave.
-        train: what the branches will be trained on.
-        held_out: data that neither trained anything nor will be used to choose thresholds; a few thousand samples.
-        branch: a branch, or several to choose among at each point: kinds, or sizes of one. By default small ones that
-            fit the features (`auto`) and shortcuts of two sizes, where there are any.
-        points: how many of the blocks to try, closer together the earlier they are, or names of exit points.
+        train: the data that the branches will be trained on.
+        held_out: data used neither for training nor to choose thresholds; a few thousand samples.
+        branch: a branch, or several to choose from at each point: kinds, or sizes of one kind. By default small ones
+            that fit the features (`auto`) and shortcuts of two sizes, if there are any.
+        points: number of blocks to try, denser near the input, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
-        most: how many exits at most at one drop.
-        cost: what is to be low: MACs, or the time that stages and branches take here, by themselves, for batches such
+        most: largest number of exits at one drop.
+        cost: what to minimize: MACs, or the measured time of stages and branches on this machine, for batches such
             as the first of `held_out`.
-        config: of the training that will follow; probes learn by it, too, for `probe_steps` steps.
-        probe_steps: how long; by default a quarter of that training, but 100 to 300 steps where it has as many.
+        config: of the training that will follow; probes use it too, for `probe_steps` steps.
+        probe_steps: by default a quarter of that training, but 100 to 300 steps if it has as many.
         sample: see `inspect`.
-        seed: of the branches' first weights.
-        accelerator: as for `train`; of several processes, all find the same.
+        seed: of the branches' initial weights.
+        accelerator: as for `train`; all processes get the same result.
         class_map: as for `train`.
     Raises:
         ExitPointError: no candidate saves anything at that drop.
         BranchError: no branch can be built anywhere.
-        ConfigError: branches that read each other's answers.
-        DataError: `train` or `held_out` is an iterator, which can be read once only.
+        ConfigError: chained branches.
+        DataError: `train` or `held_out` is an iterator, which can be read only once.
     """
-    choice("cost", cost, ("macs", "time"))
+    choice("cost", cost, get_args(Cost))
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
     specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
     config = instance("config", config or TrainConfig(), TrainConfig)
-    for name, data in (("train", train), ("held_out", held_out)):
-        if isinstance(data, Iterator):
-            raise DataError(f"{name} is an iterator, used up after one pass: give a Dataset, a DataLoader or a list.")
+    _check_repeatable(train=train, held_out=held_out)
     graph = model if isinstance(model, ModelGraph) else inspect(model, sample)
     by_name = plain(points) is None
     tried = list(place(graph, points).points) if by_name else _spread(graph, count("points", points))
     probe_steps = probe_steps or short_training(config, train)
-    # as many epochs as these steps can need
+    # enough epochs for these steps
     steps = {"epochs": probe_steps, "max_steps": probe_steps}
     short = replace(config, **steps, checkpoint_dir=None, validation=0.0, progress=False)
     precision = config.mixed_precision if accelerator is None else accelerator.mixed_precision
-    accelerator = make_accelerator(replace(config, mixed_precision=precision))  # whose trackers hear of no probe
+    accelerator = make_accelerator(replace(config, mixed_precision=precision))  # no trackers: probes are not logged
     console = Console(quiet=not (config.progress and accelerator.is_main_process))
     found: list[_Probe] = []
     left_out: list[str] = []
@@ -177,13 +176,13 @@ def search_exits(
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    processes = Processes(accelerator)  # times differ between them, records do not
+    processes = Processes(accelerator)  # measured times differ between processes, records do not
     chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most))
     if not chosen:
         raise ExitPointError(
             f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
-            f"{100 * max_accuracy_drop:g} points: accept a larger one, let probes learn longer (now {probe_steps} "
-            f"steps), or take a smaller model. {graph.best_case()}"
+            f"{100 * max_accuracy_drop:g} points: accept a larger one, train probes longer (now {probe_steps} "
+            f"steps), or use a smaller model. {graph.best_case()}"
         )
     return ExitSearch(
         plan=ExitPlan(graph.backbone.model_id, "search", tuple(found[k].point for k in chosen)),
@@ -196,26 +195,39 @@ def search_exits(
     )
 
 
+def _check_repeatable(**given: Data) -> None:
+    """Refuse data that can be read only once.
+
+    Raises:
+        DataError: names it.
+    """
+    for name, data in given.items():
+        if isinstance(data, Iterator):
+            raise DataError(
+                f"{name} is an iterator, which can be read only once: give a Dataset, a DataLoader or a list."
+            )
+
+
 def prune_exits(branched: EarlyExitModel, records: ExitRecords, max_accuracy_drop: float = 0.01) -> EarlyExitModel:
     """Leave out trained branches that cost more than they save at the accepted accuracy drop.
 
     Args:
-        records: its answers to data that neither trained anything nor will be used to choose thresholds.
+        records: of data used neither for training nor to choose thresholds.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
     Returns:
-        The model itself where every branch earns its cost, else a new one on the same original.
+        The model itself if every branch pays off, else a new one on the same original.
     Raises:
         ExitPointError: none of them saves anything.
-        DataError: the branches read each other's answers.
+        DataError: the branches are chained.
     """
     instance("branched", branched, EarlyExitModel)
     if instance("records", records, ExitRecords).exits != tuple(branched.exits):
-        raise DataError(f"These records are of exits {list(records.exits)}, the model has {branched.exits}.")
+        raise DataError(f"The records are of exits {list(records.exits)}, the model has {branched.exits}.")
     subset = cheapest_exits(records, max_accuracy_drop, most=len(records.exits))
     if not subset.exits:
         raise ExitPointError(
             f"No branch at {branched.exits} saves anything at an accuracy drop of {100 * max_accuracy_drop:g} points: "
-            "train longer, accept a larger drop, or take a smaller model."
+            "train longer, accept a larger drop, or use a smaller model."
         )
     kept = [branched.exits[k] for k in subset.exits]
     return branched if kept == branched.exits else branched.with_exits(kept)
@@ -252,7 +264,7 @@ def _try(
     accelerator: Accelerator,
     class_map: ClassMap | None,
 ) -> list[_Probe]:
-    """These branches after a short training, side by side."""
+    """Train these branches together for a short time, and record them."""
     plan = ExitPlan(graph.backbone.model_id, "search", tuple(each.point for each in fitting))
     branched = attach(graph, plan, [each.branch for each in fitting], seed=seed)
     train_branches(branched, train, short, accelerator=accelerator, class_map=class_map)
@@ -265,10 +277,9 @@ def _try(
 
 
 def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
-    """The candidates worth training, and what the cheapest of them cost together at the accepted drop.
+    """The candidates worth training, and the cost of the best subset at the accepted drop.
 
-    Probes are worse than what they will become, the early ones most of all: those that would be chosen if more were
-    accepted are trained, too.
+    Probes are worse than fully trained branches, early ones most of all: the choices for larger drops are trained too.
     """
     first = cheapest_exits(records, drop, most=most)
     chosen = list(first.exits)
@@ -280,7 +291,7 @@ def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], 
 
 
 def short_training(config: TrainConfig, train: Data) -> int:
-    """A quarter of the training's steps, but at least 100 and at most 300 of them where it has as many."""
+    """A quarter of the training's steps, but 100 to 300 if it has as many."""
     given = loader(train, config.batch_size)
     steps = config.epochs * len(given) // config.accumulate if isinstance(given, Sized) else None
     whole = min((length for length in (steps, config.max_steps) if length is not None), default=_STEPS[1] * _SHARE)
@@ -288,7 +299,7 @@ def short_training(config: TrainConfig, train: Data) -> int:
 
 
 def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
-    """So many of the blocks, closer together the earlier, where most samples leave; all where there are no more."""
+    """This many blocks, denser near the input, where most samples leave; all blocks if there are no more."""
     rest = list(place(graph, "all").points)
     targets = [((i + 1) / (count + 1)) ** 2 for i in range(count)] if count < len(rest) else []
     found = [rest.pop(min(range(len(rest)), key=lambda k: abs(rest[k].macs_fraction - t))) for t in targets]
@@ -298,7 +309,7 @@ def _spread(graph: ModelGraph, count: int) -> list[ExitPoint]:
 def _fitting(
     graph: ModelGraph, points: Sequence[ExitPoint], spec: BranchSpec, known: Sequence[_Probe], left_out: list[str]
 ) -> list[_Fitting]:
-    """Where a branch can be built, saves something and is not there yet, every choice of its own made."""
+    """Points where a branch can be built, saves something and is not a candidate yet, with resolved options."""
     found = []
     for point in points:
         try:
@@ -309,7 +320,7 @@ def _fitting(
         macs = branch.prepare(graph, point).macs
         cost = (point.macs + macs) / graph.macs
         if branch.chained:
-            raise ConfigError(f"Branch {spec.name!r} reads those before it: it cannot be tried without them.")
+            raise ConfigError(f"Branch {spec.name!r} is chained: it cannot be tried without the branches before it.")
         if cost >= 1:
             left_out.append(f"{spec.name} at {point.name}: leaving there costs {cost:.1%} of the MACs")
         elif all((point.name, fitted) != (probe.point.name, probe.branch) for probe in known):
@@ -318,7 +329,7 @@ def _fitting(
 
 
 def _groups(graph: ModelGraph, fitting: Sequence[_Fitting]) -> list[list[_Fitting]]:
-    """Who learns side by side: as many as cost no more than the original, whose own training takes as much memory."""
+    """Branches to train together: as many as cost no more than the original, which bounds the memory needed."""
     groups: list[list[_Fitting]] = []
     left = 0
     for each in fitting:
@@ -331,8 +342,8 @@ def _groups(graph: ModelGraph, fitting: Sequence[_Fitting]) -> list[list[_Fittin
 
 
 def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> ExitRecords:
-    """The same records, nanoseconds a batch in place of MACs."""
-    branched.operate(thresholds=2.0)  # above any probability: every branch is asked, and nobody leaves
+    """The same records, with nanoseconds per batch instead of MACs."""
+    branched.operate(thresholds=2.0)  # above any probability: every branch runs, and no sample leaves
     main = inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values()))
     times = interleave(parts(branched, inputs), main.device, rounds=_ROUNDS)
     branched.operate(None)
@@ -346,15 +357,16 @@ def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> 
 
 
 def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
-    """As one model with all of these exits would have answered."""
+    """Merge records as if one model had all of these exits."""
     first = records[0]
-    # where it is time, it was taken anew for every group
+    # times were measured separately for every group
     trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}
     rising = accumulate([*(trunk[each.exits[0]] for each in records), first.base_macs], max)
     return ExitRecords(
         exits=tuple(name for each in records for name in each.exits),
-        logits=torch.stack([*(each.logits[0] for each in records), first.logits[-1]]),
+        logits=torch.stack([*(each.recorded_logits()[0] for each in records), first.recorded_logits()[-1]]),
         trunk_macs=tuple(rising),
         branch_macs=tuple(each.branch_macs[0] for each in records),
         labels=first.labels,
+        task=first.task,
     )

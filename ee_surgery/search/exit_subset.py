@@ -1,4 +1,4 @@
-"""Which exits are worth having: the fewest that reach nearly the lowest expected cost at an accepted accuracy drop."""
+"""Exit subset selection: the fewest exits with nearly the lowest expected cost at an accepted accuracy drop."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.calibration.threshold_search import Floats, Ranks, ThresholdSearch
 from ee_surgery.checks import accuracy_drop, count, instance
 
-_WORTH = 0.002  # share of the cost that one more exit has to save
+_WORTH = 0.002  # fraction of the cost that one more exit must save
 _PRICES = np.geomspace(0.01, 20, 14)
 _STEPS = 3  # of bisection between two prices
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some of the candidates, and what they are expected to cost."""
+    """A subset of the candidates, and its expected cost."""
 
     exits: tuple[int, ...]
-    """Numbers of the candidates, in program order; empty where none saves anything."""
+    """Numbers of the candidates, in program order; empty if none saves anything."""
     cost: float
-    """Expected mean MACs at the accepted drop, by the original's, every branch on the way counted."""
+    """Expected mean MACs at the accepted drop, including every branch visited, as a fraction of the original's."""
 
 
 def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, most: int = 6) -> Subset:
-    """Number and positions of the exits that cost least at an accepted accuracy drop.
+    """Number and positions of the exits with the lowest cost at an accepted accuracy drop.
 
-    From none on, exits are added, left out and exchanged one by one as long as that saves a five-hundredth of the cost.
-    Whether an answer is right counts as the chance that its confidence and those before it give it, fitted once an
-    exit: with the outcomes themselves, whoever has more exits to choose from would seem to save more. None are taken
-    where they save no more than leaving samples unanswered would.
+    Starting with none, exits are added, removed and exchanged one at a time as long as that saves 1/500 of the cost.
+    Outcomes are replaced by probabilities of being correct, fitted once per exit to its confidence and those of earlier
+    exits: with the outcomes themselves, larger subsets would look better by chance. The result is empty if exits save
+    no more than giving no prediction for some samples would.
 
     Args:
-        records: of all candidates, which several sizes of a branch at one position may be; they have the same trunk
-            cost, and at most one of them is taken.
+        records: of all candidates. Several sizes of a branch at one position have the same trunk cost; at most one of
+            them is chosen.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
-        most: how many exits at most.
+        most: largest number of exits.
     Raises:
         ConfigError: `max_accuracy_drop` or `most` out of range.
-        DataError: the branches read each other's answers.
+        DataError: the branches are chained.
     """
     instance("records", records, ExitRecords)
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
     costs = Costs(records, max_accuracy_drop)
-    # what giving that much accuracy away by not answering at all would cost: an exit that guesses does no better
+    # the cost if that much accuracy were given up by not predicting at all: an exit that guesses does no better
     chosen, cost = (), 1 - min(1.0, max_accuracy_drop / max(records.base_accuracy, 1e-9))
     while True:
         found = min(_changed(chosen, costs.places, most), key=costs, default=chosen)
-        # a longer list has to be worth it; one as long, or shorter, only cheaper
+        # a larger subset must save enough; an equal or smaller one need only be cheaper
         needed = cost * (1 - _WORTH) if len(found) > len(chosen) else cost * (1 - 1e-6)
         if costs(found) >= needed:
             break
@@ -63,7 +63,7 @@ def cheapest_exits(records: ExitRecords, max_accuracy_drop: float = 0.01, *, mos
 
 
 def _changed(exits: tuple[int, ...], places: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """All lists that one exit more, one fewer or one in exchange makes of this one."""
+    """All subsets that differ from this one by adding, removing or exchanging one exit."""
     found = []
     for left in (exits, *(tuple(k for k in exits if k != out) for out in exits)):
         if left != exits:
@@ -75,14 +75,14 @@ def _changed(exits: tuple[int, ...], places: Sequence[int], most: int) -> list[t
 
 
 class Costs:
-    """The expected cost of a list of exits at the accepted drop; each list is worked out once.
+    """The expected cost of a subset of exits at the accepted drop; cached per subset.
 
-    Thresholds are those with the most expected accuracy at a price of a MAC; between two prices, one of which drops
-    too much, the cost is read off the straight line.
+    Thresholds maximize expected accuracy at a price per MAC; between two prices, one of which drops too much, the cost
+    is interpolated linearly.
     """
 
     def __init__(self, records: ExitRecords, drop: float) -> None:
-        records = records.keep(range(len(records.exits)))  # refuses those that cannot be kept apart
+        records = records.keep(range(len(records.exits)))  # raises for chained branches
         outcomes = chances(records)
         self.search = ThresholdSearch(records, outcomes=outcomes)
         self.floor = float(outcomes[-1].mean()) - drop
@@ -100,7 +100,7 @@ class Costs:
         for price, ranks in zip(_PRICES, search.induction(_PRICES), strict=True):
             points[float(price)] = (ranks, *search.evaluate(ranks))
         for step in range(2 + _STEPS):
-            # the highest price that is still right enough, and the next one
+            # the highest price that is still accurate enough, and the next one
             good = max(price for price, (_, _, right) in points.items() if right >= self.floor - 1e-12)
             worse = [price for price in points if price > good]
             if not worse:

@@ -1,13 +1,13 @@
 """Plain data <-> an adapter folder.
 
-    config.json               who the base is, where the exits are, which branches, the operating point
-    ee_adapter.safetensors    tensors of the branches alone
+    config.json               identity of the base, exits, branches, operating point
+    ee_adapter.safetensors    tensors of the branches only
     frontier.json             every operating point that calibration found
-    preprocessor_config.json  the image processor of a transformers base, where it was at hand
-    base.safetensors          only where the base was trained along, and so exists nowhere else
+    preprocessor_config.json  the image processor of a transformers base, if available
+    base.safetensors          only if the base was trained too: its weights exist nowhere else
 
-`config.json` is the manifest: it lists the SHA-256 of every file and of itself, and all change with it; see `files`.
-What the JSON files may hold is in `schema`.
+`config.json` is the manifest: it lists the SHA-256 of every file and of itself, and replacing it commits a save; see
+`files`. `schema` defines what the JSON files may contain.
 
 Not `adapter_config.json`: a repository with a file of that name which PEFT cannot read breaks
 `AutoModel.from_pretrained`.
@@ -33,7 +33,8 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from ee_surgery.backbone.base import Identity
-from ee_surgery.backbone.inputs import Arguments, tensors
+from ee_surgery.backbone.inputs import tensors
+from ee_surgery.backbone.pictures import processor_settings
 from ee_surgery.branches.base import BranchSpec
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import shown
@@ -53,11 +54,13 @@ from ee_surgery.files import (
     sealed,
     sha256,
 )
-from ee_surgery.graph.exit_points import ExitPoint
 from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.runtime.engine import Engine
+from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT, check_size, read_json
 from ee_surgery.share.probe import InputSpec, Probe
-from ee_surgery.share.schema import FORMAT_VERSION, OLD_FORMAT, ConfigForm, FrontierForm, check_size, parse, read_json
+from ee_surgery.share.state import AdapterState
 from ee_surgery.share.weights import POLICY, TENSOR, Weights
+from ee_surgery.task import CLASSIFICATION
 
 CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "frontier.json", "base.safetensors"
 CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
@@ -73,15 +76,15 @@ PROCESSOR_FILES = frozenset({
 """Files that an image processor or a tokenizer of transformers writes."""
 OWN = frozenset({CONFIG, WEIGHTS, FRONTIER, BASE, CARD, PLOT, RESULTS}) | PROCESSOR_FILES
 """All files that an adapter can have."""
-# What other libraries load from a folder, by name: beside our `config.json` they would find these no longer.
+# Weights that other libraries load by name: with our `config.json` next to them, they would no longer load.
 _WEIGHTS_OF_OTHERS = ("model*.safetensors*", "pytorch_model*.bin*", "tf_model.h5", "flax_model.msgpack", "open_clip*")
-# And what they would find first, whatever `config.json` says.
+# Files that those libraries read first, whatever is in `config.json`.
 _ADAPTERS_OF_OTHERS = ("adapter_config.json", "adapter_model.*")
 
 
 @dataclass(frozen=True)
 class AdapterExit:
-    """One exit as it is stored."""
+    """One exit as stored."""
 
     name: str
     node: str
@@ -99,17 +102,17 @@ class AdapterExit:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Everything about the branches that is not a tensor."""
+    """Everything about the branches except tensors."""
 
     base: Identity
     inputs: dict[str, InputSpec]
-    """What it was augmented with, by name."""
+    """The sample inputs, by name."""
     options: dict[str, Any]
-    """What else it was called with: flags, numbers, words."""
+    """Other arguments of the call: flags, numbers, strings."""
     opaque: tuple[str, ...]
     """Modules of the base that are kept whole."""
     head_classes: int | None
-    """Classes of the head that is stored along, for a base that has none of its own."""
+    """Classes of the stored head, for a base without a head."""
     placement: str
     base_macs: int
     exits: tuple[AdapterExit, ...]
@@ -117,68 +120,58 @@ class AdapterConfig:
     label_names: list[str] | None
     versions: dict[str, str]
     own_base: bool = False
-    """Whether the base was trained along with the branches, and its weights are stored with them."""
+    """Whether the base was trained together with the branches, and its weights are stored too."""
     preprocessing: dict[str, Any] | None = None
-    """What timm's `create_transform` takes, for a timm base."""
+    """Arguments of timm's `create_transform`, for a timm base."""
     output: int | str | tuple[int | str, ...] | None = None
-    """Which part of the base's answer the logits are, where the user had to say."""
+    """Which part of the base's output the logits are, if the user had to specify it."""
+    task: str = "classification"
+    """What the base answers, by its name in `TASKS`."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where the branches come from; see `EarlyExitModel.provenance`."""
+    """How the branches were made; see `EarlyExitModel.provenance`."""
     probe: Probe | None = None
-    """What the base computes; None for one that cannot be asked, and in adapters from before there were probes."""
+    """Logits of the base on stored inputs; None if it cannot be run on them, and in older adapters."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of each file of the folder that it was read from, by name."""
+    """SHA-256 of each file of its folder, by name."""
 
     @classmethod
     def of(
-        cls,
-        *,
-        identity: Identity,
-        inputs: Arguments,
-        opaque: Sequence[str],
-        head_classes: int | None,
-        points: Sequence[ExitPoint],
-        specs: Sequence[BranchSpec],
-        rule: str,
-        trunk_macs: Sequence[int],
-        branch_macs: Sequence[int],
-        operating_point: OperatingPoint | None,
-        label_names: list[str] | None,
-        own_base: bool,
-        preprocessing: dict[str, Any] | None,
-        output: int | str | tuple[int | str, ...] | None,
-        provenance: dict[str, Any],
+        cls, engine: Engine, specs: Sequence[BranchSpec], state: AdapterState, digests: Mapping[str, str]
     ) -> AdapterConfig:
-        """Gather the parts of a branched model."""
-        exits = tuple(
-            AdapterExit(point.name, point.node, point.shape, point.layout, spec, trunk, own)
-            for point, spec, trunk, own in zip(points, specs, trunk_macs[:-1], branch_macs, strict=True)
-        )
+        """Gather what describes a branched model.
+
+        Args:
+            digests: of the original's tensors, when it got its branches.
+        """
+        backbone, plan = engine.backbone, engine.plan
+        exits = zip(plan.points, specs, engine.trunk_macs[:-1], engine.branch_macs, strict=True)
         packages = ("ee-surgery", "torch", "timm", "transformers")
-        versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        given = {name: InputSpec.of(tensor) for name, tensor in tensors(inputs).items()}
+        inputs = {name: InputSpec.of(tensor) for name, tensor in tensors(backbone.sample).items()}
         return cls(
-            base=identity,
-            inputs=given,
-            options={name: value for name, value in inputs.items() if name not in given},
-            opaque=tuple(opaque),
-            head_classes=head_classes,
-            placement=rule,
-            base_macs=trunk_macs[-1],
-            exits=exits,
-            operating_point=operating_point,
-            label_names=label_names,
-            versions=versions,
-            own_base=own_base,
-            preprocessing=preprocessing,
-            output=output,
-            provenance=provenance,
+            base=backbone.identity(digests),
+            inputs=inputs,
+            options={name: value for name, value in backbone.sample.items() if name not in inputs},
+            opaque=backbone.opaque,
+            head_classes=backbone.num_classes if backbone.headless else None,
+            placement=plan.rule,
+            base_macs=engine.trunk_macs[-1],
+            exits=tuple(AdapterExit(p.name, p.node, p.shape, p.layout, spec, *macs) for p, spec, *macs in exits),
+            operating_point=state.operating_point,
+            label_names=backbone.label_names,
+            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            own_base=state.own_base,
+            preprocessing=processor_settings(state.processor) or state.preprocessing,
+            output=backbone.output,
+            task=backbone.task.name,
+            provenance=state.provenance,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `config.json`."""
         point, self_without = self.operating_point, replace(self, operating_point=None, files={})
         data = {**asdict(self_without), "operating_point": point.to_dict() if point else None}
+        if self.task == CLASSIFICATION.name:  # left out: versions that know no other task read it as before
+            del data["task"]
         if self.preprocessing is not None:  # for AutoImageProcessor, which looks here and so for timm's own models
             data |= {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": self.preprocessing}
         return {"model_type": "ee_surgery", "format_version": FORMAT_VERSION, **data}
@@ -203,6 +196,7 @@ class AdapterConfig:
             own_base=data["own_base"],
             preprocessing=data["preprocessing"],
             output=tuple(output) if isinstance(output, list) else output,
+            task=data["task"],
             provenance=data["provenance"],
             probe=Probe.from_dict(data["probe"]) if data["probe"] else None,
             files=listed(data),
@@ -214,7 +208,7 @@ def change_adapter(folder: Path) -> Iterator[FolderChange]:
     """Change the files of an adapter folder, all at once or not at all; see `change_folder`.
 
     Raises:
-        AdapterError: the folder holds a model that is not an adapter of ours, or cannot be written.
+        AdapterError: the folder holds a model other than an adapter, or cannot be written.
     """
     change = None
     try:
@@ -227,10 +221,10 @@ def change_adapter(folder: Path) -> Iterator[FolderChange]:
     except (OSError, SafetensorError) as error:
         if change is not None and change.committed:
             raise AdapterError(
-                f"{folder} is saved, but not all of its files are in their places yet: {explained(error)} Then save it "
-                "again."
+                f"{folder} is saved, but not all of its files have been moved into place: {explained(error)} Then save "
+                "it again."
             ) from error
-        raise AdapterError(f"{folder} could not be written, and is as it was: {explained(error)}") from error
+        raise AdapterError(f"{folder} could not be written and is unchanged: {explained(error)}") from error
 
 
 def _refuse_others(folder: Path) -> None:
@@ -241,17 +235,17 @@ def _refuse_others(folder: Path) -> None:
         config = b""
     if (found := of_others(names, config)) is not None:
         raise AdapterError(
-            f"{folder} holds {found}, which is not of an ee_surgery adapter: saved beside it, the adapter would make "
-            "that model unreadable. Save into a folder of its own."
+            f"{folder} holds {found}, which does not belong to an ee_surgery adapter: saving here would make that "
+            "model unreadable. Save into a separate folder."
         )
 
 
 def of_others(names: Iterable[str], config: bytes | None) -> str | None:
-    """The file that makes a folder or repository another model's than an adapter of ours; None where there is none.
+    """A file that shows that a folder or repository belongs to another model; None if there is none.
 
     Args:
         names: of all files there.
-        config: its `config.json`, where it has one.
+        config: its `config.json`, if it has one.
     """
     names = sorted(name for name in names if "/" not in name)
     if (found := _first(names, _ADAPTERS_OF_OTHERS)) is not None:
@@ -259,12 +253,12 @@ def of_others(names: Iterable[str], config: bytes | None) -> str | None:
     if config is None:
         return None if WEIGHTS in names else _first(names, _WEIGHTS_OF_OTHERS)
     try:
-        data = from_json(config)  # bounded in depth: it may be a stranger's
+        data = from_json(config)  # bounded in depth: the file is untrusted
     except ValueError:
         data = None
     if isinstance(data, dict):
         return None if data.get("model_type") == "ee_surgery" else CONFIG
-    return None if WEIGHTS in names else CONFIG  # one of ours that was damaged may be saved again
+    return None if WEIGHTS in names else CONFIG  # a damaged adapter may be saved again
 
 
 def _first(names: Sequence[str], patterns: Sequence[str]) -> str | None:
@@ -278,10 +272,10 @@ def save_adapter(
     frontier: Frontier | None,
     base: nn.Module | None = None,
 ) -> None:
-    """Write an adapter, in place of whatever was saved in its folder before.
+    """Write an adapter, replacing the one in its folder.
 
     Args:
-        base: a base that is to be stored along, because it exists nowhere else.
+        base: a base to store too, because its weights exist nowhere else.
     """
     policies: dict[str, Tensor] = {}
     described = without_tensors(config.to_dict(), policies)
@@ -301,8 +295,8 @@ def save_adapter(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in the order of the keys."""
-    # It is written in another order each time; equal adapters shall be equal files, which the Hub need not store again.
+    """Sort the metadata of a safetensors file by key."""
+    # The order differs at each write; equal adapters should be equal files, which the Hub then stores only once.
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -314,7 +308,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def without_tensors(value: Any, found: dict[str, Tensor]) -> Any:
-    """Plain data with a name in place of each tensor, which goes to `found`; the same tensor once."""
+    """Plain data with each tensor replaced by a name; tensors are collected in `found`, each once."""
     if isinstance(value, Tensor):
         name = next((name for name, tensor in found.items() if tensor is value), f"{POLICY}{len(found)}")
         found[name] = value
@@ -325,7 +319,7 @@ def without_tensors(value: Any, found: dict[str, Tensor]) -> Any:
 
 
 def _with_tensors(value: Any, stored: Weights) -> Any:
-    """What `without_tensors` was given."""
+    """The inverse of `without_tensors`."""
     if isinstance(value, dict):
         if value.keys() == {TENSOR}:
             return stored.policy(value[TENSOR])
@@ -338,20 +332,20 @@ _LARGEST = {WEIGHTS: 4 << 30, BASE: 64 << 30}  # bytes
 
 
 def load_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]:
-    """Read an adapter folder, while others may be saving into it. Tensors of branches are left in their file.
+    """Read an adapter folder, even during a concurrent save. Tensors of branches stay in their file.
 
     Raises:
-        AdapterError: a file is missing, damaged, of another format, or the files do not belong together.
+        AdapterError: a file is missing, damaged or of a different format, or the files do not belong together.
     """
     if not folder.is_dir():
         raise AdapterError(f"No adapter folder at {folder}. A local folder written by save_pretrained is expected.")
     config, weights, frontier = read_consistently(folder / CONFIG, lambda: _read_adapter(folder))
     if not config.files:
         warnings.warn(
-            f"{folder} was saved by a version that kept no digests of its files, so that damage and a mixture of two "
-            "adapters cannot be told. Save it again.",
+            f"{folder} was saved by a version without digests of its files, so damage or a mixture of two adapters "
+            "cannot be detected. Save it again.",
             SurgeryWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return config, weights, frontier
 
@@ -360,7 +354,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of an adapter folder as plain data of the form `ConfigForm`.
 
     Raises:
-        AdapterError: it is missing, damaged, of another format, or of another kind of model.
+        AdapterError: it is missing, damaged, of a different format, or of another kind of model.
     """
     path = folder / CONFIG
     data = read_json(path)
@@ -375,28 +369,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     vouched = sealed(data) == data and data.get(LISTED)
     if not vouched and (written == FORMAT_VERSION or DIGEST in data):
         raise AdapterError(
-            f"{path} is damaged or was edited by hand: it does not have the digest that it states. Save the adapter "
-            "again; `ee-surgery card` changes what the card says."
+            f"{path} is damaged or was edited by hand: it does not match its own digest. Save the adapter again; "
+            "`ee-surgery card` changes the card."
         )
+    from ee_surgery.share.schema import ConfigForm, parse  # pydantic builds its validators at import
+
     return parse(ConfigForm, data, path)
 
 
 def own_files(folder: Path) -> dict[str, Path]:
-    """The adapter's own files by name, and where they lie: nothing else that may be in the folder.
+    """Paths of the adapter's own files by name, without anything else in the folder.
 
-    A file that `config.json` lists with its digest may be a link, as in the Hub's cache. One that was changed by hand
-    is taken where it is a file of this folder and no link; another one is left out with a warning, and so are names
-    that no adapter has.
+    A file that `config.json` lists with its digest may be a link, as in the Hub's cache. One that was edited by hand
+    is included if it is a plain file of this folder, not a link; others are left out with a warning, and so are names
+    that no adapter can have.
 
     Raises:
-        AdapterError: see `load_adapter`; a file that was replaced is named.
+        AdapterError: see `load_adapter`; names a file that was replaced.
     """
     files = listed(read_config(folder))
     found = {CONFIG: folder / CONFIG}
     if others := sorted(files.keys() - OWN):
         seen = ", ".join(map(shown, others[:5]))
-        told = f"{folder / CONFIG} lists files that no adapter has; they are left out: {seen}."
-        warnings.warn(told, SurgeryWarning, stacklevel=3)
+        message = f"{folder / CONFIG} lists files that no adapter can have; they are left out: {seen}."
+        warnings.warn(message, SurgeryWarning, stacklevel=3)
     names = (files.keys() & OWN) | {CARD, PROCESSOR} if files else {*_READ, PROCESSOR, CARD, PLOT, RESULTS}
     for name in sorted(names):
         vouched = name in _READ or (name in files and name in PROCESSOR_FILES)
@@ -407,7 +403,7 @@ def own_files(folder: Path) -> dict[str, Path]:
                 path = by_hand(folder, name)
         except OSError as error:
             if name in _READ:
-                raise AdapterError(f"{folder / name} cannot be taken: {error} Save the adapter again.") from error
+                raise AdapterError(f"{folder / name} cannot be used: {error} Save the adapter again.") from error
             warnings.warn(f"{folder / name} is left out: {error}", SurgeryWarning, stacklevel=3)
             continue
         if path is not None and path.is_file():
@@ -416,10 +412,10 @@ def own_files(folder: Path) -> dict[str, Path]:
 
 
 def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
-    """Where a file of an adapter lies: the very one that `config.json` lists.
+    """The path of an adapter file that matches the digest listed in `config.json`.
 
     Raises:
-        AdapterError: it is another one, or missing.
+        AdapterError: it does not match, or is missing.
     """
     _refuse_endless(folder, name)
     try:
@@ -430,21 +426,21 @@ def find_file(folder: Path, name: str, files: Mapping[str, str]) -> Path:
         if not (folder / name).exists():
             raise AdapterError(f"{folder / name} is missing or damaged: {CONFIG} lists it. Save the adapter again.")
         raise AdapterError(
-            f"{folder / name} is not the file that {CONFIG} lists (another SHA-256): it was edited, comes from another "
-            "save, or has missing or damaged parts. Save the adapter again."
+            f"{folder / name} is not the file that {CONFIG} lists (different SHA-256): it was edited, comes from "
+            "another save, or has missing or damaged parts. Save the adapter again."
         )
     return path or folder / name
 
 
 def _refuse_endless(folder: Path, name: str) -> None:
-    """Before a file is read from end to end for its digest.
+    """Check the size of a file before hashing it.
 
     Raises:
         AdapterError: it is too large.
     """
     with suppress(OSError):
         if (size := (folder / name).stat().st_size) > _LARGEST.get(name, 64 << 20):
-            raise AdapterError(f"{folder / name} holds {size:,} bytes, more than any adapter's.")
+            raise AdapterError(f"{folder / name} has {size:,} bytes, too many for an adapter.")
 
 
 def _read_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None]:
@@ -460,9 +456,11 @@ def _read_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None
             "adapter again."
         )
     frontier = None
-    # One that is not listed is left from an interrupted save; before there were lists, its being there was the list.
+    # An unlisted file is left over from an interrupted save; adapters without digests have no list.
     if FRONTIER in files or (not files and (folder / FRONTIER).exists()):
         path = find_file(folder, FRONTIER, files)
+        from ee_surgery.share.schema import FrontierForm, parse
+
         traced = parse(FrontierForm, read_json(path), folder / FRONTIER)
         if traced["exits"] != (expected := [*(exit.name for exit in config.exits), "original"]):
             raise AdapterError(f"{folder / FRONTIER} is of exits {traced['exits'][:10]}, {CONFIG} of {expected[:10]}.")
@@ -474,7 +472,7 @@ def _read_adapter(folder: Path) -> tuple[AdapterConfig, Weights, Frontier | None
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """What the form cannot know: fields of fitted scores, which anyone may register."""
+    """Errors that the schema cannot catch: fields of fitted scores, which users may register."""
     try:
         yield
     except AdapterError:
@@ -484,10 +482,10 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _check_scores(config: AdapterConfig, frontier: Frontier | None, folder: Path) -> None:
-    """Ask each fitted score once for each exit.
+    """Call each fitted score once per exit.
 
     Raises:
-        AdapterError: one is not for as many exits and classes.
+        AdapterError: one does not fit the number of exits and classes.
     """
     points = [*([] if config.operating_point is None else [config.operating_point]), *(frontier or ())]
     asked: set[str] = set()
@@ -502,26 +500,26 @@ def _check_scores(config: AdapterConfig, frontier: Frontier | None, folder: Path
         for k in range(len(config.exits)):
             try:
                 found, state = score(logits, torch.zeros(2), state, k)
-            except Exception as error:  # of whatever its own code makes of the numbers
+            except Exception as error:  # anything that a user-registered score may raise
                 found = error
             if not isinstance(found, Tensor) or found.shape != (2,):
                 raise AdapterError(
-                    f"{folder}: the score {score.kind!r} is not for {len(config.exits)} exits and {classes} classes. "
+                    f"{folder}: the score {score.kind!r} does not fit {len(config.exits)} exits and {classes} classes. "
                     "Save the adapter again."
                 )
 
 
 def load_base(folder: Path, model: nn.Module, files: Mapping[str, str]) -> None:
-    """Fill a model with the base that is stored in the folder.
+    """Copy the base stored in the folder into a model.
 
     Args:
-        files: what `config.json` listed when the branches were read.
+        files: digests listed in `config.json` when the branches were read.
     Raises:
-        AdapterError: the file is missing or damaged, another one by now, or the model is of another shape.
+        AdapterError: the file is missing, damaged or was replaced, or the model has other shapes.
     """
     stored_base(folder, files).fill(model, base=True)
 
 
 def stored_base(folder: Path, files: Mapping[str, str]) -> Weights:
-    """The tensors of the base that is stored in the folder, left in their file; errors as for `load_base`."""
+    """The tensors of the stored base, left in their file; errors as for `load_base`."""
     return Weights(find_file(folder, BASE, files), folder / BASE)

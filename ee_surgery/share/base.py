@@ -1,4 +1,4 @@
-"""The base of an adapter, made by its name: all that a stranger's configuration has a say in."""
+"""Create the base of an adapter by its name: the only thing that an untrusted configuration decides."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ee_surgery.backbone.base import Identity, make_model
 from ee_surgery.errors import AdapterError
 from ee_surgery.share.adapter import AdapterConfig, stored_base
 
-_ADVICE = "Make it yourself and pass it: from_pretrained(folder, model=...)."
+_ADVICE = "Create it yourself and pass it: from_pretrained(folder, model=...)."
 _TIMM_NAME = re.compile(r"\w+(\.[\w-]+)*")
 
 
 def make_base(config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
-    """Make the base of an adapter by timm or transformers, with pretrained weights; without, where they are stored.
+    """Create the base of an adapter with timm or transformers, with pretrained weights unless they are stored.
 
-    No path, no scheme such as `hf-hub:`, no keyword argument comes from the adapter.
+    No path, no scheme such as `hf-hub:` and no keyword argument is taken from the adapter.
 
     Args:
-        folder: the adapter's, for a base that is stored there.
+        folder: of the adapter, for a base that is stored there.
         hub: `token`, `cache_dir`, `local_files_only`, for transformers.
     Raises:
-        AdapterError: it has no name that it can be made by, or its library cannot make it.
+        AdapterError: it has no name to load it by, or its library cannot create it.
     """
     base = config.base
     _check_name(base)
@@ -40,7 +40,7 @@ def make_base(config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
         raise
     except Exception as error:
         raise AdapterError(
-            f"The base {base.model_id} could not be made by {base.library}: {str(error)[:500]} {_ADVICE}"
+            f"{base.library} could not create the base {base.model_id}: {str(error)[:500]} {_ADVICE}"
         ) from error
 
 
@@ -48,17 +48,17 @@ def _check_name(base: Identity) -> None:
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {_ADVICE}")
     if base.library == "transformers" and base.model_id == base.architecture:
-        raise AdapterError(f"The base {base.model_id} was built from a configuration, not loaded by a name. {_ADVICE}")
+        raise AdapterError(f"The base {base.model_id} was built from a configuration, not loaded by name. {_ADVICE}")
     repositories = [base.hub_id] if base.library == "timm" else [base.model_id, base.hub_id]
     try:
         if base.library == "timm" and not _TIMM_NAME.fullmatch(base.model_id):
-            raise HFValidationError(f"{base.model_id!r} is no name of a timm model.")
+            raise HFValidationError(f"{base.model_id!r} is not the name of a timm model.")
         for name in filter(None, repositories):
             validate_repo_id(name)
     except HFValidationError as error:
         raise AdapterError(
-            f"The base {base.model_id!r} is no name on the Hub or in timm, and no files are read because an adapter "
-            f"says so: {error} {_ADVICE}"
+            f"The base {base.model_id!r} is not a name on the Hub or in timm, and an adapter may not name files to "
+            f"read: {error} {_ADVICE}"
         ) from error
 
 
@@ -66,7 +66,7 @@ def _timm(base: Identity, config: AdapterConfig, folder: Path) -> nn.Module:
     import timm
 
     if config.own_base:
-        # Measured without memory first: the name and the number of classes are the adapter's.
+        # Checked on the meta device first: the name and the number of classes come from the adapter.
         with torch.device("meta"):
             model = make_model("timm", base.model_id, num_classes=base.num_classes, pretrained=False)
         stored_base(folder, config.files).check_base(model)
@@ -74,7 +74,7 @@ def _timm(base: Identity, config: AdapterConfig, folder: Path) -> nn.Module:
     published = timm.get_pretrained_cfg(base.model_id) if base.model_id in timm.list_pretrained() else None
     if published is not None and base.num_classes not in (0, published.num_classes):
         raise AdapterError(
-            f"The base {base.model_id} has a head of its own for {base.num_classes} classes; the published one has "
+            f"The base {base.model_id} has its own head for {base.num_classes} classes; the published one has "
             f"{published.num_classes}. {_ADVICE}"
         )
     classes = 0 if base.num_classes == 0 else None
@@ -87,5 +87,5 @@ def _transformers(base: Identity, **hub: Any) -> nn.Module:
     options = {"revision": base.revision, **hub}
     settings = AutoConfig.from_pretrained(base.model_id, trust_remote_code=False, **options)
     if getattr(settings, "quantization_config", None) is not None or "/" in str(settings._attn_implementation):
-        raise AdapterError(f"The base {base.model_id} asks for quantization or for code of the Hub. {_ADVICE}")
+        raise AdapterError(f"The base {base.model_id} requires quantization or code from the Hub. {_ADVICE}")
     return make_model("transformers", base.model_id, architecture=base.architecture, **options)

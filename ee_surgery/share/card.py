@@ -29,6 +29,7 @@ from ee_surgery.registry import suggest
 from ee_surgery.share import card_text as text
 from ee_surgery.share.adapter import CARD, PLOT, PROCESSOR, RESULTS, AdapterConfig, change_adapter, load_adapter
 from ee_surgery.share.provenance import CALIBRATION, EVALUATION, TRAINING, stated_by
+from ee_surgery.task import CLASSIFICATION, Task
 from ee_surgery.text import LINE, markdown, visible
 
 _LARGEST = 4 << 20  # bytes of a card
@@ -42,49 +43,51 @@ _EVALUATION = {"accuracy", "original_accuracy", "agreement", "macs_fraction", "s
 
 @dataclass(frozen=True, kw_only=True)
 class CardInfo:
-    """What a card says beyond the folder's own data. All of it can be left out."""
+    """Optional information for a card beyond the folder's own data."""
 
     license: str | None = None
-    """Of the branches, as the Hub writes it: `apache-2.0`."""
+    """License of the branches, as the Hub writes it: `apache-2.0`."""
     datasets: tuple[str, ...] = ()
-    """Hub ids of what the branches were trained on."""
+    """Hub ids of the data sets that the branches were trained on."""
     language: tuple[str, ...] = ()
-    """Of the texts: `en`."""
+    """Languages of the texts: `en`."""
     tags: tuple[str, ...] = ()
-    """More of them."""
+    """Additional tags."""
     pipeline_tag: str | None = None
-    """In place of the one that the inputs suggest."""
+    """Overrides the one inferred from the inputs."""
     repo_id: str | None = None
-    """Where it is on the Hub; the snippet names the local folder otherwise."""
+    """Its Hub repository; without it, the snippet names the local folder."""
     eval_dataset: str | None = None
-    """Hub id of the data that `evaluate` was given."""
+    """Hub id of the evaluation data."""
     eval_name: str | None = None
-    """Its name in words."""
+    """Display name of the evaluation data."""
     eval_split: str | None = None
     """`test`, `validation`, ..."""
     eval_task: str | None = None
-    """Task of a benchmark on the Hub, `eval_dataset`: the accuracy is offered to its leaderboard."""
+    """Task of the Hub benchmark `eval_dataset`: the accuracy is offered to its leaderboard."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> CardInfo:
-        """Check keywords; a single word stands for a list of one, None for nothing.
+        """Check keywords; a single word becomes a list of one, and None is ignored.
 
         Raises:
-            ConfigError: an unknown keyword, a value that is no text, or a name that no repository can have.
+            ConfigError: an unknown keyword, a value that is not text, or an invalid repository name.
         """
         known = {field.name: field for field in fields(cls)}
         values: dict[str, Any] = {}
         for name, value in given.items():
             if name not in known:
-                raise ConfigError(f"A model card knows no {name!r}. {suggest(name, known)} All: {', '.join(known)}.")
+                raise ConfigError(
+                    f"A model card has no field {name!r}. {suggest(name, known)} All: {', '.join(known)}."
+                )
             if value is None:
                 continue
             several = isinstance(known[name].default, tuple)
             words = tuple(value) if several and isinstance(value, (list, tuple)) else (value,)
             if not all(isinstance(word, str) and word.strip() and visible(word) == word for word in words):
                 raise ConfigError(
-                    f"{name} of a model card is text{' or a list of it' * several}, got {visible(repr(value))}. It has "
-                    f"one line of at most {LINE} characters, none of them invisible."
+                    f"{name} of a model card must be text{' or a list of it' * several}, got {visible(repr(value))}. "
+                    f"Each is one line of at most {LINE} visible characters."
                 )
             if name in ("datasets", "repo_id", "eval_dataset"):
                 for word in words:
@@ -92,12 +95,14 @@ class CardInfo:
             values[name] = words if several else value
         info = cls(**values)
         if info.eval_task and not info.eval_dataset:
-            raise ConfigError(f"eval_task={info.eval_task!r} is a task of a benchmark: name it too, eval_dataset=.")
+            raise ConfigError(
+                f"eval_task={info.eval_task!r} is the task of a benchmark: also give its name, eval_dataset=."
+            )
         return info
 
     @classmethod
     def stored(cls, config: AdapterConfig, given: Mapping[str, Any]) -> CardInfo:
-        """What an earlier card of this adapter was given, and what is given now, which wins."""
+        """Fields of an earlier card of this adapter, overridden by those given now."""
         earlier = config.provenance.get("card")
         kept: dict[str, Any] = {}
         for field in fields(cls):
@@ -107,15 +112,15 @@ class CardInfo:
 
     @classmethod
     def _with_stored(cls, kept: dict[str, Any], name: str, value: object) -> dict[str, Any]:
-        """A stored field added, where it is one: what others wrote must not keep a card from being written."""
+        """Add a stored field if it is valid: fields written by others must not prevent a card from being written."""
         try:
             return cls.of({**kept, name: value}).to_dict()
         except ConfigError as error:
-            warnings.warn(f"Left out of the earlier card: {error}", SurgeryWarning, stacklevel=4)
+            warnings.warn(f"A field of the earlier card is left out: {error}", SurgeryWarning, stacklevel=4)
             return kept
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: what was given."""
+        """Plain data: the fields given."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v}
 
@@ -123,12 +128,12 @@ class CardInfo:
 def write_card(
     folder: Path, config: AdapterConfig, frontier: Frontier | None, receipt: str | None = None, **about: Any
 ) -> Path:
-    """Write the card of an adapter folder and what it shows; all of it or, on an error, nothing.
+    """Write the card of an adapter folder with its plot and results; all of it or, on an error, nothing.
 
-    A README that this package did not write is kept, with a warning; what a card shows is written beside it.
+    A README that this package did not write is kept, with a warning; plot and results are written next to it.
 
     Args:
-        receipt: what `branched.receipt()` says; left out of the card when None.
+        receipt: text of `branched.receipt()`; left out of the card when None.
         about: fields of `CardInfo`; those of an earlier card are kept.
     Raises:
         ConfigError: see `CardInfo.of`.
@@ -152,13 +157,15 @@ def save_card(
         change.stray.add(name)
     if frontier is not None and importlib.util.find_spec("matplotlib") is not None:
         frontier.plot().savefig(change.place(PLOT), dpi=150, format="png")
-    if entries := _leaderboard(info, None if stated_by(measured) else measured):
+    if entries := _leaderboard(info, None if stated_by(measured) else measured, text.task_of(config)):
         results = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         change.place(RESULTS).write_text(results, encoding="utf-8")
     if foreign:
         change.kept.pop(CARD, None)
         warnings.warn(
-            f"{path} is not a card of ee_surgery's: it is kept. Delete it to get one.", SurgeryWarning, stacklevel=3
+            f"{path} was not written by ee_surgery and is kept. Delete it to get a model card.",
+            SurgeryWarning,
+            stacklevel=3,
         )
     else:
         content = _render(change, config, frontier, receipt, info, measured, plot=change.wrote(PLOT))
@@ -166,22 +173,22 @@ def save_card(
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether there is something that this package did not write."""
+    """Whether there is a file that this package did not write."""
     try:
         return MARKER.encode() not in read_bytes(path, _LARGEST)
     except FileNotFoundError:
         return False
-    except OSError:  # no regular file, or larger than any card
+    except OSError:  # not a regular file, or larger than any card
         return True
 
 
 def update_card(folder: Path, **about: Any) -> Path:
-    """Write the card of a saved folder anew, from the folder alone: the base is not needed.
+    """Rewrite the card of a saved folder from the folder alone; the base is not needed.
 
-    What `about` says is kept in the folder's `config.json`; the receipt is the one of when the folder was saved.
+    `about` is stored in the folder's `config.json`; the receipt is the one from when the folder was saved.
 
     Raises:
-        AdapterError: no adapter folder, a damaged one, or one that cannot be written.
+        AdapterError: the folder is not an adapter, is damaged or cannot be written.
         ConfigError: see `CardInfo.of`.
     """
     config, _, frontier = load_adapter(folder)
@@ -206,28 +213,28 @@ def _check_id(name: str, given: str) -> None:
     try:
         validate_repo_id(given)
     except HFValidationError as error:
-        raise ConfigError(f"{name} of a model card: {given!r} is no name on the Hub. {error}") from error
+        raise ConfigError(f"{name} of a model card: {given!r} is not a valid Hub id. {error}") from error
 
 
 # --- what is known
 
 
 def _measured(config: AdapterConfig) -> dict[str, Any] | None:
-    """What `evaluate` found at the very operating point that is stored; None otherwise."""
+    """Results of `evaluate` at the stored operating point; None if there are none."""
     found = config.provenance.get(EVALUATION)
     if not isinstance(found, Mapping) or not found.keys() >= _EVALUATION:
         return None
     if not _well_formed(found):
         warnings.warn(
-            "The evaluation that is stored is damaged: it is left out of the card. Run ee.evaluate again.",
+            "The stored evaluation is damaged and is left out of the card. Run ee.evaluate again.",
             SurgeryWarning,
             stacklevel=4,
         )
         return None
     if found["operating_point"] != describe(config.operating_point):
         warnings.warn(
-            "The evaluation was made at another operating point than the one stored: it is left out of the card. Run "
-            "ee.evaluate again.",
+            "The evaluation was made at a different operating point from the stored one, and is left out of the card. "
+            "Run ee.evaluate again.",
             SurgeryWarning,
             stacklevel=4,
         )
@@ -236,7 +243,7 @@ def _measured(config: AdapterConfig) -> dict[str, Any] | None:
 
 
 def _well_formed(found: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is of the types that `evaluate` writes; unlike the rest, no schema says so."""
+    """Whether an evaluation has the types that `evaluate` writes; unlike the rest, no schema checks it."""
 
     def share(value: object) -> bool:
         return isinstance(value, (int, float)) and 0 <= value <= 1
@@ -255,6 +262,8 @@ def _well_formed(found: Mapping[str, Any]) -> bool:
         and several("exit_shares", share)
         and several("exit_accuracies", lambda value: value is None or share(value))
         and len(found["exits"]) == len(found["exit_shares"]) == len(found["exit_accuracies"])
+        and isinstance(measures := found.get("measures", {}), Mapping)
+        and all(map(share, measures.values()))
     )
 
 
@@ -276,16 +285,18 @@ def _front_matter(
         datasets=list(info.datasets) or None,
         language=list(info.language) or None,
         model_name=None if measured is None else visible(name),
-        eval_results=None if measured is None else _results(info, measured, task or "other"),
+        eval_results=None
+        if measured is None
+        else _results(info, measured, task or "other", text.task_of(config).measure),
         **(own if found else {}),
     )
 
 
-def _results(info: CardInfo, measured: Mapping[str, Any], task: str) -> list[EvalResult]:
-    """For `model-index`, which asks for a name of the data: unknown where nobody said it."""
+def _results(info: CardInfo, measured: Mapping[str, Any], task: str, measure: str) -> list[EvalResult]:
+    """Entries for `model-index`, which requires a name of the data: `Unknown` if none was given."""
     labelled = measured["labelled"]
     metrics = {
-        "accuracy": ("accuracy" if labelled else "agreement", text.accuracy_name(labelled)),
+        "accuracy": (measure.replace(" ", "_") if labelled else "agreement", text.accuracy_name(labelled, measure)),
         "macs_fraction": ("macs_fraction", "mean MACs, fraction of the original's"),
     }
     return [
@@ -303,15 +314,22 @@ def _results(info: CardInfo, measured: Mapping[str, Any], task: str) -> list[Eva
 
 
 def _data(info: CardInfo, measured: Mapping[str, Any]) -> str:
-    """The data of an evaluation by name. What a card is told now is not of an evaluation that was loaded."""
+    """Name of the evaluation data. A name given now does not apply to an evaluation that was loaded."""
     name = info.eval_name or info.eval_dataset
     if stated_by(measured) or name is None:
-        return "data that were not named"
+        return "data set not named"
     return ", ".join(markdown(word) for word in (name, info.eval_split) if word)
 
 
-def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None) -> list[EvalResultEntry]:
-    if measured is None or not measured["labelled"] or not info.eval_dataset or not info.eval_task:
+def _leaderboard(info: CardInfo, measured: Mapping[str, Any] | None, task: Task) -> list[EvalResultEntry]:
+    """The accuracy for a benchmark; of other measures, nothing says whether they are the benchmark's."""
+    if (
+        task.measure != CLASSIFICATION.measure
+        or measured is None
+        or not measured["labelled"]
+        or not info.eval_dataset
+        or not info.eval_task
+    ):
         return []
     notes = f"early exit at {measured['macs_fraction']:.2%} of the original's mean MACs, {measured['samples']} samples"
     return [EvalResultEntry(info.eval_dataset, info.eval_task, measured["accuracy"], notes=notes)]
@@ -342,7 +360,9 @@ def _render(
         summary=text.summary(config),
         snippet=text.snippet(config, frontier, where),
         usage=text.usage(config, frontier, where, processor=change.holds(PROCESSOR)),
-        measured=None if measured is None else text.measured(measured, _data(info, measured)) | said(EVALUATION),
+        measured=None
+        if measured is None
+        else text.measured(measured, _data(info, measured), text.task_of(config)) | said(EVALUATION),
         frontier=None if frontier is None else text.trade_offs(frontier, PLOT if plot else None) | said(CALIBRATION),
         exits=text.exits(config, frontier),
         point=text.operating_point(config.operating_point, frontier) | said(CALIBRATION),

@@ -1,4 +1,4 @@
-"""What a model card says, section by section: plain data to Markdown."""
+"""The text of a model card, section by section: plain data to Markdown."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.probe import InputSpec
 from ee_surgery.share.provenance import CALIBRATION, EVALUATION, LOADED_FROM, STATED_BY, TRAINING, stated_by
+from ee_surgery.task import CLASSIFICATION, TASKS, Task
 from ee_surgery.text import cell, code, markdown, visible
 
 _SETTINGS = 100  # how many are shown
@@ -23,7 +24,7 @@ _AGAIN = {CALIBRATION: "calibrated", EVALUATION: "measured", TRAINING: "trained"
 
 
 def found_by_name(base: Identity, own_base: bool) -> bool:
-    """Whether `from_pretrained` can make the base from its name, as far as that is known without asking the Hub."""
+    """Whether `from_pretrained` can load the base by its name, as far as is known without asking the Hub."""
     if base.library != "timm":
         return base.library == "transformers" and base.hub_id is not None
     if own_base:
@@ -36,70 +37,81 @@ def found_by_name(base: Identity, own_base: bool) -> bool:
         published = None
     if published is None:
         return base.hub_id is not None
-    # Another number of classes is a head of its own: fine-tuned, so not the published weights.
+    # A different number of classes means a new head: fine-tuned, so not the published weights.
     return bool(published.has_weights) and base.num_classes in (0, published.num_classes)
 
 
 def pipeline_tag(config: AdapterConfig) -> str | None:
-    """What the Hub calls the task, as far as the inputs tell."""
+    """The Hub's name of the task, inferred from the inputs."""
+    kind, tags = inputs_kind(config), task_of(config).hub_tags
+    return None if kind is None else tags.get(kind)
+
+
+def inputs_kind(config: AdapterConfig) -> str | None:
+    """`image` or `text`, inferred from the inputs."""
     main = next(iter(config.inputs.values()))
     if config.base.library == "timm" or "Image" in config.base.architecture or len(main.shape) == 4:
-        return "image-classification"
-    return "text-classification" if len(main.shape) == 2 and main.dtype.startswith("int") else None
+        return "image"
+    return "text" if len(main.shape) == 2 and main.dtype.startswith("int") else None
+
+
+def task_of(config: AdapterConfig) -> Task:
+    """What the base answers; one right class where its task is not known here."""
+    return TASKS.get(config.task, CLASSIFICATION)
 
 
 def _base_name(base: Identity) -> str:
-    """Its name for the reader; no path of the machine that it was made on."""
+    """Its name for the reader, never a local path."""
     return base.hub_id or (base.architecture if os.path.isabs(base.model_id) else base.model_id)
 
 
 def summary(config: AdapterConfig) -> str:
-    """One paragraph on what it is."""
+    """One paragraph: what this adapter is."""
     kinds = ", ".join(dict.fromkeys(code(exit.branch.name) for exit in config.exits))
     count = len(config.exits)
     what = f"{count} branches" if count > 1 else "One branch"
     base = (
-        "The base was trained along with them and is stored here."
+        "The base was trained together with them and is stored here."
         if config.own_base
-        else "The base's own weights are not changed, and not stored here."
+        else "The base's own weights are unchanged and not stored here."
     )
     name = code(_base_name(config.base))
     return (
-        f"{what} ({kinds}) on {name}, made with ee_surgery: an input that a branch is sure about leaves the network "
-        f"there, and the rest runs on. {base}"
+        f"{what} ({kinds}) on {name}, made with ee_surgery: an input leaves the network at the first branch that is "
+        f"confident enough; the others run through the whole network. {base}"
     )
 
 
 def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str:
-    """Code that works as pasted; where nobody can make the base by a name, as soon as `model` is the base."""
+    """Code that works as pasted; if the base cannot be loaded by name, once `model` is the base."""
     loading = f"branched = ee_surgery.from_pretrained({_literal(where)})"
     lines = ["import torch", "", "import ee_surgery", ""]
     if not found_by_name(config.base, config.own_base):
         what = visible(config.base.architecture or config.base.model_id).replace("`", "'")
         which = "its weights are stored here" if config.own_base else "with the weights of the fingerprint below"
-        lines.append(f"# `model` is the base: a {what} that you have made, {which}.")
+        lines.append(f"# `model` is the base: a {what} that you create yourself, {which}.")
         loading = f"{loading[:-1]}, model=model)"
     lines.append(loading)
     knob = "branched.operate(max_accuracy_drop=0.01)"
     if frontier is not None and config.operating_point is None:
-        lines.append(f"{knob}  # when to leave: a knob that you can move at any time")
+        lines.append(f"{knob}  # when samples leave; can be changed at any time")
     elif frontier is not None:
-        lines.append(f"# {knob}  # another trade-off, at any time")
+        lines.append(f"# {knob}  # a different trade-off, at any time")
     first, *others = config.inputs
     if others or config.options:
-        lines.append("inputs = {  # yours, prepared as for the base")
+        lines.append("inputs = {  # your own, preprocessed as for the base")
         lines += [f"    {_literal(name)}: {_random(spec)}," for name, spec in config.inputs.items()]
         lines += [f"    {_literal(name)}: {_literal(value)}," for name, value in config.options.items()]
         lines += ["}", "output = branched.predict(**inputs)"]
     else:
-        lines.append(f"inputs = {_random(config.inputs[first])}  # yours, prepared as for the base")
+        lines.append(f"inputs = {_random(config.inputs[first])}  # your own, preprocessed as for the base")
         lines.append("output = branched.predict(inputs)")
-    lines.append("print(output.logits.argmax(-1), output.exit_index, output.macs_fraction)")
+    lines.append(f"print({task_of(config).decided}, output.exit_index, output.macs_fraction)")
     return "\n".join(lines)
 
 
 def _literal(value: object) -> str:
-    """Plain data as Python code of one line, for code that is shown: nothing hidden in it, no end of the code block."""
+    """Plain data as one line of Python code for display: nothing hidden in it, and no end of the code block."""
     text = repr(value)
     if isinstance(value, str) and '"' not in text:
         text = f'"{text[1:-1]}"'
@@ -107,7 +119,7 @@ def _literal(value: object) -> str:
 
 
 def _random(spec: InputSpec) -> str:
-    """Code that makes what `InputSpec.make` makes."""
+    """Code that creates the same input as `InputSpec.make`."""
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):  # it becomes code
         raise AdapterError(f"An input of the adapter is of dtype {spec.dtype!r}, which torch does not have.")
@@ -121,70 +133,74 @@ def _random(spec: InputSpec) -> str:
 
 
 def usage(config: AdapterConfig, frontier: Frontier | None, where: str, processor: bool) -> str:
-    """How inputs are prepared, what comes back, and when samples leave; `processor`: whether one is saved along."""
-    lines, pictures = [], pipeline_tag(config) == "image-classification"
+    """How to preprocess inputs, what is returned, and when samples leave; `processor`: whether one is saved too."""
+    lines, pictures = [], inputs_kind(config) == "image"
     if pictures and (processor or config.preprocessing is not None):
-        lines.append("`branched.transform()` makes such inputs of PIL pictures.")
+        lines.append("`branched.transform()` preprocesses PIL images.")
         if found_by_name(config.base, config.own_base):
-            pipe = f'transformers.pipeline("image-classification", model={_literal(where)})'
+            pipe = f"transformers.pipeline({_literal(pipeline_tag(config))}, model={_literal(where)})"
             lines.append(f"With `ee_surgery` imported, {code(pipe)} loads it too.")
     elif config.base.library == "transformers" and config.base.hub_id:
-        cls, what = ("AutoImageProcessor", "pictures") if pictures else ("AutoTokenizer", "texts")
+        cls, what = ("AutoImageProcessor", "images") if pictures else ("AutoTokenizer", "texts")
         call = f"transformers.{cls}.from_pretrained({_literal(config.base.hub_id)})"
-        lines.append(f"{code(call)} prepares {what} for this base.")
-    lines.append("`branched(inputs)` answers with what the base answers with.")
+        lines.append(f"{code(call)} preprocesses {what} for this base.")
+    lines.append("`branched(inputs)` returns the same type of output as the base.")
     if config.operating_point is not None:
-        when = "Inputs leave early as the operating point below says; `branched.operate(None)` runs the whole original."
+        when = "Inputs leave early by the operating point below; `branched.operate(None)` runs the whole original."
     elif frontier is not None:
-        when = "Nothing leaves early until `operate` picks a trade-off."
+        when = "No input leaves early until `operate` picks a trade-off."
     else:
         when = (
-            "Nothing leaves early yet: `ee_surgery.calibrate(branched, held_out)` finds thresholds on data of yours, "
-            "and `branched.operate(...)` picks some."
+            "No input leaves early yet: `ee_surgery.calibrate(branched, held_out)` finds thresholds on your own data, "
+            "and `branched.operate(...)` picks a trade-off."
         )
     return " ".join([*lines, when])
 
 
-def measured(found: Mapping[str, Any], data: str) -> dict[str, str]:
-    """What `evaluate` found; `data`: on which, in Markdown."""
-    kind = accuracy_name(found["labelled"])
+def measured(found: Mapping[str, Any], data: str, task: Task) -> dict[str, str]:
+    """Results of `evaluate`; `data`: the data set, in Markdown."""
+    kind = accuracy_name(found["labelled"], task.measure)
     text = (
-        f"By running it as it is stored here, on {found['samples']} samples ({data}): {kind} "
+        f"Measured by running it as stored here, on {found['samples']} samples ({data}): {kind} "
         f"**{found['accuracy']:.2%}** at **{found['macs_fraction']:.2%}** of the original's mean MACs, branches "
         "included."
     )
     if found["labelled"]:
         text += (
-            f" The original has {found['original_accuracy']:.2%} on them; {found['agreement']:.2%} get the class that "
-            "it gives them."
+            f" The original has {found['original_accuracy']:.2%}; {found['agreement']:.2%} of the samples get its "
+            "prediction."
         )
+        more = found.get("measures", {})
+        for name in (name for name in task.measures if more.keys() >= {name, f"original_{name}"}):
+            routed, original = more[name], more[f"original_{name}"]
+            text += f" {name.replace('_', ' ').capitalize()}: {routed:.2%}, of the original {original:.2%}."
     rows = [
         [code(name), f"{share:.2%}", "" if accuracy is None else f"{accuracy:.2%}"]
         for name, share, accuracy in zip(found["exits"], found["exit_shares"], found["exit_accuracies"], strict=True)
     ]
-    return {"text": text, "table": _table(["exit", "samples that left there", f"their {kind}"], rows)}
+    return {"text": text, "table": _table(["exit", "share of samples", f"their {kind}"], rows)}
 
 
 def trade_offs(frontier: Frontier, plot: str | None) -> dict[str, str | None]:
-    """The points at some round accuracy drops, and where they are drawn."""
-    what = accuracy_name(frontier.labelled)
+    """The points at some round accuracy drops, and the plot."""
+    what = accuracy_name(frontier.labelled, frontier.measure)
     original = f" (the original: {frontier.base_accuracy:.2%})" if frontier.labelled else ""
     text = (
-        f"Found on {frontier.points[0].samples} held-out calibration samples{original}. Rows: the points at some round "
-        f"drops, of {len(frontier)} in all. Expected: on new data of the same kind, the luck in choosing thresholds "
-        "taken off. MACs: mean of a sample, branches included, by the original's."
+        f"Calibrated on {frontier.points[0].samples} held-out samples{original}. Rows: the points at some round "
+        f"accuracy drops, out of {len(frontier)}. Expected: on new data of the same kind, corrected for selection bias "
+        "by cross-validation. MACs: mean per sample, including every branch visited, as a fraction of the original's."
     )
     rows = [
         [f"{p.accuracy:.2%}", _number(p.expected_accuracy, ".2%"), f"{p.macs_fraction:.2%}", code(p.score),
          *(f"{share:.2%}" for share in p.exit_shares)]
         for p in frontier.milestones()
     ]  # fmt: skip
-    head = [what, "expected", "MACs", "score", *(f"leave at {code(name)}" for name in frontier.exits)]
+    head = [what, "expected", "MACs", "score", *(f"leaving at {code(name)}" for name in frontier.exits)]
     return {"text": text, "table": _table(head, rows), "plot": plot}
 
 
 def exits(config: AdapterConfig, frontier: Frontier | None) -> dict[str, str]:
-    """What each exit reads and costs, and how often it is right alone."""
+    """Features and cost of each exit, and its accuracy alone."""
     head = ["exit", "features", "branch", "MACs of the base up to it", "MACs of its branch"]
     rows = [
         [code(e.name), "x".join(map(str, e.shape)), code(e.branch.name), f"{e.trunk_macs / config.base_macs:.2%}",
@@ -192,39 +208,42 @@ def exits(config: AdapterConfig, frontier: Frontier | None) -> dict[str, str]:
         for e in config.exits
     ]  # fmt: skip
     rows.append(["`original`", "", "its own" if config.head_classes is None else "a new head", "100.00%", ""])
-    text = f"The original takes {config.base_macs:,} MACs a sample."
+    text = f"The original takes {config.base_macs:,} MACs per sample."
     if frontier is not None:
-        head.append(f"{accuracy_name(frontier.labelled)} alone, on the calibration samples")
+        head.append(f"{accuracy_name(frontier.labelled, frontier.measure)} alone, on the calibration samples")
         for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
             row.append(f"{accuracy:.2%}")
     return {"text": text, "table": _table(head, rows)}
 
 
 def operating_point(point: OperatingPoint | None, frontier: Frontier | None) -> dict[str, str | None]:
-    """The point that is stored, and what is known of it."""
+    """The stored operating point and its evidence."""
     if point is None or point.policy.closed:
-        return {"text": "None is stored: nothing leaves early until one is picked.", "table": None}
+        return {"text": "None is stored: no input leaves early until one is picked.", "table": None}
     known = {
         "score": code(point.score),
         "thresholds": ", ".join("closed" if t == float("inf") else f"{t:.6g}" for t in point.thresholds),
-        "who never left gets the answer of": {"last": "the last exit", "most_confident": "the most confident exit"}[
-            point.fallback
-        ],
-        accuracy_name(frontier is None or frontier.labelled): _number(point.accuracy, ".2%"),
+        "fallback for samples that never exit early": {
+            "last": "the last exit",
+            "most_confident": "the most confident exit",
+        }[point.fallback],
+        "accuracy" if frontier is None else accuracy_name(frontier.labelled, frontier.measure): _number(
+            point.accuracy, ".2%"
+        ),
         "expected on new data": _number(point.expected_accuracy, ".2%"),
-        "drop from the original, points": _number(100 * point.accuracy_drop, ".2f"),
-        "mean MACs by the original's": _number(point.macs_fraction, ".2%"),
-        "leave at each exit, the original last": ", ".join(f"{share:.2%}" for share in point.exit_shares),
+        "drop below the original, points": _number(100 * point.accuracy_drop, ".2f"),
+        "mean MACs, fraction of the original's": _number(point.macs_fraction, ".2%"),
+        "share leaving at each exit, the original last": ", ".join(f"{share:.2%}" for share in point.exit_shares),
     }
-    chosen = f"on {point.samples} calibration samples, which the numbers are of" if point.samples else ""
-    text = f"An input leaves at the first exit whose score reaches its threshold. Chosen by {code(point.rule)} {chosen}"
+    chosen = f"on {point.samples} calibration samples, on which these numbers were measured" if point.samples else ""
+    text = f"An input leaves at the first exit whose score reaches its threshold. Rule: {code(point.rule)} {chosen}"
     certificate = None if point.certificate is None else markdown(point.certificate)
     rows = [[name, value] for name, value in known.items() if value]
     return {"text": f"{text.rstrip()}.", "table": _table(["", ""], rows), "certificate": certificate}
 
 
 def settings(training: object) -> str | None:
-    """What training wrote down, a line each."""
+    """The recorded training settings, one per line."""
     if not isinstance(training, Mapping):
         return None
     rows = [[markdown(n), _value(v)] for n, v in training.items() if v is not None and n != STATED_BY]
@@ -232,7 +251,7 @@ def settings(training: object) -> str | None:
 
 
 def statement(provenance: Mapping[str, Any], part: str) -> str | None:
-    """Whose a part of the provenance is, where it was loaded and not done again."""
+    """Who stated a part of the provenance, if it was loaded and not redone."""
     found = provenance.get(part)
     name, source = stated_by(found), provenance.get(LOADED_FROM)
     if name is None:
@@ -242,7 +261,7 @@ def statement(provenance: Mapping[str, Any], part: str) -> str | None:
 
 
 def original(config: AdapterConfig, receipt: str | None) -> str:
-    """Who the base is, and that it was not touched."""
+    """Which model the base is, and that it is unchanged."""
     base = config.base
     lines = [f"{code(_base_name(base))} of {markdown(base.library)}, {base.num_classes or 'no'} classes"]
     if base.revision:
@@ -256,26 +275,28 @@ def original(config: AdapterConfig, receipt: str | None) -> str:
 
 
 def limits(config: AdapterConfig, frontier: Frontier | None) -> list[str]:
-    """What not to expect, a sentence or two each."""
-    lines = ["The base must be the one of this fingerprint: another one is refused."]
+    """Limitations, a sentence or two each."""
+    lines = ["The base must have this fingerprint; any other is refused."]
     if config.own_base:
-        lines = ["The base is stored here because it was trained along: it is not the published one."]
+        lines = [
+            "The base is stored here because it was trained together with the branches: it is not the published one."
+        ]
     other = config.provenance.get("other_base")
     if isinstance(other, Mapping):
         lines.append(
             f"The branches were trained on a base with fingerprint {code(other.get('trained_on'))} and then put on "
-            "this one: what was calibrated before that does not hold."
+            "this one: earlier calibration results do not hold."
         )
     point = frontier.points[0] if frontier is not None else config.operating_point
     if point is not None and point.samples:
         lines.append(
-            f"Thresholds were chosen on {point.samples} samples. On data of another kind, accuracy and cost are "
-            "others: calibrate again on data of yours."
+            f"Thresholds were chosen on {point.samples} samples. On other data, accuracy and cost will differ: "
+            "calibrate again on your own."
         )
     if frontier is not None and not frontier.labelled:
-        lines.append("The calibration samples had no labels: the original's own answers stood for them.")
+        lines.append("The calibration samples had no labels: accuracy means agreement with the original.")
     lines.append(
-        "MACs are no time: what is gained depends on device and batch size. Measure it with `ee-surgery bench`."
+        "MACs are not latency: the speed-up depends on device and batch size. Measure it with `ee-surgery bench`."
     )
     return lines
 
@@ -283,13 +304,13 @@ def limits(config: AdapterConfig, frontier: Frontier | None) -> list[str]:
 # --- small parts
 
 
-def accuracy_name(labelled: bool) -> str:
-    """What a share of right answers is called: without labels, the original's answers stood for them."""
-    return "accuracy" if labelled else "agreement with the original"
+def accuracy_name(labelled: bool, measure: str = CLASSIFICATION.measure) -> str:
+    """The name of the measure: without labels, it is agreement with the original."""
+    return measure if labelled else "agreement with the original"
 
 
 def _number(value: float, form: str) -> str:
-    """A number, or nothing for one that is not known (NaN)."""
+    """A number, or nothing if it is unknown (NaN)."""
     return format(value, form) if value == value else ""
 
 

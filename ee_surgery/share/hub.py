@@ -38,9 +38,9 @@ from ee_surgery.share.adapter import (
 from ee_surgery.share.card import MARKER
 
 FILES = [CONFIG, WEIGHTS, FRONTIER, BASE, PROCESSOR]
-"""What loading reads, and all that it downloads: cards, plots and whatever else is there stay on the Hub."""
+"""Files that loading reads, and the only ones it downloads: cards and plots stay on the Hub."""
 _LARGEST = {CONFIG: JSON_LIMIT, FRONTIER: JSON_LIMIT, PROCESSOR: 1 << 20}
-"""Bytes of those that are read as a whole. Tensors are as large as branches and bases are."""
+"""Size limits in bytes of files that are read as a whole. Tensors may be as large as branches and bases."""
 
 
 def push_folder(
@@ -53,41 +53,41 @@ def push_folder(
     message: str = "Upload early exits",
     create_pr: bool = False,
 ) -> str:
-    """Upload an adapter folder in one commit, the repository and branch made where they are not there yet.
+    """Upload an adapter folder in one commit, creating repository and branch if needed.
 
-    Only the adapter's own files go, whatever else lies in the folder.
+    Only the adapter's own files are uploaded, whatever else is in the folder.
 
     Args:
-        private: of a repository that is made; the account's default when left out.
-        token: None takes the one that was stored by `hf auth login` or `HF_TOKEN`.
+        private: visibility of a new repository; the account's default if not given.
+        token: None uses the one stored by `hf auth login`, or `HF_TOKEN`.
         revision: branch; the main one by default.
     Returns:
-        Where to look at the commit, or at the pull request.
+        URL of the commit or of the pull request.
     Raises:
-        AdapterError: the folder is no adapter, its files do not belong together, or the repository holds another model.
-        HubError: no such user, no right to write, no connection. The branch holds what it held before; or all of the
-            new adapter, where only the Hub's answer was lost, and pushing again then changes nothing.
+        AdapterError: not an adapter folder, files that do not belong together, or a repository of another model.
+        HubError: no such user, no write access, no connection. The branch is unchanged; or it has all of the new
+            adapter, if only the Hub's response was lost, and then pushing again changes nothing.
     """
     api = HfApi(token=token)
     files = own_files(folder)
     with _hub_errors(f"push to {repo_id}", revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         new = revision is not None and not create_pr and not api.revision_exists(repo_id, revision)
-        _refuse_others(api, repo_id, None if new else revision)  # a new branch begins as the main one
+        _refuse_others(api, repo_id, None if new else revision)  # a new branch starts as a copy of the main one
         if new:
             api.create_branch(repo_id, branch=revision or "main", exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
         add = [CommitOperationAdd(name, path) for name, path in files.items()]
         if CARD in there and MARKER not in _text(api.hf_hub_download(repo_id, CARD, revision=revision)):
             warnings.warn(
-                f"{repo_id} has a card of its own: it is kept. Delete it there to get one.",
+                f"{repo_id} has a README not written by ee_surgery; it is kept. Delete it there to get a model card.",
                 SurgeryWarning,
                 stacklevel=3,
             )
             add = [operation for operation in add if operation.path_in_repo != CARD]
-        # of an earlier version of this adapter, what the new one no longer has
+        # files of an earlier version of this adapter that the new one does not have
         stale = [name for name in (FRONTIER, BASE, PLOT, RESULTS) if name in there and name not in files]
-        # Not `upload_folder`, which may commit in parts, and again where the answer to a commit is lost.
+        # Not `upload_folder`: it may commit in parts, and commit again if the response to a commit is lost.
         commit = api.create_commit(
             repo_id,
             [*map(CommitOperationDelete, stale), *add],
@@ -106,14 +106,14 @@ def fetch(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The adapter folder of a repository in the cache, downloaded where it is not there yet.
+    """The cached adapter folder of a repository, downloaded if needed.
 
     Args:
         revision: branch, tag or commit; the main branch by default.
-        local_files_only: take what is in the cache, as `HF_HUB_OFFLINE=1` does.
+        local_files_only: use only the cache, as with `HF_HUB_OFFLINE=1`.
     Raises:
-        HubError: no such repository or revision, no right to read it, no connection and nothing in the cache, no
-            room to store it, or no adapter in it.
+        HubError: no such repository or revision, no read access, no connection and nothing in the cache, no disk
+            space, or no adapter in it.
     """
     _check_sizes(repo_id, revision, token, local_files_only)
     with _hub_errors(f"load {repo_id} (not a folder here)", revision):
@@ -128,28 +128,28 @@ def fetch(
             )
         )
     if not (folder / CONFIG).exists():
-        raise HubError(f"Cannot load {repo_id}: it holds no {CONFIG}, so there are no early exits in it.")
+        raise HubError(f"Cannot load {repo_id}: it has no {CONFIG}, so it is not an adapter.")
     return folder
 
 
 def _check_sizes(repo_id: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> None:
-    """Refuse files that are too large to be what their names say, before they fill the disk.
+    """Refuse files that are too large for an adapter, before downloading them.
 
     Raises:
-        HubError: one is.
+        HubError: a file is too large.
     """
     if local_files_only or constants.HF_HUB_OFFLINE:
         return
     try:
         found = HfApi(token=token).get_paths_info(repo_id, list(_LARGEST), revision=revision)
-    except Exception:  # the download says what is wrong, or takes what is in the cache
+    except Exception:  # the download reports the error, or uses the cache
         return
     for file in found:
         size, largest = getattr(file, "size", 0), _LARGEST.get(file.path, 0)
         if size > largest:
             raise HubError(
-                f"Cannot load {repo_id}: its {file.path} has {size:,} bytes, and {largest:,} are the most that an "
-                "adapter's has. Nothing was downloaded."
+                f"Cannot load {repo_id}: its {file.path} has {size:,} bytes; an adapter's has at most {largest:,}. "
+                "Nothing was downloaded."
             )
 
 
@@ -160,8 +160,8 @@ def _refuse_others(api: HfApi, repo_id: str, revision: str | None) -> None:
         config = read_bytes(api.hf_hub_download(repo_id, CONFIG, revision=revision), JSON_LIMIT)
     if (found := of_others(names, config)) is not None:
         raise AdapterError(
-            f"{repo_id} holds {found}, which is not of an ee_surgery adapter: pushed beside it, the adapter would make "
-            "that model unreadable. Nothing was uploaded: push to a repository of its own."
+            f"{repo_id} holds {found}, which does not belong to an ee_surgery adapter: pushing here would make that "
+            "model unreadable. Nothing was uploaded. Push to a separate repository."
         )
 
 
@@ -176,13 +176,13 @@ def _hub_errors(what: str, revision: str | None) -> Iterator[None]:
     except AdapterError:
         raise
     except Exception as error:
-        # All of them: the client lets through what httpx, xet and the file system raise, and wraps it in whatever.
+        # Everything: the client passes on errors of httpx, xet and the file system, wrapped in various types.
         at = "" if revision is None else f" at revision {revision!r}"
         raise HubError(f"Cannot {what}{at}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """What is behind an error of the client, and what to do."""
+    """The cause of an error of the client, and what to do."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
@@ -192,27 +192,27 @@ def _reason(error: BaseException) -> str:
     for found in chain:
         if isinstance(found, HfHubHTTPError):
             status = getattr(found.response, "status_code", None)
-            return f"the Hub answered {found} {_ADVICE.get(status or 0, 'Try again later.')}"
+            return f"the Hub responded {found} {_ADVICE.get(status or 0, 'Try again later.')}"
     for found in chain:
         if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"there is no room for it on this disk ({found}). Make room and try again; no part of it is kept."
+            return f"not enough disk space ({found}). Free some and try again; no partial download is kept."
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return f"it is not in the cache, or not all of it, and the Hub could not be asked. {error}"
-    told = " <- ".join(f"{type(found).__name__}: {found}" for found in chain)
-    return f"{told}. Check the connection and try again; nothing was half done."
+        return f"it is not, or not completely, in the cache, and the Hub cannot be reached. {error}"
+    causes = " <- ".join(f"{type(found).__name__}: {found}" for found in chain)
+    return f"{causes}. Check the connection and try again; no partial change was made."
 
 
-# The first that fits holds: a gated repository is a kind of missing one.
+# The first match counts: a gated repository is a subclass of a missing one.
 _REASONS: dict[type[BaseException], str] = {
-    HFValidationError: "it is no repository id such as user/name. {error}",
-    GatedRepoError: "access is gated. Ask for it on the repository's page, then log in with `hf auth login`.",
+    HFValidationError: "it is not a repository id such as user/name. {error}",
+    GatedRepoError: "access is gated. Request it on the repository's page, then log in with `hf auth login`.",
     RevisionNotFoundError: "the repository has no such revision.",
     RepositoryNotFoundError: (
-        "there is no such repository, or a private one that this token may not see. Check the name, and log in with "
+        "there is no such repository, or it is private and this token has no access. Check the name, and log in with "
         "`hf auth login` or pass token=."
     ),
 }
 _ADVICE = {
-    401: "No token, or not a valid one: log in with `hf auth login`, or pass token=.",
-    403: "This token may not do that: use one with the right to, and a name space of your own.",
+    401: "No valid token: log in with `hf auth login`, or pass token=.",
+    403: "This token has no permission: use one with write access, and your own namespace.",
 }

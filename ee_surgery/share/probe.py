@@ -1,6 +1,6 @@
-"""What a base computes, in a few numbers: its logits on inputs that anyone can make again.
+"""A probe of a base: its logits on a few reproducible inputs.
 
-A fingerprint is over tensors alone. Two networks may share every one and differ in an activation, a stride, an epsilon.
+A fingerprint covers only tensors. Two networks may share all of them and differ in an activation, a stride, an epsilon.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from ee_surgery.backbone.base import Backbone
-from ee_surgery.backbone.inputs import select, tensors
+from ee_surgery.backbone.inputs import tensors
 from ee_surgery.errors import OUT_OF_MEMORY
 
-_SAMPLES, _NUMBERS = 2, 32  # a sample; what changes a network changes most of its logits
-_FAINT = 0.01  # scale of the second sample: its small variances show what an epsilon is
-# How far logits may be off, as a fraction of the sample's largest: other kernels, devices, numbers of threads.
+_SAMPLES, _NUMBERS = 2, 32  # logits per sample; a change of the network changes most of them
+_FAINT = 0.01  # scale of the second sample: its small variances reveal a different epsilon
+# Tolerated difference, as a fraction of the sample's largest logit: other kernels, devices, numbers of threads.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _TENSOR_FLOAT = 5e-3  # float32 on a GPU, whose convolutions round inputs to 10 bits
-_MARGIN = 8.0  # over the noise that was measured
+_MARGIN = 8.0  # multiple of the measured noise
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input tensor as it is stored: enough to make one like it."""
+    """Description of one input tensor, enough to create a similar one."""
 
     shape: tuple[int, ...]
-    """Of four samples."""
+    """Shape of four samples."""
     dtype: str
     highest: int
     """Largest value of integers; 0 for other types."""
@@ -43,39 +43,39 @@ class InputSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
-        """What `dataclasses.asdict` gave, after a passage through JSON."""
+        """The inverse of `dataclasses.asdict`, after JSON."""
         return cls(**{**data, "shape": tuple(data["shape"])})
 
     def make(self, generator: torch.Generator) -> Tensor:
-        """A tensor of that kind: normal numbers, or integers from 1 to the highest."""
+        """A random tensor of this kind: normally distributed, or integers from 1 to the highest."""
         dtype = getattr(torch, self.dtype)
-        if dtype.is_floating_point:  # in float32, whatever the default is: the same numbers everywhere
+        if dtype.is_floating_point:  # in float32, whatever the default dtype: the same numbers everywhere
             return torch.randn(self.shape, generator=generator, dtype=torch.float32).to(dtype)
         lowest = min(1, self.highest)
         return torch.randint(lowest, self.highest + 1, self.shape, generator=generator).to(dtype)
 
 
 def make_inputs(specs: Mapping[str, InputSpec], options: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Random inputs of the stored kinds, four samples, the same for the same seed."""
+    """Random inputs of the stored kinds, four samples, determined by the seed."""
     generator = torch.Generator().manual_seed(seed)
     return {**options, **{name: spec.make(generator) for name, spec in specs.items()}}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Logits of a base on two samples made from a seed: it is asked again when an adapter is loaded."""
+    """Logits of a base on two samples generated from a seed; computed again when an adapter is loaded."""
 
     seed: int
     logits: tuple[tuple[float, ...], ...]
-    """Of each sample up to 32, evenly spread over the classes (or over the features of a base without a head)."""
+    """Up to 32 per sample, evenly spaced over the classes (or over the features of a base without a head)."""
     noise: float
-    """How much inputs changed in their last bit change them, as a fraction of the sample's largest."""
+    """How much a change in the last bit of the inputs changes them, as a fraction of the sample's largest."""
     rounding: float
-    """How much other kernels, devices and numbers of threads may change them, in the precision of when it was made."""
+    """How much other kernels, devices and numbers of threads may change them, in the precision of its creation."""
 
     @classmethod
     def of(cls, backbone: Backbone, specs: Mapping[str, InputSpec], options: Mapping[str, Any]) -> Probe | None:
-        """Ask a base; None for one that takes no random inputs, or has nothing finite to say about them."""
+        """Run a base; None if it takes no random inputs, or its outputs are not finite."""
         seed = 0
         try:
             inputs = _probe_inputs(backbone, specs, options, seed)
@@ -92,33 +92,32 @@ class Probe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Probe:
-        """What `dataclasses.asdict` gave, after a passage through JSON."""
+        """The inverse of `dataclasses.asdict`, after JSON."""
         return cls(**{**data, "logits": tuple(tuple(map(float, row)) for row in data["logits"])})
 
     def difference(self, backbone: Backbone, specs: Mapping[str, InputSpec], options: Mapping[str, Any]) -> str:
-        """What a base answers otherwise than the one that was asked, in words; nothing where it answers alike."""
+        """How the logits of a base differ from the stored ones, in words; empty if they agree."""
         try:
             found = _ask(backbone, _probe_inputs(backbone, specs, options, self.seed))
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
-            return f"it does not take inputs that the other took ({type(error).__name__}: {str(error)[:200]})"
+            return f"it does not accept the inputs of the probe ({type(error).__name__}: {str(error)[:200]})"
         expected = torch.tensor(self.logits, dtype=torch.float64)
         if found.shape != expected.shape:
-            return f"it answers with {found.shape[1]} numbers where the other had {expected.shape[1]}"
+            return f"it returns {found.shape[1]} numbers where {expected.shape[1]} are stored"
         distance = _distance(expected, found)
         limit = max(self.rounding, _rounding(backbone), _MARGIN * self.noise)
         if distance <= limit:
             return ""
-        return f"logits of the stored probe differ by up to {distance:.2g} of the largest one, {limit:.2g} is tolerated"
+        return f"logits of the stored probe differ by up to {distance:.2g} of the largest one; {limit:.2g} is tolerated"
 
 
 def _probe_inputs(
     backbone: Backbone, specs: Mapping[str, InputSpec], options: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    arguments = backbone.arguments(make_inputs(specs, options, seed))
-    dims = backbone.dims(arguments)
-    arguments = select(arguments, dims, torch.arange(_SAMPLES))
+    batch = backbone.batch(make_inputs(specs, options, seed)).select([*range(_SAMPLES)])
+    arguments, dims = batch.arguments, batch.dims
     weights = next((p for p in backbone.model.parameters() if p.is_floating_point()), None)
     for name, value in tensors(arguments).items():
         if value.is_floating_point():
@@ -130,7 +129,7 @@ def _probe_inputs(
 
 
 def _shaken(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Every other number larger by one step of its type: what rounding might do."""
+    """Increase every other number by one unit in the last place: the effect of rounding."""
     changed = dict(arguments)
     for name, value in tensors(arguments).items():
         if value.is_floating_point():
@@ -140,7 +139,7 @@ def _shaken(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ask(backbone: Backbone, arguments: Mapping[str, Any]) -> Tensor:
-    """Answers on the probe, (2, at most 32), in float64 on the CPU."""
+    """Logits on the probe, (2, at most 32), in float64 on the CPU."""
     with torch.no_grad(), torch.autocast(_device(backbone).type, enabled=False):
         logits = backbone.logits(backbone(arguments))
     rows = logits.detach().flatten(1).to("cpu", torch.float64)
@@ -156,7 +155,7 @@ def _distance(expected: Tensor, found: Tensor) -> float:
 def _rounding(backbone: Backbone) -> float:
     dtype = next((p.dtype for p in backbone.model.parameters() if p.is_floating_point()), torch.float32)
     precision = torch.get_float32_matmul_precision()
-    if dtype == torch.float32 and precision == "medium":  # multiplied in bfloat16 where that is quicker
+    if dtype == torch.float32 and precision == "medium":  # may be multiplied in bfloat16
         return _ROUNDING[torch.bfloat16]
     if dtype == torch.float32 and (precision == "high" or _device(backbone).type != "cpu"):
         return _TENSOR_FLOAT

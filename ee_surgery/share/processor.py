@@ -1,4 +1,4 @@
-"""How pictures are prepared for a base: by timm's transforms, or by the base's own image processor in transformers."""
+"""Image preprocessing for a base: timm's transforms, or the base's own image processor in transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ee_surgery.backbone.base import Backbone
 from ee_surgery.backbone.picture_settings import check_preprocessing
-from ee_surgery.backbone.pictures import build_processor, named_processor, plain_settings, timm_model
+from ee_surgery.backbone.pictures import build_processor, named_processor, timm_model
 from ee_surgery.errors import DataError, SurgeryWarning
 from ee_surgery.files import FolderChange, read_object
 from ee_surgery.share.adapter import CONFIG, PROCESSOR, PROCESSOR_FILES, find_file
@@ -26,30 +26,30 @@ _LIMIT = 1 << 20  # bytes of a processor's file
 
 @dataclass(frozen=True)
 class ProcessorTransform:
-    """An image processor of transformers as a transform: one PIL picture to what the model takes of it, no batch."""
+    """An image processor of transformers as a transform: one PIL image to the model's input, without a batch."""
 
     processor: Any
     mode: str = "RGB"
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Any mode of picture; its pixels, usually (3, H, W).
+        """An image of any mode -> pixels, usually (3, H, W).
 
         Raises:
-            DataError: the processor cannot prepare it.
+            DataError: the processor cannot process it.
         """
         converted = picture.convert(self.mode)
         try:
             return self.processor(converted, return_tensors="pt")["pixel_values"][0]
-        except Exception as error:  # its settings fit each other or not; transformers finds out only now
+        except Exception as error:  # transformers checks only now whether its settings are consistent
             raise DataError(
-                f"{type(self.processor).__name__} cannot prepare a picture of {picture.size} pixels: {error!r} Use "
-                "another processor, save_pretrained(folder, processor=...), or a transform of your own."
+                f"{type(self.processor).__name__} cannot process an image of {picture.size} pixels: {error!r} Use "
+                "another processor, save_pretrained(folder, processor=...), or your own transform."
             ) from error
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """A picture of any mode (palette, with transparency) in the one that the model takes."""
+    """Convert an image of any mode (palette, with transparency) to the model's."""
 
     mode: str
 
@@ -64,20 +64,20 @@ def picture_transform(
     processor: Any = None,
     is_training: bool = False,
 ) -> Callable[[Image.Image], Tensor]:
-    """A transform from a PIL picture to the base's input: timm's, or the base's image processor.
+    """A transform from a PIL image to the base's input: timm's, or the base's image processor.
 
     Args:
-        preprocessing: what `timm.data.create_transform` takes; the base's own for a timm model when left out.
-        processor: an image processor; the one that belongs to the base's name when left out.
+        preprocessing: arguments of `timm.data.create_transform`; by default the timm base's own.
+        processor: an image processor; by default the one published with the base.
         is_training: with timm's random crops and flips.
     Raises:
-        DataError: the base does not say how its pictures are prepared, or has no transform for training.
+        DataError: the base has no preprocessing settings, or no transform for training.
     """
     preprocessing = preprocessing or backbone.preprocessing
     if preprocessing is not None and processor is None:
         return _timm_transform(preprocessing, is_training)
     if is_training:
-        raise DataError(f"Nothing says how to augment pictures for {backbone.model_id}: use transforms of your own.")
+        raise DataError(f"{backbone.model_id} has no training augmentation: use your own transforms.")
     by_timm = timm_model(backbone.model, backbone.library) is not None
     named = backbone.loaded_from
     if processor is None and named is not None and not backbone.reads_tokens and not by_timm:
@@ -85,13 +85,11 @@ def picture_transform(
             processor = named_processor(backbone.named, *named, cached=False)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"The image processor of {backbone.model_id} cannot be had: {error} Give it when the adapter is saved, "
-                "save_pretrained(folder, processor=...), or use a transform of your own."
+                f"The image processor of {backbone.model_id} cannot be loaded: {error} Pass it when saving, "
+                "save_pretrained(folder, processor=...), or use your own transform."
             ) from error
     if processor is None or not hasattr(processor, "preprocess"):
-        raise DataError(
-            f"{backbone.model_id} does not say how pictures are prepared for it: use a transform of your own."
-        )
+        raise DataError(f"{backbone.model_id} has no preprocessing settings: use your own transform.")
     return ProcessorTransform(processor, "L" if backbone.channels == 1 else "RGB")
 
 
@@ -107,38 +105,32 @@ def _timm_transform(settings: Mapping[str, Any], is_training: bool) -> Callable[
 
 
 def find_processor(backbone: Backbone, *, cached: bool) -> Any:
-    """The image processor of a transformers base by its name; None where there is none to be had."""
+    """The image processor published with a transformers base; None if there is none."""
     named = backbone.loaded_from
     if named is None or backbone.reads_tokens or timm_model(backbone.model, backbone.library) is not None:
         return None
     try:
         return named_processor(backbone.named, *named, cached=cached)
-    except Exception:  # whatever is wrong with it: it is an extra
+    except Exception:  # optional: ignore any failure
         return None
-
-
-def processor_settings(processor: Any) -> dict[str, Any] | None:
-    """What a TimmWrapperImageProcessor says, which writes no file of its own; None for others."""
-    found = getattr(getattr(processor, "image_processor", processor), "data_config", None)
-    return None if found is None else plain_settings(found)
 
 
 def save_processor(change: FolderChange, processor: Any, backbone: Backbone) -> None:
     """Write the files of an image processor or a tokenizer into an adapter folder; nothing for None.
 
-    Says so in a warning where `load_processor` will not take the image processor for this base.
+    Warns if `load_processor` will not accept the image processor for this base.
     """
     if processor is None:
         return
     with tempfile.TemporaryDirectory() as folder:
         getattr(processor, "image_processor", processor).save_pretrained(folder)
         for path in Path(folder).iterdir():
-            if path.name in PROCESSOR_FILES:  # what a processor of the Hub's own code brings stays out
+            if path.name in PROCESSOR_FILES:  # files of processors with custom Hub code are left out
                 change.place(path.name).write_bytes(path.read_bytes())
     if change.wrote(PROCESSOR):
         try:
             build_processor(read_object(change.place(PROCESSOR), _LIMIT), backbone.named)
-        except Exception as error:  # it is saved all the same: transformers' own classes find it there
+        except Exception as error:  # saved anyway: transformers' own classes can use it
             warnings.warn(
                 f"The image processor is saved, but loading will leave it out: {visible(error)}",
                 SurgeryWarning,
@@ -147,40 +139,40 @@ def save_processor(change: FolderChange, processor: Any, backbone: Backbone) -> 
 
 
 def load_processor(folder: Path, files: Mapping[str, str], backbone: Backbone) -> Any:
-    """The image processor of an adapter folder; None where there is none, or with a warning none that can be taken.
+    """The image processor of an adapter folder; None if there is none or, with a warning, no usable one.
 
-    Of the folder, `preprocessor_config.json` alone is read, and of it plain settings alone; see `build_processor`. No
-    code is run, no other file is read and no Hub is asked, whatever it says.
+    Only `preprocessor_config.json` is read, and only its plain settings; see `build_processor`. No code is run, no
+    other file is read and the Hub is not accessed, whatever it contains.
 
     Args:
-        files: what the folder's `config.json` lists.
-        backbone: the base that pictures are prepared for.
+        files: digests listed in the folder's `config.json`.
+        backbone: the base that images are preprocessed for.
     Raises:
-        AdapterError: it is not the one that is listed.
+        AdapterError: the file does not match the list.
     """
     path = find_file(folder, PROCESSOR, files) if PROCESSOR in files else folder / PROCESSOR
     if not os.path.lexists(path):
         return None
     try:
         return build_processor(read_object(path, _LIMIT), backbone.named)
-    except Exception as error:  # the branches are fine without
+    except Exception as error:  # the branches work without it
         warnings.warn(
-            f"{folder / PROCESSOR} cannot be read and is left out: {visible(error)}", SurgeryWarning, stacklevel=3
+            f"{folder / PROCESSOR} cannot be read and is left out: {visible(error)}", SurgeryWarning, stacklevel=4
         )
         return None
 
 
 def load_preprocessing(folder: Path, settings: object) -> dict[str, Any] | None:
-    """What an adapter says for timm's transforms; None where it says nothing, or with a warning nothing usable."""
+    """An adapter's settings for timm's transforms; None if there are none or, with a warning, no usable ones."""
     if settings is None:
         return None
     try:
         return check_preprocessing(settings)
     except DataError as error:
         warnings.warn(
-            f"{folder / CONFIG}: `preprocessing` cannot be used and is left out, so that pictures are prepared as the "
-            f"base says: {visible(error)}",
+            f"{folder / CONFIG}: `preprocessing` cannot be used and is left out; the base's own preprocessing is used: "
+            f"{visible(error)}",
             SurgeryWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None

@@ -1,4 +1,4 @@
-"""Whose numbers an adapter states: those of whoever published it, until they are measured again here."""
+"""Who stated an adapter's numbers: its publisher, until they are measured again here."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 CALIBRATION, EVALUATION, TRAINING = "calibration", "evaluation", "training"
 STATED_BY, LOADED_FROM = "stated_by", "loaded_from"
-# Of what a card was told: facts about the branches. The rest is about one repository and one evaluation.
+# Card fields about the branches. The others are about one repository and one evaluation.
 _FACTS = ("license", "datasets", "language", "tags", "pipeline_tag")
 
 
 def as_stated(provenance: Mapping[str, Any], source: str, *, calibrated: bool) -> dict[str, Any]:
-    """The provenance of a model that was loaded.
+    """The provenance of a loaded model.
 
-    What was measured, calibrated and trained is marked as a statement of the source, or of the one that the source
-    names already; doing it again replaces it, without the mark.
+    Training, calibration and evaluation are marked as stated by the source, or by the source that it already names;
+    redoing them replaces the entry, without the mark.
 
     Args:
-        provenance: as it is stored.
+        provenance: as stored.
         source: repository, or name of the folder.
         calibrated: whether a frontier or an operating point is stored.
     """
@@ -41,12 +41,12 @@ def as_stated(provenance: Mapping[str, Any], source: str, *, calibrated: bool) -
 
 
 def forget_measured(provenance: dict[str, Any]) -> None:
-    """Leave out what was of the weights before."""
+    """Remove results that belong to earlier weights."""
     for name in (CALIBRATION, EVALUATION):
         provenance.pop(name, None)
 
 
 def stated_by(found: object) -> str | None:
-    """Who stated a part of the provenance; None where it was done here."""
+    """The source that stated a part of the provenance; None if it was done here."""
     name = found.get(STATED_BY) if isinstance(found, Mapping) else None
     return name if isinstance(name, str) and name.strip() else None

@@ -1,7 +1,7 @@
-"""What the JSON files of an adapter may hold. Whoever wrote them, what passes is typed, bounded and consistent.
+"""Schemas of the JSON files of an adapter. The files are untrusted: what passes is typed, bounded and consistent.
 
 Nothing is allocated for a number before it has passed here: shapes, counts, depths and widths are capped. Names are
-printable and short, so that an error may quote them. Keys that are not listed are refused.
+printable and short, so that errors can quote them. Unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -16,32 +16,30 @@ from typing_extensions import Self
 
 from ee_surgery.backbone.base import Library
 from ee_surgery.errors import AdapterError
-from ee_surgery.files import JSON_LIMIT, read_object
 from ee_surgery.graph.features import Layout
 from ee_surgery.policies.policy import Fallback
+from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT
+from ee_surgery.task import CLASSIFICATION, TASKS
 
-FORMAT_VERSION = 3
-OLD_FORMAT = 2
-"""Without digests: read with a warning, and written in the new format by the next save."""
 _MOST_CLASSES = 100_000
 _MOST_ELEMENTS = 1 << 24  # of an input tensor: four samples of 3 x 1182 x 1182
-_DEEPEST = 12  # levels of data without a form of its own
+_DEEPEST = 12  # levels of nested data without a schema
 
 Typed = TypeVar("Typed", bound=BaseModel)
 
 
 def _printable(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("holds characters that cannot be printed")
+        raise ValueError("contains unprintable characters")
     return text
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Data without a form of its own: finite numbers, words, and lists and objects of them, not too deep."""
+    """Data without a schema: finite numbers, strings, and lists and objects of them, of limited depth."""
     if depth > _DEEPEST:
         raise ValueError(f"is nested more than {_DEEPEST} levels deep")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("holds a number that is not finite")
+        raise ValueError("contains a number that is not finite")
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _plain(item, depth + 1)
@@ -80,12 +78,12 @@ def _fitted(value: dict[str, Any]) -> dict[str, Any]:
     for name, field in value.items():
         items = field if isinstance(field, list) else [field]
         if len(items) > 10_000:
-            raise ValueError(f"holds {len(items)} values as {name!r}")
+            raise ValueError(f"has {len(items)} values in {name!r}, too many")
         for item in items:
             if isinstance(item, dict):
                 TensorForm.model_validate(item)
             elif not isinstance(item, int | float | str) or (isinstance(item, float) and not math.isfinite(item)):
-                raise ValueError(f"holds no number, word or tensor as {name!r}")
+                raise ValueError(f"has something other than numbers, strings and tensors in {name!r}")
     return value
 
 
@@ -126,11 +124,11 @@ class PointForm(_Form):
     def _consistent(self) -> Self:
         exits, shares = len(self.thresholds), self.exit_shares
         if shares and (len(shares) != exits + 1 or abs(sum(shares) - 1) > 1e-6):
-            raise ValueError(f"{exits} thresholds, but shares of samples {shares[:10]} at the exits")
+            raise ValueError(f"{exits} thresholds do not fit the exit shares {shares[:10]}")
         if self.certificate is not None and len(self.certificate.thresholds) != exits:
             raise ValueError(f"{exits} thresholds, but {len(self.certificate.thresholds)} in the certificate")
         if bool(self.samples) == (None in (self.accuracy, self.accuracy_drop, self.macs_fraction) or not shares):
-            raise ValueError(f"accuracy, cost and shares do not go with {self.samples} samples")
+            raise ValueError(f"accuracy, cost and shares do not fit {self.samples} samples")
         return self
 
 
@@ -151,7 +149,7 @@ class RiskForm(_Form):
         if not len(self.points) == len(self.worse) == len(self.better):
             raise ValueError(f"{len(self.points)} points, counts of {len(self.worse)} and {len(self.better)}")
         if any(a + b > most for a, b in zip(self.worse, self.better, strict=True)):
-            raise ValueError(f"counts more losses than the {most} samples")
+            raise ValueError(f"more losses than the {most} samples")
         if any(isinstance(threshold, float) for threshold in self.points[0].thresholds):
             raise ValueError("the first point leaves an exit open")
         return self
@@ -168,6 +166,7 @@ class FrontierForm(_Form):
     exit_macs: list[Annotated[float, Field(ge=0, le=1000)]]
     labelled: bool
     risks: Annotated[list[RiskForm], Field(max_length=20)] = []
+    task: Name = CLASSIFICATION.name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -175,7 +174,7 @@ class FrontierForm(_Form):
             raise ValueError("accuracies and costs are not one per exit")
         points = [*self.points, *(point for table in self.risks for point in table.points)]
         if any(len(point.thresholds) != len(self.exits) - 1 for point in points):
-            raise ValueError(f"an operating point has not one threshold for each of {self.exits[:-1][:10]}")
+            raise ValueError(f"an operating point does not have one threshold for each of {self.exits[:-1][:10]}")
         if any(not point.samples for point in points):
             raise ValueError("an operating point was measured on no samples")
         expected = [math.nan if point.expected_accuracy is None else point.expected_accuracy for point in self.points]
@@ -218,7 +217,7 @@ class InputForm(_Form):
     def _bounded(self) -> Self:
         if math.prod(self.shape) > _MOST_ELEMENTS:
             raise ValueError(
-                f"an example input of shape {tuple(self.shape)} is too large to make up: pass one, sample=..."
+                f"a sample input of shape {tuple(self.shape)} is too large to generate: pass one, sample=..."
             )
         return self
 
@@ -251,17 +250,17 @@ class BaseForm(_Form):
 
 
 class ConfigForm(_Form):
-    """`config.json`, an `AdapterConfig`, and what other libraries look for in that file."""
+    """`config.json`: an `AdapterConfig`, and keys that other libraries look for in that file."""
 
     model_type: Literal["ee_surgery"]
-    format_version: Literal[2, 3]
+    format_version: Literal[OLD_FORMAT, FORMAT_VERSION]  # pyright: ignore[reportInvalidTypeForm]
     image_processor_type: Literal["TimmWrapperImageProcessor"] | None = None
     pretrained_cfg: Plain | None = None
     base: BaseForm
     inputs: Annotated[dict[Name, InputForm], Field(min_length=1, max_length=16)]
     options: Annotated[dict[Annotated[Name, Field(pattern=r"^[A-Za-z]\w*$")], Option], Field(max_length=50)]
     opaque: Annotated[list[Name], Field(max_length=1000)]
-    head_classes: Annotated[int, Field(ge=2, le=_MOST_CLASSES)] | None
+    head_classes: Annotated[int, Field(ge=1, le=_MOST_CLASSES)] | None
     placement: Name
     base_macs: Annotated[int, Field(ge=1, le=1 << 62)]
     exits: Annotated[list[ExitForm], Field(min_length=1, max_length=1000)]
@@ -272,6 +271,7 @@ class ConfigForm(_Form):
     preprocessing: Plain | None = None
     output: int | Name | Annotated[list[int | Name], Field(min_length=1, max_length=10)] | None = None
     provenance: Plain = {}
+    task: Name = CLASSIFICATION.name
     probe: ProbeForm | None = None
     files: Annotated[dict[Name, Sha256], Field(max_length=100)] = {}
     digest: Sha256 | None = None
@@ -280,9 +280,12 @@ class ConfigForm(_Form):
     def _consistent(self) -> Self:
         names, costs = [exit.name for exit in self.exits], [exit.trunk_macs for exit in self.exits]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"the same exit twice: {twice[:5]}")
+            raise ValueError(f"duplicate exits: {twice[:5]}")
         if costs != sorted(costs) or costs[-1] > self.base_macs:
             raise ValueError(f"exits are out of order: MACs up to each are {costs[:10]} of {self.base_macs}")
+        least = TASKS[self.task].least if self.task in TASKS else 1
+        if self.head_classes is not None and self.head_classes < least:
+            raise ValueError(f"a head of {self.head_classes} classes, and the task {self.task!r} has {least} or more")
         point = self.operating_point
         if point is not None and len(point.thresholds) != len(names):
             raise ValueError(f"{len(point.thresholds)} thresholds for {len(names)} exits")
@@ -291,33 +294,11 @@ class ConfigForm(_Form):
         return self
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file, bounded in size and depth.
-
-    Raises:
-        AdapterError: it is missing, no regular file, too large, no JSON, or no object.
-    """
-    try:
-        return read_object(path)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is missing or damaged: {error}. Save the adapter again.") from error
-
-
-def check_size(path: Path) -> None:
-    """Write nothing that could not be read again.
-
-    Raises:
-        AdapterError: the file is too large.
-    """
-    if (size := path.stat().st_size) > JSON_LIMIT:
-        raise AdapterError(f"{path.name} would take {size:,} bytes; {JSON_LIMIT:,} at most are read again.")
-
-
 def parse(form: type[Typed], data: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Plain data that has a form: as it was, defaults filled in.
+    """Validate plain data against a schema, and fill in defaults.
 
     Raises:
-        AdapterError: it has not; the first key that is wrong is named.
+        AdapterError: the data is invalid; names the first wrong key.
     """
     try:
         return form.model_validate(data).model_dump()
@@ -326,7 +307,7 @@ def parse(form: type[Typed], data: Mapping[str, Any], path: Path) -> dict[str, A
 
 
 def _first(error: ValidationError) -> str:
-    """What is wrong with the first key that is, at most a few lines long."""
+    """The first validation error, at most a few lines long."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     where = ".".join(str(part)[:60] for part in found[0]["loc"][:8])
     return f"{where!r}: {found[0]['msg'][:300]}" if where else found[0]["msg"][:300]

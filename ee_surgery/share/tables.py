@@ -13,9 +13,9 @@ from ee_surgery.text import visible
 
 
 def adapter_table(config: AdapterConfig, frontier: Frontier | None) -> Table:
-    """Exits of a saved adapter: what each reads, its branch, its costs, and how often it is right alone."""
+    """Exits of a saved adapter: features, branch, costs, and the accuracy of each exit alone."""
     base, point, total = config.base, config.operating_point, config.base_macs
-    stored = "none stored: nothing leaves early" if point is None else f"{visible(point.rule)}, score {point.score}"
+    stored = "none stored: no sample leaves early" if point is None else f"{visible(point.rule)}, score {point.score}"
     columns: dict[str, Literal["left", "right"]] = {
         "exit": "left", "features": "right", "branch": "left", "MACs up to it": "right", "MACs of the branch": "right"
     }  # fmt: skip
@@ -31,7 +31,7 @@ def adapter_table(config: AdapterConfig, frontier: Frontier | None) -> Table:
     ]
     rows.append(["original", "", "", "100.0%", ""])
     if frontier is not None:
-        columns["accuracy alone" if frontier.labelled else "agreement alone"] = "right"
+        columns[f"{frontier.measure} alone" if frontier.labelled else "agreement alone"] = "right"
         for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
             row.append(f"{accuracy:.2%}")
     name = f"{visible(base.hub_id or base.model_id)} ({visible(base.library)})"

@@ -1,4 +1,4 @@
-"""Where training stands, on disk: enough to go on as if nothing had happened."""
+"""Training checkpoints: enough state to resume exactly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put all generators back to what `random_state` saw."""
+    """Restore all generators to the state from `random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -43,12 +43,12 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; whole or not at all, even when the machine loses power.
+    """Write a checkpoint atomically, even if the machine loses power.
 
-    The file is torch's, and ends in the SHA-256 of all before it. torch reads it as it is; it looks at no such end.
+    The file has torch's format, followed by the SHA-256 of its content, which torch ignores.
 
     Raises:
-        TrainingError: it cannot be written; the one before is whole.
+        TrainingError: it cannot be written; the previous one is intact.
     """
     content = io.BytesIO()
     torch.save({**state, "format_version": FORMAT_VERSION}, content)
@@ -57,45 +57,44 @@ def save(folder: Path, state: dict[str, Any]) -> None:
             file.write(content.getbuffer())
             file.write(_MARK + hashlib.sha256(content.getbuffer()).digest())
     except WriteError as error:
-        raise TrainingError(f"{error} The same call goes on from the last checkpoint that was written.") from error
+        raise TrainingError(f"{error} The same call resumes from the last checkpoint that was written.") from error
 
 
 def _verified(path: Path) -> io.BytesIO:
-    """The content of a file with its digest; nothing of a damaged one is read any further.
+    """The content of a checkpoint file, after verifying its digest.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not what was written.
+        ValueError: it is damaged.
     """
     if not path.is_file():  # a folder, a link that leads nowhere, a pipe that would never end
-        raise ValueError("it is no file.")
+        raise ValueError("it is not a file.")
     content = memoryview(path.read_bytes())
     size = len(content) - len(_MARK) - hashlib.sha256().digest_size
     if size < 0 or content[size : size + len(_MARK)] != _MARK:
         raise ValueError("it does not end in a digest.")
     if content[size + len(_MARK) :] != hashlib.sha256(content[:size]).digest():
-        raise ValueError("its content has another digest (SHA-256) than the one that was written.")
+        raise ValueError("its content does not match its digest (SHA-256).")
     return io.BytesIO(content[:size])
 
 
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint in a folder, or None where there is none yet.
+    """The checkpoint in a folder, or None if there is none yet.
 
     Args:
-        settings: what must be the same as when it was written, as plain data.
+        settings: plain data that must equal the settings it was written with.
     Raises:
         TrainingError: it is damaged, or was made with other settings; the differences are named.
     """
     path = folder / FILE
     try:
-        path.lstat()  # of a link itself: one that leads nowhere is no reason to start over
+        path.lstat()  # of the link itself: a broken link is no reason to start over
         content = _verified(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise TrainingError(
-            f"{path} cannot be read: {error}. Make {folder} a folder that you may read and write, or use another "
-            "checkpoint_dir."
+            f"{path} cannot be read: {error}. Make {folder} readable and writable, or use another checkpoint_dir."
         ) from error
     except ValueError as error:
         raise refused(folder, error) from error
@@ -107,7 +106,7 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except Exception as error:
         raise refused(folder, error) from error
     if version != FORMAT_VERSION:
-        raise refused(folder, f"it is of format {version}, this version reads {FORMAT_VERSION}.")
+        raise refused(folder, f"it has format {version}, this version reads {FORMAT_VERSION}.")
     differ = {key: (stored.get(key), value) for key, value in settings.items() if stored.get(key) != value}
     if differ:
         changes = ", ".join(f"{key}: {was!r} there, {now!r} now" for key, (was, now) in differ.items())
@@ -116,8 +115,8 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def refused(folder: Path, why: object) -> TrainingError:
-    """What to raise about a checkpoint in a folder that cannot be gone on from."""
+    """The error for a checkpoint that cannot be resumed from."""
     return TrainingError(
-        f"{folder / FILE} is no checkpoint of this version, or was damaged: {why} Remove it to start over, or use "
+        f"{folder / FILE} is not a checkpoint of this version, or is damaged: {why} Remove it to start over, or use "
         "another checkpoint_dir."
     )

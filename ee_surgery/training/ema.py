@@ -1,4 +1,4 @@
-"""A moving average of the weights that learn, which often does better than the last of them."""
+"""A moving average of the trained weights, which is often better than the last weights."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class AveragedWeights:
         )
 
     def update(self) -> None:
-        """Take in the weights of now."""
+        """Update the average with the current weights."""
         if self.mean is not None:
             self.mean.update_parameters(self.learner)
 
     def settle(self) -> None:
-        """Leave the average in the module: training is over."""
+        """Copy the average into the module at the end of training."""
         if self.mean is not None:
             self.learner.load_state_dict(self.mean.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """State for a checkpoint."""
         return {} if self.mean is None else self.mean.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """The inverse of `state_dict`."""
         if self.mean is not None:
             self.mean.load_state_dict(state)

@@ -23,13 +23,13 @@ def fit_ensembles(bank: BranchBank, log_p: Tensor, labels: Tensor, epochs: int) 
     """Fit all ensembles at once by cross-entropy.
 
     Args:
-        log_p: own answers of the branches, (N, branches, C).
+        log_p: log-probabilities of the branches, (N, branches, C).
         labels: int64 (N,) or probabilities (N, C).
     Source: Zero Time Waste (Wolczyk et al., NeurIPS 2021): Adam at 5e-4, batches of 512, about 500 passes.
     """
     found = ensembles(bank)
     heads = log_p.shape[1]
-    # (branch, of which): a branch averages over itself and those before it
+    # (branch, averaged branch): a branch averages over itself and earlier ones
     reach = torch.ones(heads, heads, device=log_p.device).tril()
     weight = torch.zeros(heads, heads, device=log_p.device)
     bias = torch.zeros(heads, log_p.shape[2], device=log_p.device)

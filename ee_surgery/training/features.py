@@ -1,4 +1,4 @@
-"""What branches learn from, batch by batch: loaded, augmented, run through the frozen original, or kept from before."""
+"""Training batches for the branches: loaded, augmented, and run through the frozen original or read from a cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from ee_surgery.backbone.inputs import Inputs
 from ee_surgery.data.batches import count, place
 from ee_surgery.data.distributed import Processes, Shard, ShardedBatches
-from ee_surgery.data.labels import Labels, hard, ignored
+from ee_surgery.data.labels import Labels
 from ee_surgery.errors import TrainingError
 from ee_surgery.files import atomic_write, explained
 from ee_surgery.model import EarlyExitModel
@@ -32,20 +31,20 @@ from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.mixup import Mixing
 from ee_surgery.training.objectives import OBJECTIVES
 
-_APART = 1_000_003  # between the seeds of two processes: more than there are epochs
-_FASTER = 0.5  # reading back has to take at most this shard of the time that computing takes
+_APART = 1_000_003  # distance between the seeds of two processes: larger than any number of epochs
+_FASTER = 0.5  # reading back must take at most this fraction of the time to compute
 
 
 @dataclass(frozen=True)
 class BranchBatch:
-    """What one batch has to teach."""
+    """Features and targets of one batch."""
 
     inputs: Inputs | None
-    """As the original takes them; None where they were not kept."""
+    """Inputs of the original; None unless `joint`."""
     features: list[tuple[Tensor, ...]]
-    """What every branch reads; none where the original learns too and has to run with gradients."""
+    """Inputs of each branch; empty with `joint`, where the original runs with gradients."""
     original: Tensor
-    """Logits of the original, zeros where the loss does not read them, (B, C)."""
+    """Logits of the original, (B, C); zeros if the loss does not use them."""
     labels: Tensor | None
     total: int
     """Samples of the batch in all processes."""
@@ -54,27 +53,27 @@ class BranchBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch to be turned into a branch_batch."""
+    """A batch before its features are computed or loaded."""
 
     shard: Shard | None
-    """None where its features are kept."""
+    """None if its features are cached."""
     path: Path | None
-    """Where they are, or may be put; None where batches do not come again."""
+    """Cache file of its features; None if batches are not repeated."""
     counted: int
-    """Samples of it in all processes that are not ignored."""
+    """Samples in all processes that are not ignored."""
 
 
 class FeatureSource:
     """The batches of each epoch.
 
-    With `views`, only so many passes over the data differ; the first then comes again, with the same crops and the same
-    partners in CutMix. What the original makes of them is kept on disk where that is faster than running it, in a
-    folder that is removed at the end.
+    With `views`, there are that many distinct augmented passes; later epochs repeat them, with the same crops and the
+    same CutMix partners. The original's features are cached on disk if that is faster than running it, in a folder that
+    is removed at the end.
 
     Args:
-        joint: the original learns too: nothing is run through it here.
-        labels: holds the first labels against what the original answers.
-        dtype: what the model takes.
+        joint: the original is trained too, so it is not run here.
+        labels: compares the first labels with the original's predictions.
+        dtype: of the model's inputs.
         say: prints a line.
     """
 
@@ -92,25 +91,25 @@ class FeatureSource:
         self.branched, self.batches, self.config, self.processes = branched, batches, config, processes
         self.joint, self.labels, self.say = joint, labels, say
         self.home = next(branched.branches.parameters()).device, dtype
-        self.mixing = Mixing(config, branched.num_classes)
+        self.mixing = Mixing(config, branched.num_classes, branched.task)
         self.keeps: bool | None = None if config.views and not joint and config.epochs > config.views else False
-        """Whether features are kept; None until the first batch tells."""
+        """Whether features are cached; None until measured on the first batch."""
         self.folder: Path | None = None
         self.complete: dict[int, list[int]] = {}
-        """Passes of which all batches are kept: how many samples of each count."""
+        """Fully cached passes -> number of counted samples per batch."""
 
     def close(self) -> None:
-        """Remove what was kept."""
+        """Remove the cache."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- which batches
 
     def epoch(self, number: int, done: int, resumed: dict[str, Any] | None) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `done` on, each to be handed to `branch_batch`.
+        """The batches of one epoch, from batch `done` on, each for `branch_batch`.
 
         Args:
-            resumed: the random state that a checkpoint found there.
+            resumed: the random state stored in a checkpoint at that batch.
         """
         view = number % self.config.views if self.config.views else number
         if view in self.complete:
@@ -121,19 +120,19 @@ class FeatureSource:
                 Batch(None, self._path(view, i), n) for i, n in islice(enumerate(self.complete[view]), done, None)
             )
             return
-        set_seed(self.config.seed + view)
+        _set_seed(self.config.seed + view)
         shards = iter(self.batches)
-        self._seed(view)  # else all processes would crop and drop alike
-        # Loaded and thrown away, not skipped: whatever randomness their transforms use is used up again.
+        self._seed(view)  # otherwise all processes would draw the same crops and dropout masks
+        # Loaded and discarded, not skipped: their transforms must draw the same random numbers again.
         skipped = islice(shards, done) if not self.config.views else islice(self._mixed(shards, number), done)
         if sum(1 for _ in skipped) < done:
-            raise TrainingError(f"The checkpoint stands at batch {done} of an epoch, but the data ends before.")
+            raise TrainingError(f"The checkpoint is at batch {done} of an epoch, but the data has fewer.")
         if not self.config.views:
             if resumed is not None:
                 set_random_state(resumed)
             yield from (Batch(shard, None, self._counted(shard)) for shard in self._mixed(shards, number))
             return
-        # What the data draws must not depend on what dropout draws, which differs from pass to pass.
+        # Random numbers of the data must not depend on those of dropout, which differ between passes.
         data, totals = random_state(), []
         self._seed(number)
         if resumed is not None:
@@ -155,7 +154,7 @@ class FeatureSource:
 
     def _seed(self, number: int) -> None:
         if self.processes.index or self.config.views:
-            set_seed(self.config.seed + number + _APART * self.processes.index)
+            _set_seed(self.config.seed + number + _APART * self.processes.index)
 
     def _mixed(self, shards: Iterator[Shard], number: int) -> Iterator[Shard]:
         for shard in shards:
@@ -170,7 +169,7 @@ class FeatureSource:
     def _counted(self, shard: Shard) -> int:
         if shard.labels is None:
             return shard.total
-        return int(self.processes.total((~ignored(shard.labels))[: shard.own].sum()))
+        return int(self.processes.total((~self.branched.task.ignored(shard.labels))[: shard.own].sum()))
 
     def _path(self, view: int, number: int) -> Path:
         if self.folder is None:
@@ -183,14 +182,14 @@ class FeatureSource:
                     self.folder.mkdir(parents=True)
         return self.folder / f"{view}-{number}.safetensors"
 
-    # --- what they teach
+    # --- features and targets
 
     def branch_batch(self, batch: Batch, reads_original: bool) -> BranchBatch:
-        """What a batch has to teach.
+        """Features and targets of a batch.
 
         Args:
-            reads_original: whether the loss of this step does; where no step's does, what lies behind the last exit
-                need not run.
+            reads_original: whether the loss of this step uses the original's logits; if no step's does, nothing after
+                the last exit has to run.
         """
         if batch.shard is None:
             assert batch.path is not None
@@ -211,14 +210,14 @@ class FeatureSource:
 
     def _run(self, shard: Shard, reads_original: bool) -> BranchBatch:
         if reads_original:
-            features, original = self.branched.features(shard.inputs)
+            features, original = self.branched.engine.features(shard.inputs)
         else:
-            features = self.branched.features_alone(shard.inputs)
+            features = self.branched.engine.features_alone(shard.inputs)
             original = torch.zeros(count(shard.inputs), self.branched.num_classes, device=self.home[0])
         return BranchBatch(None, features, original, shard.labels, shard.total, shard.own)
 
     def _worth(self, shard: Shard, branch_batch: BranchBatch, whole: bool, path: Path) -> bool:
-        """Measure on one batch whether reading features back is quicker than running the original, and they fit."""
+        """Measure on one batch whether caching is faster than running the original, and whether the features fit."""
         started = time.perf_counter()
         self._run(shard, whole)
         computed = time.perf_counter() - started
@@ -230,15 +229,15 @@ class FeatureSource:
         with _on_disk(path.parent):
             free = shutil.disk_usage(path.parent).free / 1e9
             size = math.inf if number is None else path.stat().st_size * number * (self.config.views or 1) / 1e9
-        told = f"{1e3 * loaded:.1f} ms a batch to read, {1e3 * computed:.1f} ms to compute"
+        times = f"{1e3 * loaded:.1f} ms per batch to read, {1e3 * computed:.1f} ms to compute"
         if loaded > _FASTER * computed:
-            self.say(f"features are not kept: {told}")
+            self.say(f"features are not cached: {times}")
         elif size > min(self.config.cache_gb, free / 2):
             self.say(
-                f"features are not kept: {size:.1f} GB, with cache_gb={self.config.cache_gb:g} and {free:.0f} GB free"
+                f"features are not cached: {size:.1f} GB, with cache_gb={self.config.cache_gb:g} and {free:.0f} GB free"
             )
         else:
-            self.say(f"features of {self.config.views} passes are kept, {size:.1f} GB: {told}")
+            self.say(f"features of {self.config.views} passes are cached, {size:.1f} GB: {times}")
             return True
         with _on_disk(path.parent):
             path.unlink()
@@ -246,22 +245,22 @@ class FeatureSource:
 
 
 def compare(branched: EarlyExitModel, shard: Shard, labels: Labels, processes: Processes) -> None:
-    """Hold the labels of a batch against the original's answers, in all processes at once.
+    """Compare the labels of a batch with the original's predictions, over all processes.
 
     Raises:
-        DataError: the original surely knows nothing about them.
+        DataError: the labels clearly are not the original's classes.
     """
     if shard.labels is None:
         return
+    task = branched.task
     with branched.exits_disabled():
-        answers = branched.predict(shard.inputs).logits.argmax(-1)
-    labels.compare(
-        processes.rows(answers, shard.total), processes.rows(hard(shard.labels).to(answers.device), shard.total)
-    )
+        answers = task.labels_from(branched.predict(shard.inputs).logits)
+    truth = task.hard(shard.labels).to(answers.device)
+    labels.compare(processes.rows(answers, shard.total), processes.rows(truth, shard.total))
 
 
 def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: float = 1.0) -> bool:
-    """Whether the loss reads the original's answers, or what a new head reads, at this shard of the training."""
+    """Whether the loss uses the original's logits, or a new head its features, at this fraction of the training."""
     distills = config.distill > 0 and progress >= config.distill_from
     labels_alone = config.teach == "labels" and not OBJECTIVES.property(config.objective, "reads_original")
     return branched.branches.head is not None or distills or not labels_alone
@@ -269,26 +268,26 @@ def needs_original(config: TrainConfig, branched: EarlyExitModel, progress: floa
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[None]:
-    """Turn what a disk makes libraries raise inside into an error that helps."""
+    """Turn disk errors raised inside into an error that helps."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"Features cannot be kept in {path}: {explained(error)} With TrainConfig(cache_gb=0) none are kept, and "
-            "training gives the same weights."
+            f"Features cannot be cached in {path}: {explained(error)} With TrainConfig(cache_gb=0) none are cached, "
+            "and training gives the same weights."
         ) from error
 
 
 def _save(branch_batch: BranchBatch, path: Path) -> None:
-    """Whole or not at all."""
+    """Write a cache file atomically."""
     found = {f"{i} {j}": tensor for i, read in enumerate(branch_batch.features) for j, tensor in enumerate(read)}
     found["original"] = branch_batch.original
     if branch_batch.labels is not None:
         found["labels"] = branch_batch.labels
-    # the order in memory decides which kernels run, and so the last bits
+    # the memory format decides which kernels run, and so the last bits of the results
     last = [name for name, tensor in found.items() if tensor.ndim == 4 and not tensor.is_contiguous()]
     about = {"total": branch_batch.total, "own": branch_batch.own, "channels_last": last}
-    with _on_disk(path.parent), atomic_write(path, durable=False) as partial:  # no other run reads it
+    with _on_disk(path.parent), atomic_write(path, durable=False) as partial:  # need not survive a power loss
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"batch": json.dumps(about)})
 
 
@@ -305,3 +304,10 @@ def _load(path: Path, device: torch.device) -> BranchBatch:
     return BranchBatch(
         None, [tuple(read) for read in features.values()], original, labels, about["total"], about["own"]
     )
+
+
+def _set_seed(seed: int) -> None:
+    """Seed Python, numpy and torch on all devices."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed)

@@ -1,4 +1,4 @@
-"""The training loop: frozen original, learning branches, one or many processes through Accelerate."""
+"""The training loop: frozen original, trained branches, one or many processes through Accelerate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -27,22 +24,26 @@ from ee_surgery.branches.base import PreparedBranch
 from ee_surgery.checks import flag, instance
 from ee_surgery.data.batches import Data, is_samples, loader, place
 from ee_surgery.data.distributed import GlobalBatchNorm, Processes, ShardedBatches
-from ee_surgery.data.labels import IGNORED, ClassMap, Labels, hard, ignored
+from ee_surgery.data.labels import ClassMap, Labels
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError, TrainingError
 from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.adapter import AdapterConfig
-from ee_surgery.share.provenance import forget_measured
-from ee_surgery.training import checkpoint, trackers
+from ee_surgery.task import IGNORED, require
+from ee_surgery.training import checkpoint
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.ema import AveragedWeights
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.features import Batch, BranchBatch, FeatureSource, compare, needs_original
 from ee_surgery.training.joint import JointModel
 from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
+from ee_surgery.training.objectives import OBJECTIVES
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.precision import resolve_precision
-from ee_surgery.training.report import Epoch, TrainReport, describe
+from ee_surgery.training.report import Epoch, TrainReport, describe, start_trackers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @torch.inference_mode(False)
@@ -74,7 +75,8 @@ def train(
     Args:
         data: a Dataset of samples, or a DataLoader or iterable of batches; `(inputs, labels)`, dicts, or, with
             `teach="original"`, inputs alone. The same in all processes. Labels are class numbers of any integer
-            type, or class probabilities (B, C); samples labelled -100 count nowhere.
+            type, or class probabilities (B, C); of a multi-label model multi-hot, (B, C). Samples labelled -100 count
+            nowhere.
         validation: what each exit's accuracy is reported on after every epoch; by default a random
             `config.validation` of a map-style `data`, which then is not trained on.
         accelerator: your own, perhaps with trackers (`log_with=`), which then get loss, learning rate and
@@ -86,9 +88,9 @@ def train(
         class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
             class numbers, names or WordNet ids.
     Raises:
-        ConfigError: `joint` with answers of the original as labels, or an original that is frozen as a whole; an
-            accelerator that splits models up (FSDP, DeepSpeed), that accumulates gradients otherwise, or that does not
-            see the other processes.
+        ConfigError: an objective or a mixing that is not for the model's task; `joint` with answers of the original as
+            labels, or an original that is frozen as a whole; an accelerator that splits models up (FSDP, DeepSpeed),
+            that accumulates gradients otherwise, or that does not see the other processes.
         ExitPointError: `joint` with an exit that is not where a module ends.
         DataError: batches of unknown form, no labels where they are needed, labels that are no classes of the model or
             that the original surely knows nothing about (see `strangers`), or data that runs out.
@@ -97,8 +99,12 @@ def train(
     instance("branched", branched, EarlyExitModel)
     config = TrainConfig() if config is None else instance("config", config, TrainConfig)
     joint = flag("joint", joint)
-    accelerator = None if accelerator is None else instance("accelerator", accelerator, Accelerator)
+    if accelerator is not None:
+        from accelerate import Accelerator
+
+        instance("accelerator", accelerator, Accelerator)
     before = checkpoint.random_state()
+    require(f"The objective {config.objective!r}", OBJECTIVES.property(config.objective, "tasks"), branched.task)
     if joint:
         if config.teach == "original":
             raise ConfigError('teach="original" has a teacher that does not learn: not with joint=True.')
@@ -113,6 +119,10 @@ def train(
 
 def make_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
     """One with the precision that the settings ask for, and with these options of `Accelerator`."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import parse_flag_from_env
+
     # As Accelerator makes it: without the flag, processes on CPUs would not find each other.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     precision = resolve_precision(config.mixed_precision, device)  # pyright: ignore[reportArgumentType]
@@ -140,7 +150,7 @@ class _Run:
             )
         self.branched, self.config, self.accelerator = branched.to(accelerator.device), config, accelerator
         self.dtype = next(branched.branches.parameters()).dtype
-        """Of the branches when they run, and of what the model takes."""
+        """Of the branches when they run, and of the model's inputs."""
         if validation is None and config.validation and is_samples(data) and isinstance(data, Sized) and len(data) > 1:
             held = max(1, round(len(data) * config.validation))
             parts = [len(data) - held, held]
@@ -156,14 +166,14 @@ class _Run:
         read = _unread if config.teach == "original" else labels
         self.batches = ShardedBatches(batches, self.processes, read)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
-        """A pass over the data."""
+        """Steps per pass over the data."""
         if self.steps is None and config.max_steps is None and config.schedule != "constant":
             raise DataError(
                 "The training data has no length: set TrainConfig(max_steps=...), or schedule='constant' and warmup=0."
             )
         lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
         self.total = min((length for length in lengths if length is not None), default=0)
-        """Steps of the whole training; 0 where that is not known."""
+        """Steps of the whole training; 0 if unknown."""
         self.validation = None
         if validation is not None:
             self.validation = ShardedBatches(loader(validation, config.batch_size), self.processes, read)
@@ -183,7 +193,7 @@ class _Run:
         self.console = Console(quiet=not self.processes.main)
 
     def _start(self, ending: ExitStack) -> None:
-        """Make what learns and what it reads; `ending` puts back what has to be, however training ends."""
+        """Create learner, optimizer and data source; `ending` restores state, however training ends."""
         ending.callback(self._narrow)
         self._widen()
         branched, joint, config = self.branched, self.joint, self.config
@@ -214,7 +224,7 @@ class _Run:
                 self._restore(folder, state)
             self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
             self._check_validation(Labels(self.branched, self.class_map))
-            trackers.start(self.accelerator, self.settings)
+            start_trackers(self.accelerator, self.settings)
             if self.config.mixed_precision == "auto":
                 device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
                 self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")
@@ -313,7 +323,7 @@ class _Run:
         self.loss_sum += value
 
     def _gradients(self, batches: list[Batch], total: int) -> tuple[bool, float]:
-        """Gradients of one step; whether they are finite, and the loss."""
+        """Compute the gradients of one step; returns whether they are finite, and the loss."""
         value = 0.0
         for batch in batches:
             loss = self._loss(batch) * (batch.counted / total)
@@ -341,20 +351,21 @@ class _Run:
             new_head=self.branched.branches.head is not None,
             joint=self.joint,
             progress=self._progress(),
+            task=self.branched.task,
         )
 
     def _answers(self, branch_batch: BranchBatch) -> tuple[list[ExitLogits], Tensor]:
-        """What the branches, and the original or a new head, answer in training."""
+        """Logits of the branches, and of the original or a new head, in training."""
         plain = self.processes.number == 1 and branch_batch.total > 1
         one_batch = nullcontext() if plain else GlobalBatchNorm(self.processes, branch_batch.own, branch_batch.total)
         with self.accelerator.autocast(), one_batch:
             if self.joint:
                 assert branch_batch.inputs is not None
-                return self.learner(self.branched.normal(branch_batch.inputs))
+                return self.learner(self.branched.engine.backbone.arguments(branch_batch.inputs))
             features = branch_batch.features
             if self.halves:
                 features = [tuple(place(tensor, None, torch.float32) for tensor in read) for read in features]  # pyright: ignore[reportArgumentType]
-            return self.branched.split(self.learner(features), branch_batch.original)
+            return self.branched.branches.split(self.learner(features), branch_batch.original)
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -365,16 +376,14 @@ class _Run:
 
     def _drop_measured(self) -> None:
         """Thresholds, and what was measured, were of the weights before."""
-        self.branched.operate(None)
-        self.branched.frontier = None
-        forget_measured(self.branched.provenance)
+        self.branched.state.forget_measured()
 
     def _say(self, line: str) -> None:
         if self.config.progress:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _progress(self) -> float:
-        """Share of the training that is done; 0 where its length is not known."""
+        """Fraction of the training that is done; 0 if its length is unknown."""
         return self.all_steps / self.total if self.total else 0.0
 
     def _at_the_end(self) -> bool:
@@ -384,15 +393,15 @@ class _Run:
         """On the validation split where there is one: answers to what the branches learned from are too sure."""
         log_p: list[Tensor] = []
         truth: list[Tensor] = []
-        seen = 0
+        seen, task = 0, self.branched.task
         for shard in self.batches if self.validation is None else self.validation:
-            answers, original = self.branched.answers(place(shard.inputs, self.accelerator.device, self.dtype))
+            answers, original = self.branched.engine.answers(place(shard.inputs, self.accelerator.device, self.dtype))
             own = answers[-1].log_probs
             assert own is not None
             labels = self.processes.rows(
-                original.argmax(-1) if shard.labels is None else shard.labels.to(own.device), shard.total
+                task.labels_from(original) if shard.labels is None else shard.labels.to(own.device), shard.total
             )
-            counts = ~ignored(labels)
+            counts = ~task.ignored(labels)
             log_p.append(self.processes.rows(own.float(), shard.total)[counts])
             truth.append(labels[counts])
             seen += len(truth[-1])
@@ -432,7 +441,7 @@ class _Run:
             )
 
     def _check_validation(self, labels: Labels) -> None:
-        """Look at the first labels of the validation data now, not when the first epoch is over."""
+        """Check the first labels of the validation data now, not after the first epoch."""
         if self.validation is None or isinstance(self.validation.batches, Iterator):
             return
         before = checkpoint.random_state()
@@ -447,13 +456,16 @@ class _Run:
     def _validate(self) -> tuple[float, ...]:
         if self.validation is None:
             return ()
-        counts = torch.zeros(len(self.branched.exits) + 2, dtype=torch.long, device=self.accelerator.device)
+        task = self.branched.task
+        sums = torch.zeros(len(self.branched.exits) + 2, device=self.accelerator.device)  # outcomes; samples
         for shard in self.validation:
-            answers = self.branched.all_exits(place(shard.inputs, self.accelerator.device, self.dtype)).argmax(-1)
-            truth = answers[-1] if shard.labels is None else hard(shard.labels).to(answers.device)
-            counts[:-1] += (answers == truth)[:, : shard.own].sum(1)
-            counts[-1] += (truth != IGNORED)[: shard.own].sum()
-        *right, seen = self.processes.total(counts).tolist()
+            logits = self.branched.all_exits(place(shard.inputs, self.accelerator.device, self.dtype))
+            truth = task.labels_from(logits[-1]) if shard.labels is None else task.hard(shard.labels).to(logits.device)
+            counts = ~task.ignored(truth)
+            outcomes = torch.stack([task.outcome(row, truth) for row in logits]) * counts
+            sums[:-1] += outcomes[:, : shard.own].sum(1)
+            sums[-1] += counts[: shard.own].sum()
+        *right, seen = self.processes.total(sums).tolist()
         return tuple(count / seen for count in right) if seen else ()
 
     def _bar(self) -> Progress:
@@ -506,7 +518,7 @@ class _Run:
         )
 
     def _restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; from one that does not fit, nothing is taken."""
+        """Resume from a checkpoint; if it does not fit, change nothing."""
         before = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
         try:
             self._take(state)
@@ -532,18 +544,18 @@ class _Run:
 
 
 def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
-    """Its parameters and buffers in half precision, each with its type."""
+    """Parameters and buffers in half precision, each with its dtype."""
     found = [*module.parameters(), *module.buffers()]
     return [(tensor, tensor.dtype) for tensor in found if tensor.dtype in (torch.float16, torch.bfloat16)]
 
 
 def _float_ways(branched: EarlyExitModel) -> list[PreparedBranch]:
     """What shortcuts need to run in float32 behind a base in half precision: their code was written for its types."""
-    mine = branched._backbone
+    mine = branched.engine.backbone
     if not any(branch.reads_all for branch in branched.branches):
         return []
-    sample = place(branched.sample, None, torch.float32)  # pyright: ignore[reportArgumentType]
-    graph = inspect(deepcopy(branched.original).float(), sample, opaque=mine.opaque)
+    sample = place(mine.sample, None, torch.float32)  # pyright: ignore[reportArgumentType]
+    graph = inspect(deepcopy(branched.backbone).float(), sample, opaque=mine.opaque)
     pairs = zip(branched.branches, branched.exits, strict=True)
     return [branch.prepare(graph, graph[name]) for branch, name in pairs if branch.reads_all]
 
@@ -553,7 +565,7 @@ def _unread(labels: Tensor, rows: int) -> None:
 
 
 def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, identity: AdapterConfig) -> dict[str, Any]:
-    """What must not change between a checkpoint and its continuation; the number of processes may."""
+    """Settings that must not change when resuming; the number of processes may."""
     settings = {**asdict(config), "mixed_precision": precision}  # not "auto", which another machine answers otherwise
     for free in ("checkpoint_dir", "checkpoint_steps", "progress", "num_workers", "cache_gb"):
         settings.pop(free)
@@ -563,6 +575,6 @@ def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, iden
     return {**settings, "joint": joint, "fingerprint": identity.base.fingerprint, "exits": exits, "steps": steps}
 
 
-_ENSEMBLE_SAMPLES = 10_000  # tens of parameters a head need no more
+_ENSEMBLE_SAMPLES = 10_000  # tens of parameters per head need no more
 _NUMBERS = {"no": "float32", "bf16": "bfloat16"}
 _COUNTERS = ("epoch", "step", "all_steps", "taken", "skipped", "in_a_row", "samples", "loss_sum")

@@ -1,28 +1,27 @@
-"""The loss of one batch, as a training's settings say."""
+"""The loss of one batch, according to the training settings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ee_surgery.branches import ExitLogits
-from ee_surgery.data.labels import check_labels, ignored
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.exit_costs import exit_costs
+from ee_surgery.task import CLASSIFICATION, Task
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
 
 
 def relative_costs(branched: EarlyExitModel) -> Tensor:
-    """MACs of leaving at each of the K exits, every branch on the way asked, as fractions of never leaving, (K,)."""
+    """MACs of leaving at each of the K exits, with every branch visited, as fractions of never leaving, (K,)."""
     costs = exit_costs(branched.trunk_macs, branched.branch_macs, [True] * len(branched.branches))
     return torch.tensor(costs) / costs[-1]
 
 
 def require_labels(labels: Tensor | None, config: TrainConfig, new_head: bool) -> None:
-    """Before anything learns: are there labels where they are needed?
+    """Check before training that there are labels if they are needed.
 
     Raises:
         DataError: there are none.
@@ -43,37 +42,40 @@ def batch_loss(
     new_head: bool = False,
     joint: bool = False,
     progress: float = 0.0,
+    task: Task = CLASSIFICATION,
 ) -> Tensor:
     """The loss of one batch as `config` says: the objective on labels, and the KL term towards the original.
 
     Args:
         exits: answers of the branches, with gradients.
         original: logits of the original or, with `new_head`, of the head that stands in for the one it lacks, (B, C).
-        labels: see `check_labels`; samples that it ignores count nowhere. Not read with `teach="original"`, not needed
-            by an objective that reads none (`kd`).
+        labels: see `Task.check_target`; samples that it ignores count nowhere. Not read with `teach="original"`, not
+            needed by an objective that reads none (`kd`).
         costs: see `relative_costs`.
         joint: the original learns too.
         progress: share of the training that is done.
+        task: what the answers are.
     Raises:
-        DataError: no labels where they are needed, or other than class numbers or probabilities.
+        DataError: no labels where they are needed, or other than the task's.
     """
     require_labels(labels, config, new_head)
     if config.teach == "original":
-        labels = original.argmax(-1)
+        labels = task.labels_from(original)
     elif labels is not None:
-        labels = check_labels(labels.to(original.device), exits[0].logits.shape[-1], len(original))
-        counts = ~ignored(labels)
+        classes = exits[0].logits.shape[task.class_dim]
+        labels = task.check_target(labels.to(original.device), classes, len(original))
+        counts = ~task.ignored(labels)
         if not counts.any():
             return torch.stack([exit.logits.sum() for exit in exits]).sum() * 0 + original.sum() * 0
         if not counts.all():
             labels, original = labels[counts], original[counts]
             exits = [ExitLogits(logits[counts], None if c is None else c[counts]) for logits, c, _ in exits]
     else:
-        labels = original.argmax(-1)  # not read
+        labels = task.labels_from(original)  # not read
     exits = [exit._replace(logits=exit.logits.float()) for exit in exits]
     teacher = original.float() if joint else original.detach().float()
-    answers = Answers(exits, teacher, labels, costs, progress)
-    own = F.cross_entropy(original.float(), labels) if new_head else 0.0
+    answers = Answers(exits, teacher, labels, costs, progress, task)
+    own = task.mean_loss(original.float(), labels) if new_head else 0.0
     if config.distill == 1 or OBJECTIVES[config.objective] is kd:
         return own + kd(answers, config)
     loss = own + OBJECTIVES[config.objective](answers, config)

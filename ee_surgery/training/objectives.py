@@ -1,8 +1,8 @@
-"""Losses of multi-exit training: pure functions of what the exits answered."""
+"""Losses of multi-exit training: pure functions of the logits of all exits."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -11,25 +11,28 @@ from torch.nn import functional as F
 from ee_surgery.branches.base import ExitLogits
 from ee_surgery.errors import ConfigError
 from ee_surgery.registry import Registry
+from ee_surgery.task import CLASSIFICATION, Task
 
 
 class Answers(NamedTuple):
-    """One batch, as all exits see it."""
+    """The logits of all exits on one batch, with labels and costs."""
 
     exits: list[ExitLogits]
     """Of the K - 1 branches."""
     original: Tensor
     """Logits of the original, (B, C); with a gradient only where the original itself learns."""
     labels: Tensor
-    """int64 (B,), or class probabilities (B, C)."""
+    """As the task checked them: for one right class int64 (B,), or class probabilities (B, C)."""
     costs: Tensor
     """MACs of leaving at each of the K exits, as fractions of never leaving, (K,); the last is 1."""
     progress: float = 0.0
     """Share of the training that is done, in [0, 1]."""
+    task: Task = CLASSIFICATION
+    """What the answers are: `task.loss(logits, labels)` is the loss of each sample."""
 
     @property
     def learning(self) -> list[Tensor]:
-        """Logits of the exits that learn: the branches', and the original's where it does."""
+        """Logits of the trained exits: the branches', and the original's if it is trained."""
         return [*(exit.logits for exit in self.exits), *([self.original] if self.original.requires_grad else [])]
 
 
@@ -43,7 +46,7 @@ class ObjectiveSettings(Protocol):
 
     @property
     def exit_weights(self) -> tuple[float, ...] | str:
-        """One an exit, or a rule."""
+        """One per exit, or a rule."""
         ...
 
     @property
@@ -53,7 +56,7 @@ class ObjectiveSettings(Protocol):
 
     @property
     def survivor(self) -> float | None:
-        """Threshold of the soft exits that weigh samples; None for equal weights."""
+        """Threshold of the soft exits that weight samples; None for equal weights."""
         ...
 
 
@@ -65,34 +68,43 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: Registry[Objective] = Registry("objective", reads_labels=True, reads_original=True)
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective", reads_labels=True, reads_original=True, tasks=("classification",)
+)
 """Name -> loss.
 
 Properties: `reads_labels=False` for one that also works on unlabelled data; `reads_original=False` for one that does
-not read what a frozen original answers, which then need not run where its features are cached.
+not read what a frozen original answers, which then need not run where its features are cached;
+`tasks=None` for one that takes answers of any task, as through `answers.task.loss`, or the names of some.
 """
 
 
-@OBJECTIVES.register("sum_ce", reads_original=False)
+@OBJECTIVES.register("sum_ce", reads_original=False, tasks=None)
 def sum_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
-    """Sum over the exits that learn of their cross-entropies.
+    """Sum over the exits that learn of their losses: cross-entropies, for one right class.
 
     Source: v0 of EENets (arXiv:2409.05336), Shallow-Deep Networks (arXiv:1810.07052) with a frozen original, MSDNet
     (arXiv:1703.09844). PTEENet takes the mean, which is the same up to the learning rate.
     """
-    return _means(_cross_entropies(answers), answers, config).sum()
+    return _means(_losses(answers), answers, config).sum()
 
 
-@OBJECTIVES.register("weighted_ce", reads_original=False)
+@OBJECTIVES.register("weighted_ce", reads_original=False, tasks=None)
 def weighted_ce(answers: Answers, config: ObjectiveSettings) -> Tensor:
-    """Weighted mean over the exits that learn of their cross-entropies; see `exit_weights`."""
-    losses = _means(_cross_entropies(answers), answers, config)
+    """Weighted mean over the exits that learn of their losses (as `sum_ce`); see `exit_weights`."""
+    losses = _means(_losses(answers), answers, config)
     weights = exit_weights(config.exit_weights, answers.costs[: len(losses)], answers.progress)
     return losses @ weights.to(losses)
 
 
+WeightRule: TypeAlias = Literal["uniform", "falling", "linear", "ramp"]
+
+
 def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: float = 0.0) -> Tensor:
-    """One weight an exit, scaled to sum 1, shape (L,) like `costs`.
+    """One weight per exit, scaled to sum to 1, shape (L,) like `costs`.
+
+    >>> exit_weights("linear", torch.tensor([0.25, 0.5, 1.0])) * 6
+    tensor([1., 2., 3.])
 
     Args:
         weights: numbers; `uniform`; `falling`: from 1 at the first exit on a line to 0.3 at the last (BranchyNet's
@@ -102,7 +114,7 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
         costs: of leaving at each of the exits that learn, fractions of the whole.
         progress: share of the training that is done.
     Raises:
-        ConfigError: a rule of no known name, not one for each exit, a negative one, or all zero.
+        ConfigError: an unknown rule, not one per exit, a negative weight, or all zero.
     """
     n = len(costs)
     if weights == "uniform":
@@ -114,39 +126,38 @@ def exit_weights(weights: tuple[float, ...] | str, costs: Tensor, progress: floa
     elif weights == "ramp":
         weights = tuple(1.0 if cost >= 1 else min(cost, 0.01 + progress * cost) for cost in costs.tolist())
     if isinstance(weights, str) or len(weights) != n or min(weights) < 0 or sum(weights) == 0:
-        raise ConfigError(
-            f"exit_weights must be 'uniform', 'falling', 'linear', 'ramp' or {n} numbers >= 0; got {weights!r}."
-        )
+        raise ConfigError(f"exit_weights must be one of {get_args(WeightRule)}, or {n} numbers >= 0; got {weights!r}.")
     return torch.tensor(weights) / sum(weights)
 
 
-@OBJECTIVES.register("final_only")
+@OBJECTIVES.register("final_only", tasks=None)
 def final_only(answers: Answers, config: ObjectiveSettings) -> Tensor:
-    """Cross-entropy of the original's own answer (v6 of PTEENet): trains the original before any branch is there.
+    """Loss of the original's own answer (v6 of PTEENet): trains the original before any branch is there.
 
     Raises:
-        ConfigError: the original does not learn.
+        ConfigError: the original is frozen.
     """
     if not answers.original.requires_grad:
         raise ConfigError("The objective 'final_only' teaches the original alone, which is frozen: use joint=True.")
-    return F.cross_entropy(answers.original, answers.labels)
+    return answers.task.mean_loss(answers.original, answers.labels)
 
 
-@OBJECTIVES.register("kd", reads_labels=False)
+@OBJECTIVES.register("kd", reads_labels=False, tasks=None)
 def kd(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Sum over the branches of T^2 KL(softmax(z_K / T) || softmax(z_k / T)); reads no labels.
+
+    Of several labels, the mean over them of the divergence of each.
 
     The original is the teacher: no gradient flows into it from here. Source: EENet (arXiv:2301.07099), with T = 3.
     """
     t = config.temperature
-    teacher = F.log_softmax(answers.original.detach().float() / t, -1)
-    students = [F.log_softmax(exit.logits.float() / t, -1) for exit in answers.exits]
-    losses = torch.stack([F.kl_div(s, teacher, log_target=True, reduction="none").sum(-1) for s in students])
+    teacher, task = answers.original.detach().float(), answers.task
+    losses = torch.stack([task.divergence(exit.logits.float(), teacher, t) for exit in answers.exits])
     return t * t * _means(losses, answers, config).sum()
 
 
 def mixture(answers: Answers) -> tuple[list[Tensor], list[Tensor]]:
-    """What the network answers, and costs, when each exit is taken with the probability its confidence gives.
+    """The network's prediction and cost if each exit is taken with the probability given by its confidence.
 
     P_K = p_K, P_k = c_k p_k + (1 - c_k) P_{k+1} and T_K = 1, T_k = c_k t_k + (1 - c_k) T_{k+1}, in log space.
 
@@ -181,16 +192,16 @@ def cumulative(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return _means(torch.stack(losses), answers, config).sum()
 
 
-@OBJECTIVES.register("normalized")
+@OBJECTIVES.register("normalized", tasks=None)
 def normalized(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """sum_k (mean c_k / sum_j mean c_j) (CE_k + lambda t_k), the original's confidence being 1 (v3 of EENets)."""
     sure = torch.stack([*(torch.sigmoid(u) for u in _confidences(answers)), torch.ones_like(answers.original[:, 0])])
     shares = sure.mean(1) / sure.mean(1).sum()
-    losses = _means(_cross_entropies(answers, all_of_them=True), answers, config)
+    losses = _means(_losses(answers, all_of_them=True), answers, config)
     return shares @ (losses + config.cost_weight * answers.costs.to(losses))
 
 
-@OBJECTIVES.register("tagged")
+@OBJECTIVES.register("tagged", tasks=None)
 def tagged(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """Each sample is tagged with the exit where CE + lambda t is least, taught there, and c learns the tags (v4).
 
@@ -200,7 +211,7 @@ def tagged(answers: Answers, config: ObjectiveSettings) -> Tensor:
 
     Source: v4 of EENets (arXiv:2409.05336).
     """
-    losses = _cross_entropies(answers, all_of_them=True)
+    losses = _losses(answers, all_of_them=True)
     priced = losses + config.cost_weight * answers.costs.to(losses)[:, None]
     tags = priced.detach().argmin(0)
     loss = _means(priced.gather(0, tags[None]), answers, config)[0]
@@ -216,7 +227,7 @@ _SOFTNESS = 0.05  # of the soft exits, in units of probability
 
 
 def survivor_weights(answers: Answers, threshold: float) -> Tensor:
-    """How likely each sample gets to each exit, scaled to mean 1 at every exit: (K, B), without gradient.
+    """Probability that each sample reaches each exit, scaled to mean 1 per exit: (K, B), without gradient.
 
     prod_{j<k} (1 - s_j), where s_j is the confidence of exit j, or where it has no confidence unit
     sigmoid((max p_j - threshold) / 0.05).
@@ -224,9 +235,9 @@ def survivor_weights(answers: Answers, threshold: float) -> Tensor:
     Source: survivor weighting of CalexNet (arXiv:2509.08318), which states the product and leaves s open.
     """
     with torch.no_grad():
-        there = [torch.zeros_like(answers.original[:, 0])]  # in log space: a batch may be all but gone
+        there = [torch.zeros_like(answers.original[:, 0])]  # in log space: nearly all samples may have left
         for exit in answers.exits:
-            top = torch.softmax(exit.logits, -1).amax(-1)
+            top = answers.task.certainty(exit.logits)
             leaves = exit.confidence if exit.confidence is not None else (top - threshold) / _SOFTNESS
             there.append(there[-1] + F.logsigmoid(-leaves))
         return torch.softmax(torch.stack(there), 1) * len(there[0])
@@ -239,10 +250,10 @@ def _means(losses: Tensor, answers: Answers, config: ObjectiveSettings) -> Tenso
     return (losses * survivor_weights(answers, config.survivor)[: len(losses)].to(losses)).mean(1)
 
 
-def _cross_entropies(answers: Answers, all_of_them: bool = False) -> Tensor:
+def _losses(answers: Answers, all_of_them: bool = False) -> Tensor:
     """Of each sample at each exit that learns, or at all K, (L, B)."""
     logits = [*(exit.logits for exit in answers.exits), answers.original] if all_of_them else answers.learning
-    return torch.stack([F.cross_entropy(z, answers.labels, reduction="none") for z in logits])
+    return torch.stack([answers.task.loss(z, answers.labels) for z in logits])
 
 
 def _confidences(answers: Answers) -> list[Tensor]:

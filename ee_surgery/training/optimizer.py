@@ -27,8 +27,8 @@ def learning_rate(config: TrainConfig, progress: float, steps: int) -> float:
     """The rate of one step.
 
     Args:
-        progress: share of the training that is done, in [0, 1).
-        steps: of the whole training; 0 where that is not known, and the rate constant.
+        progress: fraction of the training that is done, in [0, 1).
+        steps: of the whole training; 0 if unknown, for a constant rate.
     """
     if not steps:
         return config.lr

@@ -1,23 +1,24 @@
-"""Which number format training computes in."""
+"""The floating-point format of training."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision: TypeAlias = Literal["no", "bf16", "fp16"]
+AskedPrecision: TypeAlias = Literal[Precision, "auto"]
 
 
-def resolve_precision(asked: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """Replace `auto` by bfloat16 where the device computes in it, and by float32 (`no`) elsewhere."""
+def resolve_precision(asked: AskedPrecision, device: torch.device) -> Precision:
+    """Replace `auto` by bfloat16 if the device supports it natively, else by float32 (`no`)."""
     if asked != "auto":
         return asked
     return "bf16" if has_bf16(device) else "no"
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16. Emulated, it takes several times as long as float32."""
+    """Whether the device supports bfloat16 natively. Emulated, it takes several times as long as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

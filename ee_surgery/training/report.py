@@ -1,33 +1,38 @@
-"""What training did, epoch by epoch."""
+"""Results of training, epoch by epoch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ee_surgery.model import EarlyExitModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training data gave."""
+    """Results of one pass over the training data."""
 
     epoch: int
     loss: float
-    """Mean over the steps that were taken; NaN when none was."""
+    """Mean over the steps taken; NaN if there were none."""
     accuracies: tuple[float, ...]
     """Of each branch and the original on the validation split; empty without one."""
     seconds: float
     skipped: int
-    """Steps left out because their loss or gradient was not finite."""
+    """Steps skipped because their loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What training did."""
+    """Results of a training run."""
 
     exits: tuple[str, ...]
     model: EarlyExitModel = field(repr=False)
-    """What was trained: the model that was given, or with `joint=True` a new one."""
+    """The trained model: the one passed in, or with `joint=True` a new one."""
     epochs: list[Epoch] = field(default_factory=list)
 
     @property
@@ -46,3 +51,10 @@ def describe(epoch: Epoch) -> str:
     skipped = f", {epoch.skipped} steps skipped" if epoch.skipped else ""
     shown = f", validation accuracy by exit {accuracies}" if accuracies else ""
     return f"epoch {epoch.epoch + 1}: loss {epoch.loss:.4f}{shown}, {epoch.seconds:.0f} s{skipped}"
+
+
+def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Start the trackers that an accelerator was made with, unless its owner did so already."""
+    if accelerator.log_with and not accelerator.trackers:
+        plain = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in settings.items()}
+        accelerator.init_trackers("ee_surgery", config=plain)

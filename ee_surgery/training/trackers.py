@@ -1,4 +1,4 @@
-"""Trackers: where the numbers of a training go besides the screen."""
+"""Trackers: where training metrics are logged besides the screen."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from ee_surgery.files import write_error
 
 
 class JsonLines(GeneralTracker):
-    """A file with one JSON object a line: the settings, then the numbers of each epoch. Needs no other package.
+    """A file with one JSON object per line: the settings, then the metrics of each epoch. Needs no other package.
 
-    >>> accelerator = Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")
+    Use: `Accelerator(log_with=[JsonLines("runs/log.jsonl"), "tensorboard"], project_dir="runs")`.
 
     Args:
-        path: added to where it exists, so that a training that is resumed goes on in the same file.
+        path: appended to if it exists, so that a resumed training continues the same file.
     """
 
     name = "jsonl"
@@ -46,7 +45,7 @@ class JsonLines(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Write numbers; `step` is the epoch, counted from 1.
+        """Write metrics; `step` is the epoch, counted from 1.
 
         Raises:
             WriteError: the file cannot be written.
@@ -58,11 +57,11 @@ class JsonLines(GeneralTracker):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _append(self.path, (json.dumps(values) + "\n").encode())
         except OSError as error:
-            raise write_error(self.path, error, "The lines before are whole.") from error
+            raise write_error(self.path, error, "Earlier lines are intact.") from error
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Add a line at the end of a file, or nothing of it."""
+    """Append a whole line to a file, or nothing."""
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -71,10 +70,3 @@ def _append(path: Path, line: bytes) -> None:
         except BaseException:
             file.truncate(end)
             raise
-
-
-def start(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
-    """Start the trackers that an accelerator was made with, unless its owner did so already."""
-    if accelerator.log_with and not accelerator.trackers:
-        plain = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in settings.items()}
-        accelerator.init_trackers("ee_surgery", config=plain)

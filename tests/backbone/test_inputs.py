@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ee_surgery as ee
-from ee_surgery.backbone.inputs import as_sample, batch_dims, select, tensors
+from ee_surgery.backbone.inputs import Batch, tensors
+from ee_surgery.graph.backends.base import bind
 from ee_surgery.graph.segments import compact, cut
 from tests.zoo import BY_NAME, SPECIAL, TEXTS, Special, original
 
@@ -31,7 +32,7 @@ def _some(specials: list[Special]) -> list[Any]:
 @pytest.mark.parametrize("special", _some(SPECIAL))
 def test_special_models_are_augmented_run_trained_and_saved(special: Special, tmp_path: Path) -> None:
     branched = special.augment()
-    backbone = branched._backbone
+    backbone = branched.engine.backbone
     inputs = backbone.sample
     with torch.no_grad():
         plain = backbone(inputs)
@@ -52,7 +53,7 @@ def test_special_models_are_augmented_run_trained_and_saved(special: Special, tm
     output, replay = branched.predict(inputs), records.replay(branched.policy)  # pyright: ignore[reportArgumentType]
     assert output.exit_index.tolist() == replay.exit_index.tolist()
     _close(output.logits, records.logits[output.exit_index, torch.arange(4)])
-    backwards = select(inputs, backbone.batch_dims, torch.tensor([3, 2, 1, 0]))
+    backwards = backbone.batch(inputs).select([3, 2, 1, 0]).arguments
     _close(branched.predict(backwards).logits, output.logits.flip(0))
     assert branched.receipt().unchanged
     loaded = ee.from_pretrained(branched.save_pretrained(tmp_path), branched.backbone, sample=inputs)
@@ -63,7 +64,7 @@ def test_special_models_are_augmented_run_trained_and_saved(special: Special, tm
 
 @pytest.mark.parametrize("special", _some([s for s in SPECIAL if s.name in ("tnt", "mobilevit", "coat")]))
 def test_folded_and_parallel_tensors_can_be_cut_anywhere(special: Special) -> None:
-    graph = ee.inspect(special.augment().backbone, special.given() if special.given else None)
+    graph = special.graph
     given = graph.backbone.sample
     folded = [point for point in graph.points if graph.features(point).axis.folded]
     assert not graph.illegal
@@ -71,8 +72,10 @@ def test_folded_and_parallel_tensors_can_be_cut_anywhere(special: Special) -> No
     with torch.no_grad():
         whole = graph.backbone.logits(graph.backbone(given))
         for point in [*folded[::12], *graph.points[::25]]:
-            first, rest = cut(graph.capture, graph.liveness, graph.backbone.model, [point.index])
-            (logits,) = rest(*compact(first(*tensors(given).values()), rest.axes, torch.tensor([2, 0])))
+            segments = cut(graph.capture, graph.liveness, [point.index])
+            first, rest = (bind("python", segment, lambda name: graph.backbone.model) for segment in segments)
+            live = compact(first(*tensors(given).values()), segments[1].axes, torch.tensor([2, 0]))
+            (logits,) = rest(*live)
             _close(logits, whole[[2, 0]])
 
 
@@ -80,7 +83,7 @@ def test_folded_and_parallel_tensors_can_be_cut_anywhere(special: Special) -> No
 def test_padding_changes_no_branch(special: Special) -> None:
     branched = special.augment()
     assert {point.layout for point in branched.plan.points} == {"sequence"}
-    ids, mask = branched._backbone.sample["input_ids"][:1, :8], torch.ones(1, 8, dtype=torch.long)
+    ids, mask = branched.engine.backbone.sample["input_ids"][:1, :8], torch.ones(1, 8, dtype=torch.long)
     pad = branched.backbone.config.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
     longer = torch.cat([ids, torch.full((1, 5), pad or 0)], 1)
     padded = torch.cat([mask, torch.zeros(1, 5, dtype=torch.long)], 1)
@@ -105,7 +108,7 @@ def test_text_of_other_lengths_and_batches() -> None:
 def test_siglip2_takes_pictures_of_any_shape() -> None:
     special = next(s for s in SPECIAL if "Siglip2" in s.name)
     branched = special.augment()
-    sample = dict(branched._backbone.sample)
+    sample = dict(branched.engine.backbone.sample)
     sample["spatial_shapes"] = torch.tensor([[4, 4], [2, 3], [3, 5], [1, 8]])
     sample["pixel_attention_mask"] = (torch.arange(16) < sample["spatial_shapes"].prod(1, keepdim=True)).long()
     branched.operate(thresholds=2.0)
@@ -164,7 +167,7 @@ def test_inputs_that_do_not_fit_together_are_refused(two: ee.EarlyExitModel) -> 
 
 def test_a_sample_is_filled_up_to_four() -> None:
     given = {"x": torch.randn(1, 3, 4), "ids": torch.tensor([[5, 6, 7]]), "n": torch.tensor([2])}
-    filled = as_sample(given, batch_dims(given))
+    filled = Batch.of(given).sample().arguments
     assert [len(tensor) for tensor in filled.values()] == [4, 4, 4]
     assert len(filled["x"].unique(dim=0)) == 4
     assert filled["ids"].sort(1).values.unique(dim=0).tolist() == [[5, 6, 7]]
@@ -191,7 +194,7 @@ def test_memory_formats_dtypes_and_autocast_give_the_originals_own_logits(name: 
     model = copy.deepcopy(original(name))
     x = BY_NAME[name].sample(4)
     branched = ee.augment(model, 2, "fine", sample=x)
-    logits = branched._backbone.logits
+    logits = branched.engine.backbone.logits
 
     def check(x: Tensor) -> None:
         branched.operate(None)
@@ -224,10 +227,10 @@ def test_other_image_sizes_are_captured_once_and_those_the_model_refuses_say_so(
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
             _close(branched(x), branched.backbone(x))
-    assert len(branched._engine.programs) == 3
+    assert len(branched.engine.programs) == 3
     fixed = ee.augment(original("hf-ViT"), 2, sample=BY_NAME["hf-ViT"].sample())
     fixed.operate(thresholds=2.0)
-    with pytest.raises(ee.CaptureError, match=r"does not take inputs of shape .*48, 48.*interpolate_pos_encoding"):
+    with pytest.raises(ee.CaptureError, match=r"does not accept inputs of shape .*48, 48.*interpolate_pos_encoding"):
         fixed(torch.randn(2, 3, 48, 48))
 
 

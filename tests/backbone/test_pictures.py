@@ -89,7 +89,7 @@ def test_pictures_of_one_channel() -> None:
 def test_other_channels_than_the_known_means_are_of_are_refused() -> None:
     for model in (timm.create_model("test_resnet", in_chans=1), wrapper({"input_size": [3, 64, 64]}, in_chans=1)):
         assert sample_shape(model)[0] == 1
-        with pytest.raises(ee.DataError, match="does not say how pictures are prepared"):
+        with pytest.raises(ee.DataError, match="has no preprocessing settings"):
             picture_transform(Backbone(model))
 
 

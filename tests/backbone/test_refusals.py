@@ -113,11 +113,11 @@ def test_inputs_that_are_refused_are_told_from_those_that_are_taken(x: Tensor, m
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (BYTES, r"takes \(4, 3, 8, 8\) of torch.float32.*x\.float\(\) / 255"),
-        (torch.randn(2, 4, 3, 8, 8), r"takes \(16, 3, 8, 8\).*x\.flatten\(0, 1\)"),
-        (X.permute(0, 2, 3, 1), r"takes \(4, 3, 8, 8\).*x\.permute\(0, 3, 1, 2\)"),
-        (BYTES.permute(0, 2, 3, 1), r"takes \(4, 3, 8, 8\) of torch.float32.*permute.*255"),
-        (X[:, :1], "its pictures have 3 channels, not 1"),
+        (BYTES, r"accepts \(4, 3, 8, 8\) of torch.float32.*x\.float\(\) / 255"),
+        (torch.randn(2, 4, 3, 8, 8), r"accepts \(16, 3, 8, 8\).*x\.flatten\(0, 1\)"),
+        (X.permute(0, 2, 3, 1), r"accepts \(4, 3, 8, 8\).*x\.permute\(0, 3, 1, 2\)"),
+        (BYTES.permute(0, 2, 3, 1), r"accepts \(4, 3, 8, 8\) of torch.float32.*permute.*255"),
+        (X[:, :1], "its images have 3 channels, not 1"),
         (torch.randn(4, 7), "Possible causes: .*sample="),
     ],
 )
@@ -272,7 +272,7 @@ def test_inference_mode_around_any_verb_leaves_a_model_that_learns() -> None:
 def test_weights_made_in_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         model = _base()
-    with pytest.raises(ee.CaptureError, match=r"made under torch.inference_mode\(\)"):
+    with pytest.raises(ee.CaptureError, match=r"created under torch.inference_mode\(\)"):
         ee.inspect(model, X)
 
 

@@ -121,7 +121,7 @@ def test_changing_back_and_forth_captures_each_state_once() -> None:
         net.blocks[1].active.append("extra")
         assert torch.equal(branched(x), first)
     assert not torch.allclose(first, second)
-    assert len(branched._engine.programs) == 2
+    assert len(branched.engine.programs) == 2
     assert branched.receipt().unchanged
 
 
@@ -147,12 +147,12 @@ def test_flags_new_weights_and_dtypes_are_no_change_of_function() -> None:
     net.train()
     net.requires_grad_(False)
     branched(x)
-    assert len(branched._engine.programs) == 1
+    assert len(branched.engine.programs) == 1
     net.load_state_dict(deepcopy(net.state_dict()), assign=True)
     with torch.no_grad():
         net.head.bias.add_(1.0)
         torch.testing.assert_close(branched(x), deepcopy(net).eval()(x))
-    assert len(branched._engine.programs) == 1
+    assert len(branched.engine.programs) == 1
     assert branched.receipt().altered == ()
     assert branched.receipt().changed == ["head.bias"]
 
@@ -181,11 +181,11 @@ def test_attributes_that_a_call_itself_sets_are_no_change() -> None:
         with torch.no_grad():
             expected = net(x)  # the owner's call counts on
         torch.testing.assert_close(branched(x), expected)
-    assert len(branched._engine.programs) == 1
+    assert len(branched.engine.programs) == 1
     net[1].scale = 0.1  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     with torch.no_grad():
         torch.testing.assert_close(branched(x), net(x))
-    assert len(branched._engine.programs) == 2
+    assert len(branched.engine.programs) == 2
 
 
 def test_the_original_never_sees_what_running_sets() -> None:

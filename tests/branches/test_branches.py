@@ -50,7 +50,7 @@ def test_a_branch_gives_logits_confidence_and_its_macs(name: str, layout: str, c
             build(ee.BranchSpec(name), point, 5)
         return
     if name in NEEDS_SIZE and layout == "sequence":
-        with pytest.raises(ee.BranchError, match="features of one size"):
+        with pytest.raises(ee.BranchError, match="features of a fixed size"):
             build(ee.BranchSpec(name), point, 5)
         return
     spec, branch = resolve(ee.BranchSpec(name, confidence=confidence), point, 5, macs=10**7)
@@ -97,12 +97,12 @@ def test_users_add_their_own() -> None:
         def __init__(self, point: ExitPoint, num_classes: int, confidence: bool = False) -> None:
             super().__init__(point, num_classes, confidence, 8 * 36)
 
-        def vector(self, features: torch.Tensor) -> torch.Tensor:
+        def vector(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             return features.flatten(1)
 
     try:
         assert build(ee.BranchSpec("flat"), _POINT, 5)(torch.randn(2, 8, 6, 6)).logits.shape == (2, 5)
-        with pytest.raises(ee.ConfigError, match="registered already"):
+        with pytest.raises(ee.ConfigError, match="already registered"):
             ee.BRANCHES.register("flat")(Flat)
     finally:
         del ee.BRANCHES._items["flat"]

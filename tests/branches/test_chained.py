@@ -254,7 +254,7 @@ def test_training_fits_the_ensembles_last_and_only_where_asked() -> None:
 @pytest.mark.parametrize("bank", BANKS)
 def test_every_answer_is_the_chain_worked_out_by_hand(bank: str) -> None:
     made, x = model(bank), pictures()[:5]
-    features, logits = made.features(x)
+    features, logits = made.engine.features(x)
     own: list[Tensor] = []
     seen = made.all_exits(x)
     made.branches.eval()
@@ -267,7 +267,7 @@ def test_every_answer_is_the_chain_worked_out_by_hand(bank: str) -> None:
         expected = branch.classifier(vector)
         if isinstance(branch, ZtwBranch) and branch.ensemble is not None:
             mean = torch.stack([w.exp() * p for w, p in zip(branch.ensemble.weight, own, strict=True)]).mean(0)
-            expected = mean + branch.ensemble.bias
+            expected = mean + branch.ensemble.bias  # pyright: ignore[reportOperatorIssue]
         torch.testing.assert_close(seen[k], expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(seen[-1], logits)
 

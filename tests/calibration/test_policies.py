@@ -32,22 +32,10 @@ from ee_surgery.calibration.threshold_search import ThresholdSearch
 from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.policy import Fallback
 from ee_surgery.policies.scores import FITTED_SCORES, FittedScore
+from tests.strategies import records as drawn
+from tests.strategies import synthetic
 
 PRICES = np.geomspace(1e-3, 30, 64)
-
-
-def synthetic(n: int = 400, k: int = 4, classes: int = 5, seed: int = 0, ties: bool = False) -> ee.ExitRecords:
-    """Exits that get better with depth, their confidence informative."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (n,), generator=g)
-    hardness = torch.rand(n, generator=g)
-    logits = torch.randn(k, n, classes, generator=g)
-    for i in range(k):
-        logits[i, torch.arange(n), labels] += 4 * (0.4 + 0.6 * (i + 1) / k) * (1.2 - hardness)
-    if ties:
-        logits = logits.round()
-    trunk = tuple(int(100 * (i + 1) / k) for i in range(k))
-    return ee.ExitRecords(tuple(f"exit{i}" for i in range(k - 1)), logits, trunk, (3,) * (k - 1), labels)
 
 
 @pytest.mark.parametrize("name", ["max_prob", "margin", "entropy"])
@@ -98,9 +86,8 @@ def test_tail_accuracy_equals_brute_force(rows: list[tuple[int, bool]]) -> None:
         assert a.item() == pytest.approx(correct[score >= d].double().mean().item())
 
 
-@given(seed=st.integers(0, 1000), drop=st.sampled_from([0.0, 0.01, 0.05, 0.2]), ties=st.booleans())
-def test_cascade_rule_equals_its_definition(seed: int, drop: float, ties: bool) -> None:
-    records = synthetic(60, 3, seed=seed, ties=ties)
+@given(records=drawn(60, 3), drop=st.sampled_from([0.0, 0.01, 0.05, 0.2]))
+def test_cascade_rule_equals_its_definition(records: ee.ExitRecords, drop: float) -> None:
     point = ee.accuracy_drop_rule(records, drop, min_tail=0.1)
     scores = records.scores("max_prob")
     for k, tau in enumerate(point.thresholds):
@@ -123,10 +110,11 @@ def test_cascade_rule_ignores_a_lucky_few() -> None:
     assert loose.macs_fraction <= strict.macs_fraction
 
 
-@given(seed=st.integers(0, 1000), ties=st.booleans(), quotas=st.lists(st.integers(0, 30), min_size=3, max_size=3))
-def test_quotas_are_met_but_for_ties(seed: int, ties: bool, quotas: list[int]) -> None:
-    records = synthetic(50, 4, seed=seed, ties=ties)
-    policy = ee.ThresholdPolicy(quota_thresholds(records.scores("max_prob"), quotas))
+@given(records=drawn(50, 4), quotas=st.lists(st.integers(0, 30), min_size=3, max_size=3))
+def test_quotas_are_met_but_for_ties(records: ee.ExitRecords, quotas: list[int]) -> None:
+    scores = records.scores("max_prob")
+    ties = any(len(row.unique()) < len(row) for row in scores)
+    policy = ee.ThresholdPolicy(quota_thresholds(scores, quotas))
     left = torch.bincount(records.replay(policy).exit_index, minlength=4)
     here = 50
     for k, quota in enumerate(quotas):
@@ -137,9 +125,8 @@ def test_quotas_are_met_but_for_ties(seed: int, ties: bool, quotas: list[int]) -
         here -= int(left[k])
 
 
-@given(seed=st.integers(0, 1000), budget=st.floats(0.3, 1.1), ties=st.booleans())
-def test_geometric_budget_is_met_by_realised_exits(seed: int, budget: float, ties: bool) -> None:
-    records = synthetic(100, seed=seed, ties=ties)
+@given(records=drawn(100), budget=st.floats(0.3, 1.1))
+def test_geometric_budget_is_met_by_realised_exits(records: ee.ExitRecords, budget: float) -> None:
     point = ee.geometric_budget(records, budget)
     replay = records.replay(point.policy)
     assert replay.macs.mean().item() / records.base_macs <= budget + 1e-12
@@ -155,9 +142,8 @@ def test_an_impossible_budget_names_the_cheapest() -> None:
 
 
 @settings(max_examples=8)
-@given(seed=st.integers(0, 1000), drop=st.floats(0, 0.3), ties=st.booleans())
-def test_frontier_keeps_its_promises_by_realised_exits(seed: int, drop: float, ties: bool) -> None:
-    records = synthetic(80, seed=seed, ties=ties)
+@given(records=drawn(80), drop=st.floats(0, 0.3))
+def test_frontier_keeps_its_promises_by_realised_exits(records: ee.ExitRecords, drop: float) -> None:
     frontier = ee.Frontier.search(records, ["max_prob"])
     for point in frontier:
         again = replay_point(records, point.policy, point.rule)
@@ -179,9 +165,8 @@ def _grid(records: ee.ExitRecords) -> list[ee.OperatingPoint]:
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 200), ties=st.booleans())
-def test_the_sweep_comes_close_to_exhaustive_search(seed: int, ties: bool) -> None:
-    records = synthetic(16, 3, seed=seed, ties=ties)
+@given(records=drawn(16, 3))
+def test_the_sweep_comes_close_to_exhaustive_search(records: ee.ExitRecords) -> None:
     every = _grid(records)
     found = ThresholdSearch(records).sweep(PRICES).values()
     for price in (0.1, 0.5, 1.0, 2.0):
@@ -262,9 +247,8 @@ def test_expected_accuracy_is_nearer_to_new_data_than_realised_accuracy() -> Non
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 200), drop=st.sampled_from([0.0, 0.05, 0.1]), ties=st.booleans())
-def test_realised_drop_is_met_at_about_the_lowest_cost_there_is(seed: int, drop: float, ties: bool) -> None:
-    records = synthetic(24, 3, seed=seed, ties=ties)
+@given(records=drawn(24, 3), drop=st.sampled_from([0.0, 0.05, 0.1]))
+def test_realised_drop_is_met_at_about_the_lowest_cost_there_is(records: ee.ExitRecords, drop: float) -> None:
     point = ee.realised_drop(records, drop)
     replay = records.replay(point.policy)
     assert records.base_accuracy - replay.correct.double().mean().item() <= drop + 1e-12

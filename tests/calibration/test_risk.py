@@ -20,7 +20,7 @@ from ee_surgery.calibration import bounds
 from ee_surgery.calibration import risk as rc
 from ee_surgery.calibration.records import replay_point
 from ee_surgery.policies.certificate import Certificate
-from tests.calibration.test_policies import synthetic
+from tests.strategies import synthetic
 
 CERTIFYING = [(name, method) for name in rc.RISKS for method in rc.RISKS[name].scale.methods() if method != "crc"]
 
@@ -358,8 +358,8 @@ def test_labels_are_needed_only_where_they_are() -> None:
         ({"eps": 1.0}, "must be a number in .*got 1.0"),
         ({"eps": math.nan}, "must be a number in .*got nan"),
         ({"delta": 1.5}, "must be a number in .* 1.5"),
-        ({"method": "ltt-binomal"}, "These fit: 'ltt-binomial'"),
-        ({"method": "ltt-binomial", "risk": "accuracy_gap"}, "for the losses.*These fit: 'ltt-paired', 'wsr'"),
+        ({"method": "ltt-binomal"}, "Valid: 'ltt-binomial'"),
+        ({"method": "ltt-binomial", "risk": "accuracy_gap"}, "does not fit the losses.*Valid: 'ltt-paired', 'wsr'"),
         ({"risk": "disagrement"}, "Did you mean 'disagreement'"),
         ({"score": "max_porb"}, "Did you mean 'max_prob'"),
     ],
@@ -370,7 +370,7 @@ def test_bad_settings_are_named(settings: dict, message: str) -> None:
 
 
 def test_a_handful_of_records_cannot_be_split() -> None:
-    with pytest.raises(ee.DataError, match="got 3 records"):
+    with pytest.raises(ee.DataError, match="got only 3 records"):
         rc.risk_control(synthetic(3), 0.1, per_exit=True)
 
 
@@ -431,7 +431,7 @@ def test_the_table_knows_what_the_records_know(risk: str, method: str) -> None:
 
 
 def test_only_whole_losses_make_a_table() -> None:
-    with pytest.raises(ee.ConfigError, match="'brier_gap' are no whole numbers"):
+    with pytest.raises(ee.ConfigError, match="'brier_gap' are not integers"):
         rc.risk_table(synthetic(100), "brier_gap")
 
 

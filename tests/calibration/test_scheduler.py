@@ -18,7 +18,9 @@ from ee_surgery.calibration.budget import quota_thresholds
 from ee_surgery.calibration.classwise import ClassThresholds, class_thresholds
 from ee_surgery.calibration.eenet import EENetScore, _Scheduler, eenet_scheduler
 from ee_surgery.calibration.temperature import expected_calibration_error, scale_temperatures
-from tests.calibration.test_policies import auc, synthetic
+from tests.calibration.test_policies import auc
+from tests.strategies import records as drawn
+from tests.strategies import synthetic
 
 # --- EENet's scheduler
 
@@ -134,11 +136,8 @@ def test_the_score_learns_which_answers_not_to_trust() -> None:
 
 
 @settings(max_examples=10)
-@given(
-    seed=st.integers(0, 1000), drop=st.sampled_from([0.0, 0.02, 0.1, 1.0]), ties=st.booleans(), tail=st.integers(1, 30)
-)
-def test_class_thresholds_equal_their_definition(seed: int, drop: float, ties: bool, tail: int) -> None:
-    records = synthetic(150, 3, seed=seed, ties=ties)
+@given(records=drawn(150, 3), drop=st.sampled_from([0.0, 0.02, 0.1, 1.0]), tail=st.integers(1, 30))
+def test_class_thresholds_equal_their_definition(records: ee.ExitRecords, drop: float, tail: int) -> None:
     point = class_thresholds(records, drop, min_tail=tail)
     p = torch.softmax(records.logits, -1).amax(-1)
     answers = records.logits.argmax(-1)

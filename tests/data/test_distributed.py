@@ -153,7 +153,7 @@ def test_the_same_number_of_processes_resumes_to_the_bit_though_samples_are_rand
 
 def test_another_original_in_another_process_is_refused(two: list[dict[str, Any]]) -> None:
     for results in two:
-        assert results["another original"].startswith("Process 1 has another original than process 0")
+        assert results["another original"].startswith("Process 1 has a different original from process 0")
 
 
 def test_one_process_prints_and_writes(one: dict[str, Any], two: list[dict[str, Any]]) -> None:

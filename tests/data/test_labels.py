@@ -89,9 +89,9 @@ BAD = {
     "floats": (torch.tensor([0.0, 1.0, 2.0, 3.0]), r"torch.float32.*labels.long\(\)"),
     "a column of floats": (torch.tensor([[0.0], [1.0], [2.0], [3.0]]), r"labels.long\(\)"),
     "not a number": (torch.full((4,), torch.nan), "class numbers"),
-    "several classes": (torch.tensor([[1, 1, 0, 0]] * 4), "each row of sum 1"),
-    "no probabilities": (torch.full((4, 4), torch.nan), "each row of sum 1"),
-    "negative probabilities": (torch.tensor([[2.0, -1.0, 0.0, 0.0]] * 4), "each row of sum 1"),
+    "several classes": (torch.tensor([[1, 1, 0, 0]] * 4), "each row summing to 1"),
+    "no probabilities": (torch.full((4, 4), torch.nan), "each row summing to 1"),
+    "negative probabilities": (torch.tensor([[2.0, -1.0, 0.0, 0.0]] * 4), "each row summing to 1"),
     "logits of fewer classes": (torch.zeros(4, 3), r"shape \(4, 3\)"),
     "another length": (torch.tensor([0, 1, 2]), "4 inputs but 3 labels"),
     "a number": (torch.tensor(3), "4 inputs but a single number"),
@@ -238,7 +238,7 @@ def test_a_class_map_says_what_the_labels_are(verb: str) -> None:
     assert ee.evaluate(coded(), ten_folders(), class_map=IMAGENETTE).original_accuracy == 1
     with pytest.warns(UserWarning, match="Is class_map= right"):
         ee.record(coded(), ten_folders(), class_map=range(10))
-    with pytest.raises(ee.DataError, match=r"below 3|nothing about label"):
+    with pytest.raises(ee.DataError, match=r"below 3|no entry for label"):
         VERBS[verb](coded(), ten_folders(), class_map=IMAGENETTE[:3])
 
 
@@ -262,7 +262,7 @@ def test_an_untrained_model_on_labels_of_all_its_classes_is_warned_of_not_refuse
     answers, truth = torch.randint(4, (256,), generator=g), torch.randint(4, (256,), generator=g)
     assert strangers(answers, truth, 4) is None
     assert strangers(torch.zeros(256, dtype=torch.long), truth, 4) is None
-    with pytest.warns(UserWarning, match="is it trained"):
+    with pytest.warns(UserWarning, match="Is it trained"):
         ee.record(small(), [(torch.randn(256, 3, 8, 8), truth)])
 
 

@@ -30,7 +30,7 @@ def test_measuring_counts_macs_states_the_environment_and_leaves_a_training_orig
     assert "MALLOC_TRIM_THRESHOLD_=" in str(result)
     assert model_with_exits.receipt().unchanged
     assert all(module.training for module in model.modules())
-    with pytest.raises(ee.DataError, match="no batch of 4"):
+    with pytest.raises(ee.DataError, match="a batch of 4"):
         measure(model_with_exits, torch.randn(3, 3, 32, 32), batch_size=4)
 
 

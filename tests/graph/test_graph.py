@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ee_surgery as ee
-from ee_surgery.graph.segments import compact, cut
+from ee_surgery.graph.backends.base import Run, bind
+from ee_surgery.graph.segments import Segment, compact, cut
 from tests.zoo import EVERY, Entry, graph, original
 
 
@@ -59,6 +60,10 @@ def test_points_are_legal_ordered_and_cost_more_and_more(entry: Entry) -> None:
     assert all(point.name.partition("@")[0] in modules for point in found.points)
 
 
+def _run(segment: Segment, entry: Entry) -> Run:
+    return bind("python", segment, lambda name: original(entry.name))
+
+
 @pytest.mark.parametrize("entry", EVERY)
 def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(entry: Entry) -> None:
     found = graph(entry.name)
@@ -66,9 +71,9 @@ def test_every_block_can_be_cut_alone_with_samples_leaving_and_changing_places(e
     with torch.no_grad():
         whole = found.backbone.logits(found.backbone(x))
         for point in found.blocks[:: max(1, len(found.blocks) // 6)]:
-            first, rest = cut(found.capture, found.liveness, original(entry.name), [point.index])
-            live = compact(first(x), rest.axes, torch.tensor([2, 0]))
-            (logits,) = rest(*live)
+            first, rest = cut(found.capture, found.liveness, [point.index])
+            live = compact(_run(first, entry)(x), rest.axes, torch.tensor([2, 0]))
+            (logits,) = _run(rest, entry)(*live)
             torch.testing.assert_close(
                 logits, whole[[2, 0]], rtol=1e-3, atol=1e-4, msg=lambda m, p=point: f"{p.name}: {m}"
             )
@@ -84,8 +89,9 @@ def test_legal_points_inside_blocks_can_be_cut_too(entry: Entry) -> None:
     with torch.no_grad():
         whole = found.backbone.logits(found.backbone(x))
         for point in inside[:: max(1, len(inside) // 40)]:
-            first, rest = cut(found.capture, found.liveness, original(entry.name), [point.index])
-            (logits,) = rest(*compact(first(x), rest.axes, torch.tensor([2, 0])))
+            first, rest = cut(found.capture, found.liveness, [point.index])
+            live = compact(_run(first, entry)(x), rest.axes, torch.tensor([2, 0]))
+            (logits,) = _run(rest, entry)(*live)
             refused += not torch.allclose(logits, whole[[2, 0]], rtol=1e-3, atol=1e-4)
     assert refused == 0
 

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 import ee_surgery as ee
 from ee_surgery.branches.shortcut import ShortcutBranch
 from ee_surgery.graph.shortcut import TAIL, named, pieces, within
+from tests import zoo
 from tests.zoo import BY_NAME, EVERY, TEXTS, Entry
 
 
@@ -23,16 +24,14 @@ def shortcut(**options: int | float | str) -> ee.BranchSpec:
     return ee.BranchSpec("shortcut", options=options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def graph() -> ee.ModelGraph:
-    torch.manual_seed(0)
-    return ee.inspect(BY_NAME["cifar-resnet20"].make().eval(), torch.randn(3, 3, 32, 32))
+    return zoo.graph("cifar-resnet20")
 
 
 def fresh(exits: list[str] | None = None, **options: int | float | str) -> ee.EarlyExitModel:
-    torch.manual_seed(0)
-    model = BY_NAME["cifar-resnet20"].make().eval()
-    return ee.augment(model, exits or ["layer1.0"], branch=shortcut(**options), sample=torch.randn(3, 3, 32, 32))
+    found = zoo.graph("cifar-resnet20")
+    return ee.attach(found, ee.place(found, exits or ["layer1.0"]), shortcut(**options))
 
 
 # --- which way it takes
@@ -89,9 +88,7 @@ def test_what_cannot_be_is_said(graph: ee.ModelGraph) -> None:
 
 @pytest.mark.parametrize("entry", EVERY)
 def test_with_all_blocks_it_is_the_original(entry: Entry) -> None:
-    torch.manual_seed(0)
-    model, x = entry.make().eval(), entry.sample()
-    graph = ee.inspect(model, x)
+    graph, x = zoo.graph(entry.name), entry.sample()
     point = next(p for p in graph.blocks if p.macs_fraction > 0.1)
     every = " ".join(piece.name for piece in pieces(graph, point) if piece.optional)
     plan = ee.ExitPlan(graph.backbone.model_id, "by hand", (point,))
@@ -116,9 +113,8 @@ def test_texts_take_their_mask_along(special: object) -> None:
 
 def test_routed_equals_replayed_and_every_live_tensor_is_compacted() -> None:
     for name in ("cifar-resnet20", "densenet121", "hrnet_w18_small"):
-        torch.manual_seed(0)
-        x = BY_NAME[name].sample(6)
-        branched = ee.augment(BY_NAME[name].make().eval(), 2, branch=shortcut(budget=1.0), sample=x[:3])
+        x, found = BY_NAME[name].sample(6), zoo.graph(name)
+        branched = ee.attach(found, ee.place(found, 2), shortcut(budget=1.0))
         answers = branched.all_exits(x)
         top = answers[0].softmax(-1).amax(-1)
         branched.operate(thresholds=top.median().item())
@@ -147,7 +143,7 @@ def test_code_for_sizes_long_gone_is_gone_too() -> None:
     branched.operate(thresholds=[0.0])
     given = {size: torch.randn(2, 3, size, size) for size in range(16, 36, 2)}
     answers = {size: branched.all_exits(x)[0] for size, x in given.items()}
-    assert 1 < len(branch._ways) <= len(branched._engine.programs) < len(given)
+    assert 1 < len(branch._ways) <= len(branched.engine.programs) < len(given)
     for size in (16, 18):  # those that are gone are written anew
         assert torch.equal(branched(given[size]), answers[size])
     small = given[16]
@@ -195,7 +191,7 @@ def test_the_same_seed_gives_the_same_branch_and_a_confidence_unit_reads_its_log
     branched = ee.augment(
         fresh().unload(), ["layer1.0"], branch=ee.BranchSpec("shortcut", True, {"budget": 0.5}), sample=x
     )
-    answer = branched.answers(x)[0][0]
+    answer = branched.engine.answers(x)[0][0]
     assert answer.confidence is not None
     assert answer.confidence.shape == (2,)
     assert torch.equal(fresh(budget=0.5).all_exits(x)[0], answer.logits)

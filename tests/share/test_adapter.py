@@ -99,21 +99,21 @@ DAMAGE = {
     "no weights": (lambda f: (f / "ee_adapter.safetensors").unlink(), "missing or damaged"),
     "truncated config": (lambda f: _truncate(f / "config.json"), "missing or damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "missing or damaged"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "contains a list"),
     "a field gone": (lambda f: edit(f, lambda d: d.pop("exits")), "damaged: 'exits': Field required"),
     "other fingerprint": (
         lambda f: edit(f, lambda d: d["base"].update(fingerprint="0" * 64)),
         "do not belong together",
     ),
     "other format": (lambda f: edit(f, lambda d: d.update(format_version=99)), "format '99'.*upgrade"),
-    "fewer exits": (lambda f: edit(f, lambda d: d["exits"].pop()), "nothing takes"),
+    "fewer exits": (lambda f: edit(f, lambda d: d["exits"].pop()), "does not use"),
     "unknown exit": (
         lambda f: edit(f, lambda d: d["exits"][0].update(name="layer7")),
         "No exit point 'layer7'",
     ),
     "other branch": (
         lambda f: edit(f, lambda d: d["exits"][0]["branch"].update(name="mlp")),
-        "holds no tensor|has shape|nothing takes",
+        "has no tensor|has shape|does not use",
     ),
 }
 
@@ -128,7 +128,7 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ee.HubError, match=r"not a folder here\): it is no repository id such as user/name"):
+    with pytest.raises(ee.HubError, match=r"not a folder here\): it is not a repository id such as user/name"):
         ee.from_pretrained(tmp_path / "nothing")
 
 
@@ -155,7 +155,7 @@ def test_no_folder_is_read_because_an_adapter_names_it(tmp_path: Path) -> None:
 
     base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
     folder = ee.augment(base, 2).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ee.AdapterError, match=r"no files are read because an adapter says so.*model="):
+    with pytest.raises(ee.AdapterError, match=r"an adapter may not name files to read.*model="):
         ee.from_pretrained(folder)
     assert ee.from_pretrained(folder, base).receipt().unchanged
 
@@ -168,7 +168,7 @@ def test_a_timm_base_that_cannot_be_fetched_says_so(tmp_path: Path, monkeypatch:
         raise OSError("no network")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ee.AdapterError, match=r"could not be made by timm: no network.*model="):
+    with pytest.raises(ee.AdapterError, match=r"timm could not create the base .*no network.*model="):
         ee.from_pretrained(folder)
 
 

@@ -189,7 +189,7 @@ def test_the_tables_say_what_the_folder_says(labelled: bool, tmp_path: Path) -> 
     tables, point, measured = parts(folder), config.operating_point, config.provenance["evaluation"]
     assert point is not None
     kind = "accuracy" if labelled else "agreement with the original"
-    assert tables["Measured"][0] == ["exit", "samples that left there", f"their {kind}"]
+    assert tables["Measured"][0] == ["exit", "share of samples", f"their {kind}"]
     for row, share, accuracy in zip(
         tables["Measured"][1:], measured["exit_shares"], measured["exit_accuracies"], strict=True
     ):
@@ -266,15 +266,15 @@ def test_what_was_not_measured_is_not_there(tmp_path: Path) -> None:
         "": "",
         "score": "`max_prob`",
         "thresholds": "0.9, 0.9",
-        "who never left gets the answer of": "the last exit",
+        "fallback for samples that never exit early": "the last exit",
     }
-    assert "Chosen by `by hand`." in (folder / "README.md").read_text()
+    assert "Rule: `by hand`." in (folder / "README.md").read_text()
 
 
 def test_an_evaluation_of_another_operating_point_is_left_out(tmp_path: Path) -> None:
     branched = made("plain", "everything")
     branched.operate(thresholds=0.5)
-    with pytest.warns(UserWarning, match="another operating point"):
+    with pytest.warns(UserWarning, match="different operating point"):
         folder = branched.save_pretrained(tmp_path / "exits")
     assert "## Measured" not in (folder / "README.md").read_text()
     assert ModelCard.load(folder / "README.md").data.eval_results is None
@@ -282,7 +282,7 @@ def test_an_evaluation_of_another_operating_point_is_left_out(tmp_path: Path) ->
     assert "## Measured" in (branched.save_pretrained(folder) / "README.md").read_text()
     with branched.exits_disabled():  # the original was evaluated, not what is stored
         ee.evaluate(branched, data(branched))
-    with pytest.warns(UserWarning, match="another operating point"):
+    with pytest.warns(UserWarning, match="different operating point"):
         branched.save_pretrained(folder)
 
 
@@ -326,13 +326,13 @@ def test_a_certificate_is_stated(tmp_path: Path) -> None:
 
 
 BAD = [
-    ({"licence": "mit"}, "knows no 'licence'. Did you mean 'license'.*eval_split"),
-    ({"license": 3}, "license of a model card is text, got 3"),
+    ({"licence": "mit"}, "has no field 'licence'. Did you mean 'license'.*eval_split"),
+    ({"license": 3}, "license of a model card must be text, got 3"),
     ({"datasets": ["cifar10", 5]}, "text or a list of it"),
     ({"tags": ["a\nb"]}, "tags of a model card"),
-    ({"license": ["mit"]}, "license of a model card is text, got"),
-    ({"repo_id": "a/b/c"}, "repo_id of a model card: 'a/b/c' is no name on the Hub"),
-    ({"datasets": ["no good"]}, "'no good' is no name on the Hub"),
+    ({"license": ["mit"]}, "license of a model card must be text, got"),
+    ({"repo_id": "a/b/c"}, "repo_id of a model card: 'a/b/c' is not a valid Hub id"),
+    ({"datasets": ["no good"]}, "'no good' is not a valid Hub id"),
     ({"eval_task": "default"}, "eval_dataset="),
 ]
 
@@ -386,7 +386,7 @@ def test_numbers_that_were_loaded_are_their_authors_until_they_are_measured_agai
     assert "## Trade-offs\n\nStated by theirs; not calibrated again since." in card.text
     assert "## Operating point\n\nStated by theirs; not calibrated again since." in card.text
     assert "## Training\n\nStated by theirs; not trained again since." in card.text
-    assert "(data that were not named)" in card.text
+    assert "(data set not named)" in card.text
     assert "my/data" not in card.text
     assert "stated" not in "".join(row[0] for row in parts(mine)["Training"])
     again = ee.from_pretrained(mine, base("plain"))  # and then by another
@@ -542,7 +542,7 @@ def test_the_card_command_needs_no_base(tmp_path: Path) -> None:
     assert "README.md" in out
     data = ModelCard.load(folder / "README.md").data
     assert (data.license, data.datasets) == ("mit", ["cifar10", "user/data"])
-    assert "no name on the Hub" in _run("card", str(folder), "--repo-id", "a b", code=1)
+    assert "not a valid Hub id" in _run("card", str(folder), "--repo-id", "a b", code=1)
     assert "No adapter folder" in _run("card", str(tmp_path / "none"), code=1)
 
 
@@ -550,9 +550,9 @@ def test_inspect_shows_the_exits_of_an_adapter(tmp_path: Path) -> None:
     branched = made("plain", "frontier")
     out = _run("inspect", str(branched.save_pretrained(tmp_path / "exits")))
     assert all(name in out for name in branched.exits)
-    assert "nothing leaves early" in out
+    assert "no sample leaves early" in out
     (tmp_path / "empty").mkdir()
-    assert "Cannot make" in _run("inspect", str(tmp_path / "empty"), code=1)
+    assert "Cannot create" in _run("inspect", str(tmp_path / "empty"), code=1)
 
 
 def test_push_and_pull_through_the_hub(hub: Hub, tmp_path: Path) -> None:
@@ -566,7 +566,7 @@ def test_push_and_pull_through_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert all(name in out for name in branched.exits)
     assert ee.from_pretrained(tmp_path / "copy", base("plain")).exits == branched.exits
     assert not list(tmp_path.glob("*.partial"))
-    assert "there already" in _run("pull", "user/name", "--out", str(tmp_path / "copy"), code=1)
+    assert "already exists" in _run("pull", "user/name", "--out", str(tmp_path / "copy"), code=1)
     assert branched.exits[0] in _run("inspect", "user/name")  # an adapter, by its name on the Hub
     assert "HubError" in _run("pull", "user/nothing", code=1)
     assert "No adapter folder" in _run("push", str(tmp_path / "none"), "user/other", code=1)

@@ -455,14 +455,14 @@ def test_names_of_a_models_modules_are_text_on_screen_and_in_plots(tmp_path: Pat
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if visible(text) != text or not text.strip()])
 def test_a_card_is_told_visible_text_only(text: str) -> None:
-    with pytest.raises(ee.ConfigError, match="eval_name of a model card is text"):
+    with pytest.raises(ee.ConfigError, match="eval_name of a model card must be text"):
         CardInfo.of({"eval_name": text})
 
 
 def test_what_an_earlier_card_was_told_wrongly_does_not_keep_one_from_being_written() -> None:
     config, _ = adapter()
     told = {"license": 3, "tags": ["good"], "repo_id": "a/b/c", "eval_task": "task", "unknown": "x", "language": [ALL]}
-    with pytest.warns(ee.SurgeryWarning, match="Left out of the earlier card") as found:
+    with pytest.warns(ee.SurgeryWarning, match="earlier card is left out") as found:
         info = CardInfo.stored(replace(config, provenance={"card": told}), {})
     assert info == CardInfo(tags=("good",))
     assert len(found) == 4

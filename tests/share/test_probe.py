@@ -113,9 +113,9 @@ def test_the_same_tensors_under_another_computation_are_refused(name: str, tmp_p
     folder = _saved(make(), tmp_path)
     other = make(**options).eval()
     assert ee.from_pretrained(folder, make().eval()).exits
-    with pytest.raises(ee.FingerprintError, match=r"computes something else: .*(probe differ by up to|does not take)"):
+    with pytest.raises(ee.FingerprintError, match=r"something different: .*(probe differ by up to|does not accept)"):
         ee.from_pretrained(folder, other)
-    with pytest.warns(UserWarning, match=r"computes something else.*other_base=True"):
+    with pytest.warns(UserWarning, match=r"computes something different.*other_base=True"):
         loaded = ee.from_pretrained(folder, other, other_base=True)
     assert "other_base" in loaded.provenance
 
@@ -163,7 +163,7 @@ def test_a_base_without_a_head_is_probed_by_its_features(tmp_path: Path) -> None
     probe = json.loads((folder / "config.json").read_text())["probe"]
     assert [len(row) for row in probe["logits"]] == [32, 32]
     assert ee.from_pretrained(folder, make()).exits
-    with pytest.raises(ee.FingerprintError, match="computes something else"):
+    with pytest.raises(ee.FingerprintError, match="computes something different"):
         ee.from_pretrained(folder, make(num_attention_heads=2))
 
 
@@ -201,5 +201,5 @@ def test_a_base_saved_along_is_probed_too(tmp_path: Path) -> None:
     config = ee.TrainConfig(epochs=1, batch_size=8, progress=False)
     folder = ee.train(branched, data, config, joint=True).model.save_pretrained(tmp_path)
     assert ee.from_pretrained(folder, Net().eval()).own_base
-    with pytest.raises(ee.FingerprintError, match="computes something else"):
+    with pytest.raises(ee.FingerprintError, match="computes something different"):
         ee.from_pretrained(folder, Net(act=nn.GELU).eval())

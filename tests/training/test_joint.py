@@ -44,12 +44,12 @@ def test_joint_training_changes_a_copy_and_leaves_the_given_model_as_it_was(name
     assert not model.training
     torch.testing.assert_close(branched.all_exits(x), before, rtol=0, atol=0)
     assert trained.receipt().unchanged  # of its own base
-    assert trained.original is not model
-    changed = [n for n, p in trained.original.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+    assert trained.backbone is not model
+    changed = [n for n, p in trained.backbone.named_parameters() if not torch.equal(p, model.get_parameter(n))]
     assert len(changed) > 0.9 * len(list(model.parameters()))
     # what is recorded runs through the stages, and those hold the new weights
     with torch.no_grad():
-        torch.testing.assert_close(trained.all_exits(x)[-1], trained.original(x), rtol=0, atol=0)
+        torch.testing.assert_close(trained.all_exits(x)[-1], trained.backbone(x), rtol=0, atol=0)
 
 
 def test_batchnorm_of_the_copy_learns_in_training_mode() -> None:
@@ -57,8 +57,8 @@ def test_batchnorm_of_the_copy_learns_in_training_mode() -> None:
     trained = ee.train(branched, _data(), CONFIG, joint=True).model
     moved = [
         n
-        for n, b in trained.original.named_buffers()
-        if "running" in n and not torch.equal(b, branched.original.get_buffer(n))
+        for n, b in trained.backbone.named_buffers()
+        if "running" in n and not torch.equal(b, branched.backbone.get_buffer(n))
     ]
     assert moved
 
@@ -68,7 +68,7 @@ def test_every_objective_teaches_the_original_too(objective: str) -> None:
     spec = ee.BranchSpec("pool", confidence=True)
     branched = ee.augment(_model(), 2, branch=spec, sample=torch.zeros(1, 3, 32, 32))
     trained = ee.train(branched, _data(), replace(CONFIG, objective=objective), joint=True).model
-    assert not torch.equal(trained.original.get_parameter("fc.weight"), branched.original.get_parameter("fc.weight"))
+    assert not torch.equal(trained.backbone.get_parameter("fc.weight"), branched.backbone.get_parameter("fc.weight"))
 
 
 def test_a_joint_base_is_saved_whole_and_loaded_onto_the_architecture(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_joint_base_is_saved_whole_and_loaded_onto_the_architecture(tmp_path: 
         torch.testing.assert_close(again.all_exits(x), trained.all_exits(x), rtol=0, atol=0)
         assert again.own_base
     assert all(torch.equal(p, before[n]) for n, p in skeleton.named_parameters())
-    with pytest.raises(ee.AdapterError, match="holds no tensor"):
+    with pytest.raises(ee.AdapterError, match="has no tensor"):
         ee.from_pretrained(folder, timm.create_model("test_vit", num_classes=5, img_size=32))
 
 
@@ -107,7 +107,7 @@ def test_joint_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     settings = replace(CONFIG, epochs=2, schedule="constant", checkpoint_dir=str(tmp_path))
     ee.train(branched, _data(), settings, joint=True)
     again = ee.train(branched, _data(), settings, joint=True).model  # nothing left to do: the checkpoint's weights
-    for (name, a), (_, b) in zip(whole.original.state_dict().items(), again.original.state_dict().items(), strict=True):
+    for (name, a), (_, b) in zip(whole.backbone.state_dict().items(), again.backbone.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -129,7 +129,7 @@ def test_every_preset_runs_frozen_from_one_line(name: str) -> None:
         calibrate=_data(),
         config=config,
     )
-    assert branched.original is model
+    assert branched.backbone is model
     assert branched.receipt().unchanged
     assert branched.frontier is not None
     assert branched.operate(branched.frontier[0]) is not None
@@ -145,7 +145,7 @@ def test_presets_that_train_the_original_do_so_when_asked(name: str) -> None:
     branched = ee.augment(
         model, 2, preset=name, joint=True, sample=torch.zeros(1, 3, 32, 32), train=_data(), config=config
     )
-    assert branched.original is not model
+    assert branched.backbone is not model
     assert branched.own_base
 
 
@@ -189,9 +189,9 @@ def test_only_parameters_that_require_gradients_learn() -> None:
     branched = ee.augment(model, 2, sample=torch.zeros(1, 3, 32, 32))
     config = replace(CONFIG, epochs=3, ema=0.5, weight_decay=0.1)
     trained = ee.train(branched, _data(), config, joint=True).model
-    changed = {n for n, p in trained.original.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    changed = {n for n, p in trained.backbone.named_parameters() if not torch.equal(p, model.get_parameter(n))}
     assert changed == trainable
-    assert {n for n, p in trained.original.named_parameters() if p.requires_grad} == trainable
+    assert {n for n, p in trained.backbone.named_parameters() if p.requires_grad} == trainable
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
@@ -202,7 +202,7 @@ def test_norms_with_frozen_parameters_keep_their_statistics(ema: float) -> None:
         model.get_submodule(name).requires_grad_(False)
     branched = ee.augment(model, 2, sample=torch.zeros(1, 3, 32, 32))
     trained = ee.train(branched, _data(), replace(CONFIG, ema=ema), joint=True).model
-    for name, tensor in trained.original.state_dict().items():
+    for name, tensor in trained.backbone.state_dict().items():
         same = torch.equal(tensor, model.state_dict()[name])
         assert same == (name.split(".")[0] in frozen), name
 
@@ -212,7 +212,7 @@ def test_modules_that_their_owner_put_in_eval_mode_stay_there() -> None:
     model.get_submodule("layer2").eval()
     branched = ee.augment(model, 2, sample=torch.zeros(1, 3, 32, 32))
     trained = ee.train(branched, _data(), CONFIG, joint=True).model
-    for name, buffer in trained.original.named_buffers():
+    for name, buffer in trained.backbone.named_buffers():
         if "running" in name:
             assert torch.equal(buffer, model.get_buffer(name)) == name.startswith("layer2"), name
 
@@ -261,7 +261,7 @@ def test_trainings_and_calls_leave_no_tensors_behind(joint: bool) -> None:
         counts.append(alive())
     assert counts[1] == counts[2]
     for _ in range(3):
-        trained.original(torch.randn(3, 3, 32, 32))
+        trained.backbone(torch.randn(3, 3, 32, 32))
     assert alive() == counts[2]
 
 

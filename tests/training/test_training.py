@@ -329,7 +329,7 @@ def test_checkpoints_of_other_settings_or_none_are_refused(tmp_path: Path) -> No
     with pytest.raises(ee.TrainingError, match=r"lr: 0\.001 there, 0\.5 now"):
         ee.train(small(), blobs(64), other)
     (tmp_path / checkpoint.FILE).write_bytes(b"torn")
-    with pytest.raises(ee.TrainingError, match="no checkpoint of this version"):
+    with pytest.raises(ee.TrainingError, match="not a checkpoint of this version"):
         ee.train(small(), blobs(64), config)
 
 
@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_never_resumed(tmp_path: Pat
         damages.append(whole[:place] + bytes([whole[place] ^ 1 << random.randrange(8)]) + whole[place + 1 :])
     for damage in damages:
         path.write_bytes(damage)
-        with pytest.raises(ee.TrainingError, match=rf"{path} is no checkpoint of this version, or was damaged.*Remove"):
+        with pytest.raises(ee.TrainingError, match=rf"{path} is not a checkpoint .*or is damaged.*Remove"):
             checkpoint.load(tmp_path, {"lr": 1})
     torch.save(state, path)  # as older versions wrote them
     with pytest.raises(ee.TrainingError, match=r"does not end in a digest.*Remove it .*another checkpoint_dir"):
@@ -433,8 +433,10 @@ def test_features_kept_on_disk_teach_the_same(
         torch.manual_seed(0)
         branched = small(branch="dropping")
         branched.backbone.to(memory_format=format)  # pyright: ignore[reportArgumentType]
-        run, calls = branched.features, []
-        monkeypatch.setattr(branched, "features", lambda *args, run=run, calls=calls: (calls.append(1), run(*args))[1])
+        run, calls = branched.engine.features, []
+        monkeypatch.setattr(
+            branched.engine, "features", lambda *args, run=run, calls=calls: (calls.append(1), run(*args))[1]
+        )
         config = ee.TrainConfig(
             epochs=5, batch_size=16, views=2, cutmix=1.0, accumulate=accumulate, lr=1e-2, validation=0,
             checkpoint_dir=str(tmp_path / str(worth)), distill_from=0.5,
@@ -446,8 +448,8 @@ def test_features_kept_on_disk_teach_the_same(
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert runs[1] == 2 * 6 + 1  # two passes of six batches, one of them timed
     printed = capsys.readouterr().out
-    assert "features are not kept" in printed
-    assert "features of 2 passes are kept" in printed
+    assert "features are not cached" in printed
+    assert "features of 2 passes are cached" in printed
 
 
 def test_features_that_do_not_fit_are_not_kept(
