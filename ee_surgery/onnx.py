@@ -280,7 +280,7 @@ def _on_onnxruntime(path: str) -> Runner:
 
 
 def _metadata(text: str | None, path: object) -> dict[str, Any]:
-    """The metadata, checked: a file is data of whoever wrote it."""
+    """The metadata, checked: a file may come from anyone."""
     if text is None or len(text) > _LIMIT:
         raise OnnxError(f"{path} was not written by ee_surgery: it has no metadata {METADATA!r}.")
     try:

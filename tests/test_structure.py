@@ -97,7 +97,7 @@ def test_choices_are_read_off_the_literals_that_say_them() -> None:
                 assert not isinstance(known[0], (ast.Tuple, ast.List, ast.Set)), f"{path}:{node.lineno}: use get_args"
 
 
-HEAVY = ("torch", "numpy", "scipy.stats", "scipy.optimize", "torchvision", "timm", "transformers", "datasets", "matplotlib", "accelerate",
+HEAVY = ("torch", "numpy", "scipy", "torchvision", "timm", "transformers", "datasets", "matplotlib", "accelerate",
          "pydantic", "typer", "jinja2", "IPython", "pandas", "sklearn")  # fmt: skip
 
 
