@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ee_surgery.attach import attach, attach_stored
+from ee_surgery.attachment import attach, attach_stored
 from ee_surgery.backbone.answers import OutputKey
 from ee_surgery.backbone.base import Sample
 from ee_surgery.branches import BranchSpec, known

@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from ee_surgery.errors import SurgeryWarning
-from ee_surgery.integrations.metrics import exit_metrics
+if TYPE_CHECKING:
+    from ee_surgery.integrations.metrics import exit_metrics
 
 __all__ = ["exit_metrics", "register"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "exit_metrics":  # imported on first use: it needs torch
+        from ee_surgery.integrations.metrics import exit_metrics
+
+        return exit_metrics
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:
@@ -50,6 +59,8 @@ class _OnImport(MetaPathFinder):
             try:
                 register()
             except Exception as error:  # must not break the import of transformers
+                from ee_surgery.errors import SurgeryWarning
+
                 warnings.warn(
                     f"ee_surgery's classes are not registered with transformers: {error}", SurgeryWarning, stacklevel=2
                 )

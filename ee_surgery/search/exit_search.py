@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ee_surgery.attach import attach
+from ee_surgery.attachment import attach
 from ee_surgery.backbone.base import Sample
 from ee_surgery.backbone.inputs import Inputs, tensors
 from ee_surgery.branches import BranchSpec, known, resolve

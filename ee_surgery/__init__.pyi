@@ -1,0 +1,129 @@
+# The public names and where they are; `__init__.py` reads them from here, so that importing costs nothing.
+
+from .attachment import attach
+from .branches import BRANCHES, Branch, BranchSpec, ExitLogits
+from .calibration.budget import geometric_budget
+from .calibration.cascade import accuracy_drop_rule
+from .calibration.classwise import class_thresholds
+from .calibration.eenet import eenet_scheduler
+from .calibration.frontier import Frontier
+from .calibration.methods import CALIBRATORS
+from .calibration.records import ExitRecords
+from .calibration.risk import RISKS, check_certificate, risk_control
+from .calibration.search import realised_drop
+from .calibration.temperature import scale_temperatures
+from .data.batches import batches, unlabelled
+from .errors import (
+    AdapterError,
+    BranchError,
+    CaptureError,
+    ConfigError,
+    DataError,
+    ExitPointError,
+    FingerprintError,
+    HubError,
+    OperatingPointError,
+    SurgeryError,
+    SurgeryWarning,
+    TrainingError,
+    UnknownNameError,
+    WriteError,
+)
+from .evaluation.calibrate import calibrate
+from .evaluation.evaluate import Evaluation, evaluate
+from .evaluation.record import record
+from .evaluation.verdict import Verdict, verdict
+from .graph.exit_points import ExitPoint, ModelGraph
+from .graph.inspection import inspect
+from .model import EarlyExitModel
+from .pipeline import augment, from_pretrained
+from .placement import PLACEMENTS, ExitPlan, place
+from .policies.certificate import Certificate
+from .policies.operating_point import OperatingPoint
+from .policies.policy import ThresholdPolicy
+from .policies.scores import FITTED_SCORES, SCORES, FittedScore
+from .presets import PRESETS, Preset
+from .receipt import Receipt
+from .runtime.router import ExitOutput
+from .search.exit_search import ExitSearch, prune_exits, search_exits
+from .search.exit_subset import Subset, cheapest_exits
+from .task import TASKS, Classification, MultiLabel, Task
+from .training.config import TrainConfig
+from .training.loop import TrainReport, train
+from .training.objectives import OBJECTIVES
+
+__version__: str
+
+__all__ = [
+    "BRANCHES",
+    "CALIBRATORS",
+    "FITTED_SCORES",
+    "OBJECTIVES",
+    "PLACEMENTS",
+    "PRESETS",
+    "RISKS",
+    "SCORES",
+    "TASKS",
+    "AdapterError",
+    "Branch",
+    "BranchError",
+    "BranchSpec",
+    "CaptureError",
+    "Certificate",
+    "Classification",
+    "ConfigError",
+    "DataError",
+    "EarlyExitModel",
+    "Evaluation",
+    "ExitLogits",
+    "ExitOutput",
+    "ExitPlan",
+    "ExitPoint",
+    "ExitPointError",
+    "ExitRecords",
+    "ExitSearch",
+    "FingerprintError",
+    "FittedScore",
+    "Frontier",
+    "HubError",
+    "ModelGraph",
+    "MultiLabel",
+    "OperatingPoint",
+    "OperatingPointError",
+    "Preset",
+    "Receipt",
+    "Subset",
+    "SurgeryError",
+    "SurgeryWarning",
+    "Task",
+    "ThresholdPolicy",
+    "TrainConfig",
+    "TrainReport",
+    "TrainingError",
+    "UnknownNameError",
+    "Verdict",
+    "WriteError",
+    "accuracy_drop_rule",
+    "attach",
+    "augment",
+    "batches",
+    "calibrate",
+    "cheapest_exits",
+    "check_certificate",
+    "class_thresholds",
+    "eenet_scheduler",
+    "evaluate",
+    "from_pretrained",
+    "geometric_budget",
+    "inspect",
+    "place",
+    "prune_exits",
+    "realised_drop",
+    "record",
+    "risk_control",
+    "scale_temperatures",
+    "search_exits",
+    "train",
+    "unlabelled",
+    "verdict",
+]

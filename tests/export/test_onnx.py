@@ -1,0 +1,183 @@
+"""One ONNX file: the exits of the routed run, at any batch size and thresholds, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ee_surgery as ee
+from ee_surgery.export.onnx_file import check_export, export
+from ee_surgery.policies.operating_point import OperatingPoint
+from recipes.networks import CifarResNet
+from tests import ROOT
+
+onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
+pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
+
+from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, StagedModel  # noqa: E402
+
+INF = math.inf
+
+
+def small(branch: str = "pool", confidence: bool = False) -> ee.EarlyExitModel:
+    torch.manual_seed(0)
+    sample = torch.randn(4, 3, 16, 16)
+    return ee.augment(CifarResNet(8).eval(), 2, branch=ee.BranchSpec(branch, confidence=confidence), sample=sample)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ee.EarlyExitModel, Path]:
+    model = small()
+    labels = torch.randint(10, (64,))
+    ee.calibrate(model, [(torch.randn(64, 3, 16, 16), labels)])
+    model.operate(budget=0.9)
+    return model, export(model, tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def staged(made: tuple[ee.EarlyExitModel, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(made[0], tmp_path_factory.mktemp("onnx") / "stages", layout="stages")
+
+
+@given(st.integers(1, 70), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2))
+def test_stages_routed_in_numpy_are_the_file(
+    made: tuple[ee.EarlyExitModel, Path], staged: Path, batch: int, thresholds: list[float]
+) -> None:
+    x = torch.randn(batch, 3, 16, 16).numpy()
+    file, folder = OnnxModel(made[1], threads=1), StagedModel(staged)
+    for one, other in zip(file.run(x, thresholds), folder.run(x, thresholds), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@given(st.integers(1, 70), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2), st.integers(0, 99))
+def test_every_sample_leaves_where_the_routed_run_lets_it(
+    made: tuple[ee.EarlyExitModel, Path], batch: int, thresholds: list[float], seed: int
+) -> None:
+    model, path = made
+    x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    model.operate(thresholds=thresholds)
+    found = check_export(path, model, [x])
+    assert (found.samples, found.exits) == (batch, 0)
+    assert found.logits < 1e-5
+    own, theirs = model.predict(x), OnnxModel(path, threads=1).run(x.numpy(), thresholds)
+    if not found.ties:
+        assert np.array_equal(theirs.macs, own.macs.numpy())
+        np.testing.assert_allclose(theirs.score, own.score.numpy(), atol=1e-5)
+
+
+def test_the_operating_point_is_the_default_of_the_input_and_the_frontier_goes_along(
+    made: tuple[ee.EarlyExitModel, Path],
+) -> None:
+    model, path = made
+    x = torch.randn(32, 3, 16, 16)
+    point = model.operate(budget=0.9)
+    assert point is not None
+    file = OnnxModel(path, threads=1)
+    default = file.session.run(None, {file.inputs[0]: x.numpy()})
+    assert np.array_equal(default[1], file.run(x.numpy(), point.thresholds).exit_index)
+    assert file.exits == [*model.exits, "original"]
+    assert model.frontier is not None
+    assert file.operate(max_accuracy_drop=1.0) == model.frontier.at(max_accuracy_drop=1.0).thresholds
+    assert file.operate(budget=0.9) == model.frontier.at(budget=0.9).thresholds
+    assert file.operate(thresholds=[INF, INF]) == (INF, INF)
+    assert set(file.run(x.numpy()).exit_index) == {2}
+    assert file.operate() is None
+    for wrong in ({"budget": 0.0001}, {"thresholds": [0.5]}, {"thresholds": [0.5, math.nan]}):
+        with pytest.raises(OnnxError):
+            file.operate(**wrong)
+    with pytest.raises(OnnxError, match="one of"):
+        file.operate(budget=1.0, max_accuracy_drop=0.0)
+    with pytest.raises(OnnxError, match="cannot run"):
+        file.run(np.zeros((1, 4, 16, 16), np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("branch", "score", "fallback", "confidence"),
+    [
+        ("conv2", "margin", "most_confident", False),
+        ("ztw", "entropy", "last", False),
+        ("pool", "patience", "last", False),
+        ("pool", "learned", "most_confident", True),
+    ],
+)
+def test_scores_with_state_chains_and_fallbacks_go_into_the_file(
+    branch: str, score: str, fallback: str, confidence: bool, tmp_path: Path
+) -> None:
+    model = small(branch, confidence)
+    point = OperatingPoint.by_hand([INF, INF], score, 2)
+    model.operate(replace(point, fallback=fallback))
+    paths = [export(model, tmp_path / layout, layout=layout) for layout in ("file", "stages")]
+    for path, batch in product(paths, (1, 5, 40)):
+        x = torch.randn(batch, 3, 16, 16)
+        for thresholds in ((0.5, INF), (INF, 0.5), (0.11, 0.12), (INF, INF), (-INF, INF)):
+            model.operate(replace(point, thresholds=thresholds, fallback=fallback))
+            found = check_export(path, model, [x])
+            assert (found.exits, found.logits < 1e-5) == (0, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["eenet", "classwise", "scaled", "stopping"])
+def test_fitted_scores_go_into_the_file(method: str, tmp_path: Path) -> None:
+    model = small()
+    x, labels = torch.randn(96, 3, 16, 16), torch.randint(10, (96,))
+    frontier = ee.calibrate(model, [(x, labels)], method=method)
+    model.operate(frontier[len(frontier) // 2])
+    path = export(model, tmp_path / "model.onnx")
+    found = check_export(path, model, [x])
+    assert (found.exits, found.logits < 1e-5) == (0, True)
+
+
+def test_a_sample_that_is_not_finite_never_leaves_early(made: tuple[ee.EarlyExitModel, Path]) -> None:
+    x = torch.randn(3, 3, 16, 16)
+    x[1] = torch.nan
+    assert OnnxModel(made[1]).run(x.numpy(), [-INF, -INF]).exit_index.tolist() == [0, 2, 0]
+
+
+def test_it_runs_without_torch(made: tuple[ee.EarlyExitModel, Path]) -> None:
+    program = (
+        "import sys, numpy as np; from ee_surgery.onnx import OnnxModel; m = OnnxModel(sys.argv[1]);"
+        "print(m.run(np.zeros((2, 3, 16, 16), np.float32)).logits.shape);"
+        "assert not {'torch', 'timm', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(made[1])], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "(2, 10)"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"format_version": 2},
+        {"exits": ["a"]},
+        {"thresholds": []},
+        {"points": [{"thresholds": [1]}]},
+        {"branch_macs": None},
+    ],
+)
+def test_damaged_metadata_is_refused(
+    made: tuple[ee.EarlyExitModel, Path], edit: dict[str, object], tmp_path: Path
+) -> None:
+    model = onnx.load(made[1])
+    about = json.loads({prop.key: prop.value for prop in model.metadata_props}[METADATA])
+    onnx.helper.set_model_props(model, {METADATA: json.dumps({**about, **edit})})
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(OnnxError, match=r"other\.onnx"):
+        OnnxModel(tmp_path / "other.onnx")
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("nothing")
+    for name in ("text.onnx", "missing.onnx"):
+        with pytest.raises(OnnxError, match=name):
+            OnnxModel(tmp_path / name)
