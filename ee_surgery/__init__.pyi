@@ -30,9 +30,11 @@ from .errors import (
     WriteError,
 )
 from .evaluation.calibrate import calibrate
+from .evaluation.check_export import check_export
 from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.record import record
 from .evaluation.verdict import Verdict, verdict
+from .export.verify import ExportCheck
 from .graph.exit_points import ExitPoint, ModelGraph
 from .graph.inspection import inspect
 from .model import EarlyExitModel
@@ -82,6 +84,7 @@ __all__ = [
     "ExitPointError",
     "ExitRecords",
     "ExitSearch",
+    "ExportCheck",
     "FingerprintError",
     "FittedScore",
     "Frontier",
@@ -110,6 +113,7 @@ __all__ = [
     "calibrate",
     "cheapest_exits",
     "check_certificate",
+    "check_export",
     "class_thresholds",
     "eenet_scheduler",
     "evaluate",

@@ -216,6 +216,22 @@ def bench(
         _say(measure(branched, inputs, batch_size=batch_size))
 
 
+@app.command(epilog="Example: ee-surgery export runs/adapter model.onnx --max-accuracy-drop 0.01")
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="ONNX file to write, or folder of stages.")],
+    stages: Annotated[bool, typer.Option("--stages", help="A folder of stages, for engines without `If`.")] = False,
+    max_accuracy_drop: Drop = None,
+    budget: Budget = None,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Write an adapter and its original as one ONNX file in which samples exit early; checked against the model."""
+    with _errors():
+        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
+        _say(f"wrote {branched.export(out, layout='stages' if stages else 'file')}")
+
+
 @app.command(epilog="Example: ee-surgery card runs/adapter --license apache-2.0 --dataset cifar10")
 def card(
     adapter: Adapter,

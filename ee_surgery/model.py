@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.checks import instance, names
 from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
+from ee_surgery.export.onnx_file import Layout, export
 from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.placement import ExitPlan, place
@@ -29,7 +32,6 @@ from ee_surgery.share.state import AdapterState
 from ee_surgery.task import Task
 
 _UNSAID: Any = object()  # beside None, which means never leaving
-_GOES_WITH = {"score": "thresholds", "risk_of": "risk"}
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
 
@@ -61,10 +63,8 @@ class EarlyExitModel(SharedModel):
             self.branches.to(weights.device, weights.dtype if weights.is_floating_point() else None)
         self.engine = Engine(graph, plan, branches, backend)
         """What runs it: programs by input signature, the backend of their stages, observers of routed runs."""
-        self.trunk_macs = self.engine.trunk_macs
-        """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
-        self.branch_macs = self.engine.branch_macs
-        """MACs of each branch, one sample of that size."""
+        self.trunk_macs, self.branch_macs = self.engine.trunk_macs, self.engine.branch_macs
+        """MACs of the original up to each exit and in whole, and of each branch; one sample of that size."""
         self.train(False)
 
     # --- what it is
@@ -154,16 +154,18 @@ class EarlyExitModel(SharedModel):
             ConfigError: the score needs confidence units that the branches do not have.
         """
         wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "risk": risk}
-        given = {**wanted, "thresholds": thresholds, "point": point}
-        asked = [name for name, value in given.items() if value is not None and value is not _UNSAID]
+        requests = {**wanted, "thresholds": thresholds, "point": point}
+        asked = [name for name, value in requests.items() if value is not None and value is not _UNSAID]
         if len(asked) > 1 or (not asked and point is _UNSAID):
-            raise OperatingPointError(
-                f"Give exactly one of max_accuracy_drop=, budget=, risk=, thresholds=; got {asked or 'none'}. "
-                "operate(None): never leave early."
-            )
-        for name, value, owner in (("score", score, thresholds), ("risk_of", risk_of, risk)):
-            if value is not None and owner is None:
-                raise OperatingPointError(f"{name}= goes with {_GOES_WITH[name]}=, which was not given.")
+            choices = "max_accuracy_drop=, budget=, risk=, thresholds="
+            seen = f"got {asked or 'none'}. operate(None): never leave early."
+            raise OperatingPointError(f"Give exactly one of {choices}; {seen}")
+        for name, value, owner, given in (
+            ("score", score, "thresholds", thresholds),
+            ("risk_of", risk_of, "risk", risk),
+        ):
+            if value is not None and given is None:
+                raise OperatingPointError(f"{name}= goes with {owner}=, which was not given.")
         if thresholds is not None:
             score = "max_prob" if score is None else score
             return self._set(OperatingPoint.by_hand(thresholds, score, len(self.branches)))
@@ -236,6 +238,10 @@ class EarlyExitModel(SharedModel):
         """Logits of every exit for every sample, (K, B, C), the original's last; no sample leaves."""
         answers, logits = self.engine.answers(*inputs, **named)
         return torch.stack([*(answer.logits for answer in answers), logits])
+
+    def export(self, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True) -> Path:
+        """Write ONNX in which samples leave early, each on its own; see `ee_surgery.export.onnx_file.export`."""
+        return export(self.engine, self.state, path, layout=layout, check=check)
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""

@@ -82,7 +82,7 @@ def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest
     for command in ("inspect", "augment"):
         example = _run(command, "--help").split("Example: ")[1].splitlines()[0]
         _run(*shlex.split(example)[1:])
-    for command in ("calibrate", "evaluate", "bench", "card", "push", "pull", "demo"):
+    for command in ("calibrate", "evaluate", "bench", "export", "card", "push", "pull", "demo"):
         assert f"Example: ee-surgery {command}" in _run(command, "--help")
 
 

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
-
-from ee_surgery.backbone.inputs import Arguments, tensors
 from ee_surgery.calibration.frontier import Frontier
-from ee_surgery.checks import choice, flag, instance
-from ee_surgery.data.batches import Data, batches
-from ee_surgery.errors import CaptureError, ConfigError, DataError, SurgeryError
+from ee_surgery.checks import choice, flag
+from ee_surgery.errors import ConfigError, SurgeryError
 from ee_surgery.export.parts import Piece, Pieces, pieces
+from ee_surgery.export.verify import verify
 from ee_surgery.files import atomic_write
-from ee_surgery.model import EarlyExitModel
 from ee_surgery.onnx import FORMAT_VERSION, METADATA, ROUTER, OnnxModel, StagedModel
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER
-from ee_surgery.runtime.router import ExitOutput
+from ee_surgery.runtime.engine import Engine, eval_mode
+from ee_surgery.share.state import AdapterState
 
 Plain: TypeAlias = dict[str, Any]
-_TIE = 1e-5
-"""Engines round differently: a sample whose score is this close to a threshold may leave at either exit."""
-_CLOSE = 1e-3  # of logits, by the largest
 _IR_VERSION = 10  # what onnxruntime 1.18 and newer read
 _EMBEDDED = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
@@ -37,7 +28,7 @@ Layout = Literal["file", "stages"]
 
 
 def export(
-    branched: EarlyExitModel, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True
+    engine: Engine, state: AdapterState, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True
 ) -> Path:
     """Write a branched model as ONNX in which samples leave early, each on its own, at any batch size.
 
@@ -57,7 +48,6 @@ def export(
         ConfigError: another layout, or a model beyond 1.9 GB.
         WriteError: it cannot be written.
     """
-    instance("branched", branched, EarlyExitModel)
     flag("check", check)
     choice("layout", layout, get_args(Layout))
     try:
@@ -66,23 +56,24 @@ def export(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SurgeryError(f"Exporting needs onnx ({error}): pip install 'ee-surgery[onnx]'.") from error
-    point = branched.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(branched.branches))
-    parts = pieces(branched, point.policy)
-    about = _metadata(branched, point, parts)
+    point = state.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(engine.branches))
+    with eval_mode(list(engine.branches.modules())):
+        parts = pieces(engine, point.policy)
+    about = _metadata(engine, state, point, parts)
     path = Path(path)
     with atomic_write(path) as partial:
-        (_write_file if layout == "file" else _write_stages)(partial, branched, point, parts, about)
+        (_write_file if layout == "file" else _write_stages)(partial, engine, parts, about)
         if check:
-            _verify(OnnxModel(partial) if layout == "file" else StagedModel(partial), branched, point)
+            verify(OnnxModel(partial) if layout == "file" else StagedModel(partial), engine, point)
     return path
 
 
-def _write_file(path: Path, branched: EarlyExitModel, point: OperatingPoint, parts: Pieces, about: Plain) -> None:
+def _write_file(path: Path, engine: Engine, parts: Pieces, about: Plain) -> None:
     from onnx import helper, save_model
 
     from ee_surgery.export.compose import OPSET, Composer
 
-    graph = Composer(parts, branched.num_classes).graph(point.thresholds, parts.names)
+    graph = Composer(parts, engine.backbone.num_classes).graph([*map(float, about["thresholds"])], parts.names)
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="ee_surgery")
     helper.set_model_props(model, {METADATA: json.dumps(about)})
@@ -91,7 +82,7 @@ def _write_file(path: Path, branched: EarlyExitModel, point: OperatingPoint, par
     save_model(model, path)
 
 
-def _write_stages(folder: Path, branched: EarlyExitModel, point: OperatingPoint, parts: Pieces, about: Plain) -> None:
+def _write_stages(folder: Path, engine: Engine, parts: Pieces, about: Plain) -> None:
     from onnx import save_model
 
     from ee_surgery.export.compose import to_onnx
@@ -122,15 +113,13 @@ def _wiring(parts: Pieces) -> list[Plain]:
     return rows
 
 
-def _metadata(branched: EarlyExitModel, point: OperatingPoint, parts: Pieces) -> Plain:
+def _metadata(engine: Engine, state: AdapterState, point: OperatingPoint, parts: Pieces) -> Plain:
     """What readers need beside the graph, as plain data; infinite thresholds are strings."""
-    engine = branched.engine
-    identity = engine.backbone.identity()
-    frontier = branched.frontier
+    identity, frontier = engine.backbone.identity(), state.frontier
     return {
         "format_version": FORMAT_VERSION,
         "base": {"library": identity.library, "model_id": identity.model_id, "fingerprint": identity.fingerprint},
-        "exits": [*branched.exits, "original"],
+        "exits": [*engine.plan.names, "original"],
         "trunk_macs": list(engine.trunk_macs),
         "branch_macs": list(engine.branch_macs),
         "closes_alone": parts.closes_alone,
@@ -138,7 +127,7 @@ def _metadata(branched: EarlyExitModel, point: OperatingPoint, parts: Pieces) ->
         "score": str(point.score),
         "fallback": point.fallback,
         "labels": engine.backbone.label_names,
-        "preprocessing": branched.preprocessing,
+        "preprocessing": state.preprocessing,
         "points": [] if frontier is None else [_plain(each) for each in _reachable(frontier, point)],
         "base_accuracy": None if frontier is None else frontier.base_accuracy,
         "labelled": None if frontier is None else frontier.labelled,
@@ -153,96 +142,3 @@ def _reachable(frontier: Frontier, point: OperatingPoint) -> list[OperatingPoint
 def _plain(point: OperatingPoint) -> Plain:
     known = point.to_dict()
     return {name: known[name] for name in ("thresholds", "accuracy", "expected_accuracy", "macs_fraction", "samples")}
-
-
-def _verify(file: OnnxModel | StagedModel, branched: EarlyExitModel, point: OperatingPoint) -> None:
-    """Compare file and model on the sample: all samples leave at each exit, about half of them, none.
-
-    Raises:
-        CaptureError: they differ.
-    """
-    count = len(branched.branches)
-    sample = branched.engine.backbone.own_batch()
-    with _operating(branched):
-        middle: list[float] = []
-        for k in range(count):
-            branched.operate(replace(point, thresholds=(NEVER,) * k + (-NEVER,) * (count - k)))
-            middle.append(float(branched.predict(sample.arguments).score.nan_to_num(0).median()))
-        for thresholds in ((-NEVER,) * count, (*(NEVER,) * (count - 1), -NEVER), tuple(middle), (NEVER,) * count):
-            for batch in (1, 2, 7):
-                arguments = sample.select([row % 4 for row in range(batch)]).arguments
-                found = _compare(file, branched, replace(point, thresholds=thresholds), arguments)
-                if found.exits or found.logits > _CLOSE:
-                    raise CaptureError(
-                        f"The exported file does not answer as the model does: in a batch of {batch} at thresholds "
-                        f"{thresholds}, {found.exits} samples leave elsewhere, and logits differ by {found.logits:.2g} "
-                        "of the largest. Nothing was written."
-                    )
-
-
-@contextmanager
-def _operating(branched: EarlyExitModel) -> Iterator[None]:
-    """The operating point is what it was, afterwards."""
-    before = branched.operating_point
-    try:
-        yield
-    finally:
-        branched.operate(before)
-
-
-class ExportCheck(NamedTuple):
-    """How far a file is from the model that it was exported from."""
-
-    samples: int
-    exits: int
-    """Samples that leave at another exit, ties left out."""
-    ties: int
-    """Samples whose score is within 1e-5 of a threshold on their way: engines round differently."""
-    logits: float
-    """Largest difference of a logit where exits agree, as a fraction of the largest logit."""
-
-    def plus(self, other: ExportCheck) -> ExportCheck:
-        """Both together."""
-        counts = (a + b for a, b in zip(self[:3], other[:3], strict=True))
-        return ExportCheck(*counts, max(self.logits, other.logits))
-
-
-def _compare(
-    file: OnnxModel | StagedModel, branched: EarlyExitModel, point: OperatingPoint, arguments: Arguments
-) -> ExportCheck:
-    def exits(shift: float) -> ExitOutput:
-        branched.operate(replace(point, thresholds=tuple(tau + shift for tau in point.thresholds)))
-        return branched.predict(arguments)
-
-    own, low, high = exits(0.0), exits(-_TIE), exits(_TIE)
-    given = {name: tensor.cpu().numpy() for name, tensor in tensors(arguments).items()}
-    theirs = file.run(given, thresholds=point.thresholds)
-    tie = (low.exit_index != high.exit_index).cpu().numpy()
-    index, logits = own.exit_index.cpu().numpy(), own.logits.float().cpu().numpy()
-    same = index == theirs.exit_index
-    apart = np.abs(logits - theirs.logits)[same]
-    apart, largest = apart[np.isfinite(apart)], float(np.abs(logits[np.isfinite(logits)]).max(initial=1.0))
-    return ExportCheck(len(index), int((~same & ~tie).sum()), int(tie.sum()), float(apart.max(initial=0.0)) / largest)
-
-
-def check_export(
-    path: str | os.PathLike[str], branched: EarlyExitModel, data: Data, *, batch_size: int = 64
-) -> ExportCheck:
-    """Run what was exported and the model that it was made of on the same data, at the operating point in force.
-
-    Args:
-        data: as for `ee.evaluate`; labels are not looked at.
-    Raises:
-        DataError: no samples, or the file is none of ours.
-    """
-    instance("branched", branched, EarlyExitModel)
-    file = StagedModel(path) if Path(path).is_dir() else OnnxModel(path)
-    found = ExportCheck(0, 0, 0, 0.0)
-    point = branched.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(branched.branches))
-    weight = next(branched.branches.parameters())
-    with _operating(branched):
-        for inputs, _ in batches(data, batch_size, weight.device, weight.dtype):
-            found = found.plus(_compare(file, branched, point, branched.engine.backbone.arguments(inputs)))
-    if not found.samples:
-        raise DataError("No samples: the data that was handed in is empty.")
-    return found

@@ -17,9 +17,9 @@ from ee_surgery.branches.base import Branch, run_branch
 from ee_surgery.graph.backends.base import Run
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.graph.features import ReadAllLive, ReadFeatures
-from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import ScoreOf, sound
+from ee_surgery.runtime.engine import Engine
 from ee_surgery.task import Task
 
 
@@ -143,20 +143,20 @@ class Pieces:
     """Of the live tensors at each exit."""
 
 
-def pieces(branched: EarlyExitModel, policy: ThresholdPolicy) -> Pieces:
+def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
     """Take a branched model apart, running its sample through to know every shape."""
-    batch = branched.engine.backbone.own_batch()
-    program = branched.engine.entry(batch).program
+    batch, branches = engine.backbone.own_batch(), engine.branches
+    program = engine.entry(batch).program
     names, live = tuple(tensors(batch.arguments)), batch.tensors
     axes = tuple(None if (dim := batch.dims[name]) is None else Axis(dim) for name in names)
-    task, chained = branched.task, branched.branches.chained
+    task, chained = engine.backbone.task, branches.chained
     score = ScoreOf(policy.score, task)
-    weight = next(branched.branches.parameters())
-    unset = torch.full((batch.size, branched.num_classes), torch.nan, dtype=weight.dtype, device=weight.device)
+    weight = next(branches.parameters())
+    unset = torch.full((batch.size, engine.backbone.num_classes), torch.nan, dtype=weight.dtype, device=weight.device)
     carried = Carried(best=(unset,) if policy.fallback == "most_confident" else ())
     exits: list[ExitPieces] = []
     with torch.no_grad():
-        for k, branch in enumerate(branched.branches):
+        for k, branch in enumerate(branches):
             stage = _piece(StagePart(program.stages[k]), live, axes)
             live, axes = stage.outputs, tuple(program.segments[k + 1].axes)
             part = BranchPart(branch, program.readers[k], score, k, len(live), carried, chained, task)
@@ -166,7 +166,7 @@ def pieces(branched: EarlyExitModel, policy: ThresholdPolicy) -> Pieces:
             m = len(rest) - len(carried.best)
             states = m - (1 if chained else 0)
             carried = Carried(rest[:states], rest[states:m], rest[m:])
-        last = EndPart(program.stages[-1], program.head, branched.branches.head, len(live), task)
+        last = EndPart(program.stages[-1], program.head, branches.head, len(live), task)
         end = _piece(last, (*live, *carried.best), (*axes, *(Axis(0) for _ in carried.best)))
     return Pieces(names, exits, end, not (chained or score.stateful))
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ee_surgery as ee
-from ee_surgery.export.onnx_file import check_export, export
+from ee_surgery import check_export
 from ee_surgery.policies.operating_point import OperatingPoint
 from recipes.networks import CifarResNet
 from tests import ROOT
@@ -42,12 +42,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ee.EarlyExitModel, P
     labels = torch.randint(10, (64,))
     ee.calibrate(model, [(torch.randn(64, 3, 16, 16), labels)])
     model.operate(budget=0.9)
-    return model, export(model, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    return model, model.export(tmp_path_factory.mktemp("onnx") / "model.onnx")
 
 
 @pytest.fixture(scope="module")
 def staged(made: tuple[ee.EarlyExitModel, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(made[0], tmp_path_factory.mktemp("onnx") / "stages", layout="stages")
+    return made[0].export(tmp_path_factory.mktemp("onnx") / "stages", layout="stages")
 
 
 @given(st.integers(1, 70), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2))
@@ -118,7 +118,7 @@ def test_scores_with_state_chains_and_fallbacks_go_into_the_file(
     model = small(branch, confidence)
     point = OperatingPoint.by_hand([INF, INF], score, 2)
     model.operate(replace(point, fallback=fallback))
-    paths = [export(model, tmp_path / layout, layout=layout) for layout in ("file", "stages")]
+    paths = [model.export(tmp_path / layout, layout=layout) for layout in ("file", "stages")]
     for path, batch in product(paths, (1, 5, 40)):
         x = torch.randn(batch, 3, 16, 16)
         for thresholds in ((0.5, INF), (INF, 0.5), (0.11, 0.12), (INF, INF), (-INF, INF)):
@@ -134,7 +134,7 @@ def test_fitted_scores_go_into_the_file(method: str, tmp_path: Path) -> None:
     x, labels = torch.randn(96, 3, 16, 16), torch.randint(10, (96,))
     frontier = ee.calibrate(model, [(x, labels)], method=method)
     model.operate(frontier[len(frontier) // 2])
-    path = export(model, tmp_path / "model.onnx")
+    path = model.export(tmp_path / "model.onnx")
     found = check_export(path, model, [x])
     assert (found.exits, found.logits < 1e-5) == (0, True)
 
