@@ -26,7 +26,7 @@ from ee_surgery.errors import CaptureError, ConfigError, DataError
 from ee_surgery.registry import Registry
 
 IGNORED = -100
-"""Label of a sample that counts nowhere: `ignore_index` of `torch.nn.functional.cross_entropy`."""
+"""Label of an ignored sample: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 TaskNames: TypeAlias = tuple[str, ...] | None
 """Names of the tasks that something is for, their descendants included; None: for all."""
@@ -442,7 +442,7 @@ def _distributions(labels: Tensor) -> Tensor:
     if not bool(good.all()):
         row = labels[int((~good).nonzero()[0])]
         raise DataError(
-            f"Labels of shape {tuple(labels.shape)} must be one-hot or probabilities, each row of sum 1; a row is "
+            f"Labels of shape {tuple(labels.shape)} must be one-hot or probabilities, each row summing to 1; a row is "
             f"{row[:5].tolist()} ... with sum {row.sum().item():g}. Several classes for one sample are labels of a "
             'model with task="multi_label".'
         )
@@ -451,7 +451,7 @@ def _distributions(labels: Tensor) -> Tensor:
 
 def _advice(low: int, high: int, classes: int) -> str:
     if low == 1 and high == classes:
-        return "Counted from 1? The first class is 0: give labels - 1."
+        return "Numbered from 1? The first class is 0: give labels - 1."
     if low < 0:
-        return f"A sample without a label is labelled {IGNORED}, and counts nowhere."
-    return "Labels of other classes than the model's: say which is which with class_map=."
+        return f"Label samples without a class {IGNORED}: they are ignored."
+    return "If these are not the model's classes, map them with class_map=."

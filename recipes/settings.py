@@ -152,6 +152,6 @@ def _explained(error: ValidationError, given: Any, file: str) -> ee.SurgeryError
     if first["type"] == _MISSING:
         return ee.ConfigError(f"{where} lacks the setting {last!r}.")
     if is_dataclass(hint):
-        return ee.ConfigError(f"{where} must hold settings by name, got {value!r}.")
+        return ee.ConfigError(f"{where} must be a mapping of settings, got {value!r}.")
     shown = re.sub(r"<class '(.*)'>", r"\1", str(hint)).replace("typing.", "").replace("NoneType", "None")
     return ee.ConfigError(f"{where} must be {shown}, got {value!r}, a {type(value).__name__}.")

@@ -264,7 +264,7 @@ def test_a_card_written_anew_keeps_the_list_of_the_others(tmp_path: Path) -> Non
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == {"README.md"}
     (folder / "README.md").write_text("a card of my own")
-    with pytest.warns(UserWarning, match="it is kept"):
+    with pytest.warns(UserWarning, match="is kept"):
         model.save_pretrained(folder)
     assert (folder / "README.md").read_text() == "a card of my own"
     assert own_files(folder)["README.md"] == folder / "README.md"

@@ -965,7 +965,7 @@ def test_a_score_that_is_not_finite_never_leaves(rows: list[tuple[float, ...]], 
     assert torch.equal(leaves, records.replay(policy).exit_index == 0)
     assert leaves.tolist() == [policy.decide_one(0, row[None], None, ())[0] for row in logits[0]]
     for row, left in zip(rows, leaves.tolist(), strict=True):
-        value = float(np.float32(row[0]) * np.float32(3e38)) if score == "wild" else 0.0
+        value = (torch.tensor(row[0]) * 3e38).item() if score == "wild" else 0.0
         if not all(map(math.isfinite, row)) or not math.isfinite(value):
             assert not left
         elif tau == -INF:

@@ -90,7 +90,14 @@ ZOO = [
     Entry("cifar-resnet56", lambda: CifarResNet(56), 32),
 ]
 BY_NAME = {entry.name: entry for entry in ZOO}
-LARGE = {"swin_tiny_patch4_window7_224", "crossvit_tiny_240", "coatnet_nano_rw_224", "mixer_s32_224", "hrnet_w18_small"}
+LARGE = {
+    "test_maxvit",
+    "swin_tiny_patch4_window7_224",
+    "crossvit_tiny_240",
+    "coatnet_nano_rw_224",
+    "mixer_s32_224",
+    "hrnet_w18_small",
+}
 """Entries whose capture takes seconds: for the slow tests."""
 EVERY = [pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * (entry.name in LARGE)) for entry in ZOO]
 """What tests over the whole zoo are parametrised with."""

@@ -276,7 +276,7 @@ def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | 
     saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
     return (
         f"The {identity.model_id} given has the weights of the one that these branches belong to (fingerprint "
-        f"{base.fingerprint}), but computes something else: {answers}.",
-        "Something that is no tensor differs: an activation, pooling, stride or dilation, an epsilon, the number of "
+        f"{base.fingerprint}), but computes something different: {answers}.",
+        "Something other than tensors differs: an activation, pooling, stride or dilation, an epsilon, the number of "
         f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
     )

@@ -24,8 +24,9 @@ def _close(seen: Tensor, expected: Tensor) -> None:
 
 
 def _some(specials: list[Special]) -> list[Any]:
-    """The large ones are for the slow tests."""
-    large = {"coat", "tnt", "hf-ShieldGemma2", "hf-PPLCNetForImageClassification"}
+    """The large ones, and those that differ from BERT in names alone, are for the slow tests."""
+    alike = {f"hf-{name}ForSequenceClassification" for name in ("Roberta", "Electra", "Albert", "DistilBert")}
+    large = {"coat", "tnt", "mobilevit", "hf-ShieldGemma2", "hf-PPLCNetForImageClassification", *alike}
     return [pytest.param(s, id=s.name, marks=[pytest.mark.slow] * (s.name in large)) for s in specials]
 
 
@@ -79,7 +80,7 @@ def test_folded_and_parallel_tensors_can_be_cut_anywhere(special: Special) -> No
             _close(logits, whole[[2, 0]])
 
 
-@pytest.mark.parametrize("special", TEXTS, ids=str)
+@pytest.mark.parametrize("special", _some(TEXTS))
 def test_padding_changes_no_branch(special: Special) -> None:
     branched = special.augment()
     assert {point.layout for point in branched.plan.points} == {"sequence"}
@@ -185,9 +186,9 @@ FORMATS = {
     [
         "cifar-resnet20",
         "test_vit",
-        "test_convnext",
+        pytest.param("test_convnext", marks=pytest.mark.slow),
         pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
-        "hf-Beit",
+        pytest.param("hf-Beit", marks=pytest.mark.slow),
     ],
 )
 def test_memory_formats_dtypes_and_autocast_give_the_originals_own_logits(name: str) -> None:
@@ -387,7 +388,7 @@ def test_models_that_mix_samples_are_refused_wherever_the_exit_is(inner: nn.Modu
 
 
 def test_a_sample_the_model_does_not_take_is_explained() -> None:
-    with pytest.raises(ee.DataError, match=r"does not take a sample of shape {'input': \(4, 7\)}.*sample="):
+    with pytest.raises(ee.DataError, match=r"does not accept a sample of shape {'input': \(4, 7\)}.*sample="):
         ee.inspect(nn.Sequential(nn.Linear(8, 3)), torch.randn(4, 7))
 
 

@@ -299,6 +299,7 @@ def test_scores_are_computed_in_the_precision_of_records(monkeypatch: pytest.Mon
         return logits.amax(-1), ()
 
     monkeypatch.setitem(ee.SCORES._items, "spy", spy)
+    monkeypatch.setitem(ee.SCORES._stated, "spy", {"stateful": False})
     policy = ThresholdPolicy((0.5,), "spy")
     answer = ExitLogits(torch.zeros(1, 3).double(), torch.zeros(1).half())
     policy.decide(0, answer.logits, answer.confidence, ())

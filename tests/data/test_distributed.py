@@ -160,7 +160,8 @@ def test_one_process_prints_and_writes(one: dict[str, Any], two: list[dict[str, 
     printed = two[0]["printed"]
     assert printed.count("epoch 2: loss") == 2  # of the training that shows its progress, and the recipe's
     assert printed.count("not finite; skipped") == 1
-    logs = [[json.loads(line) for line in (run["folder"] / "log.jsonl").open()] for run in (one, two[0])]
+    texts = [(run["folder"] / "log.jsonl").read_text() for run in (one, two[0])]
+    logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert [line.get("epoch") for line in logs[0]] == [line.get("epoch") for line in logs[1][: len(logs[0])]]
     assert "settings" in logs[0][0]
     assert logs[0][3]["accuracy/4"] == logs[1][3]["accuracy/4"]  # the first epoch of the second training
@@ -203,7 +204,7 @@ def _several(kind: DistributedType = DistributedType.MULTI_CPU) -> Accelerator:
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_models_that_are_split_up_are_refused(kind: str) -> None:
-    with pytest.raises(ee.ConfigError, match=f"{kind} splits models up"):
+    with pytest.raises(ee.ConfigError, match=f"{kind} shards the model"):
         Processes(_several(DistributedType(kind)))
 
 

@@ -296,7 +296,7 @@ def test_a_class_map_is_by_number_name_or_wordnet_id() -> None:
     assert class_numbers({3: "tench", 0: 5}, base).tolist() == [5, -1, -1, 0]
     wrong: list[tuple[Any, str]] = [
         (["dog"], "no class 'dog'"),
-        (["crane"], "several classes 'crane'"),
+        (["crane"], "several classes named 'crane'"),
         ([1000], "classes 0 to 999"),
         ([-1], "classes 0 to 999"),
         ([], "a list with one class per label"),

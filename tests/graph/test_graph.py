@@ -118,7 +118,7 @@ class _Folded(nn.Module):
 def test_a_fold_of_unknown_order_is_explained() -> None:
     found = ee.inspect(_Folded(), torch.randn(3, 8))
     with pytest.raises(
-        ee.ExitPointError, match=r"No sample can leave _Folded at 'inner': the batch is folded .* \(2\*B"
+        ee.ExitPointError, match=r"Samples cannot leave _Folded at 'inner': the batch is folded .* \(2\*B"
     ):
         found["inner"]
 

@@ -73,13 +73,13 @@ def test_of_one_run_the_last_stays_and_norms_are_never_jumped_over() -> None:
 
 
 def test_what_cannot_be_is_said(graph: ee.ModelGraph) -> None:
-    with pytest.raises(ee.BranchError, match=r"shortest way from 'layer1\.0' .* more than the budget of 5\.0%"):
+    with pytest.raises(ee.BranchError, match=r"shortest path from 'layer1\.0' .* more than the budget of 5\.0%"):
         fresh(budget=0.05)
     with pytest.raises(ee.BranchError, match=r"No block 'layer2\.9'.*layer2\.\d"):
         fresh(blocks="layer2.9")
     with pytest.raises(ee.BranchError, match="put it there with `attach`"):
         ee.branches.base.build(shortcut(), graph["layer1.0"], 10)
-    with pytest.raises(ee.BranchError, match="no head of its own"):
+    with pytest.raises(ee.BranchError, match="has no head to copy"):
         ee.augment(timm.create_model("test_resnet", num_classes=0), 1, branch="shortcut", num_classes=5)
 
 

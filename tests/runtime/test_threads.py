@@ -19,9 +19,9 @@ from recipes.networks import CifarResNet
 
 
 def test_every_answer_under_traffic_is_that_of_a_serial_run_and_nothing_is_broken_afterwards() -> None:
-    subjects = [image_subject([24, 28, 32]), text_subject([8, 10, 12])]
-    tally = Traffic(subjects, threads=4, calls=10, rare=0.15).run()
-    assert tally.calls.total() >= 40
+    subjects = [image_subject([24, 28]), text_subject([8, 10])]
+    tally = Traffic(subjects, threads=4, calls=7, rare=0.15).run()
+    assert tally.calls.total() >= 28
     assert {kind for kind in tally.calls if "torch." in kind}  # of another dtype, captured meanwhile
     assert not tally.wrong, (tally.wrong, tally.failures)
     assert aftermath(subjects) == []

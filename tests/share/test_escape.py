@@ -313,7 +313,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 PARTS = ["base", "inputs", "options", "exits", "operating_point", "label_names", "versions", "preprocessing", "output",
-         "placement", "opaque", "files", "provenance"]  # fmt: skip
+         "placement", "opaque", "files", "provenance", "task"]  # fmt: skip
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -135,7 +135,7 @@ def test_tensors_are_those_of_the_branches(
 def test_a_scheduler_of_another_model_is_refused(subjects: dict[str, Subject], tmp_path: Path) -> None:
     folder = shutil.copytree(subjects["scheduler"].folder, tmp_path / "adapter")
     edit_tensors(folder, lambda tensors: tensors.update({"policy.0": torch.zeros(3)}))
-    with pytest.raises(ee.AdapterError, match="is not for 2 exits and 10 classes"):
+    with pytest.raises(ee.AdapterError, match="does not fit 2 exits and 10 classes"):
         _load(folder, subjects)
 
 

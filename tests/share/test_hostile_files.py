@@ -48,6 +48,7 @@ from tests.zoo import BY_NAME, branched
 CONFIG, CARD, PROCESSOR, WEIGHTS = "config.json", "README.md", "preprocessor_config.json", "ee_adapter.safetensors"
 SECRET = "a line out of a file of the victim's"
 PICTURE = Image.new("RGB", (40, 50), (200, 30, 90))
+pytestmark = pytest.mark.filterwarnings("ignore:.* is left out:UserWarning")  # odd files, which is what this is about
 
 
 @pytest.fixture(autouse=True)

@@ -107,7 +107,10 @@ def _saved(model: nn.Module, folder: Path, **options: object) -> Path:
     return ee.augment(model.eval(), 1, sample=_sample(model), **options).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+_ALIKE = {f"{family} {what}" for family in ("vit", "bert") for what in ("activation", "epsilon")}  # of the nets
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _ALIKE)) for n in OTHERS])
 def test_the_same_tensors_under_another_computation_are_refused(name: str, tmp_path: Path) -> None:
     make, options = OTHERS[name]
     folder = _saved(make(), tmp_path)
@@ -170,7 +173,7 @@ def test_a_base_without_a_head_is_probed_by_its_features(tmp_path: Path) -> None
 def test_an_adapter_without_a_probe_is_taken_as_before(tmp_path: Path) -> None:
     folder = _saved(Net(), tmp_path)
     edit(folder, lambda data: data.pop("probe"))
-    assert ee.from_pretrained(folder, Net(act=nn.GELU).eval()).exits
+    assert ee.from_pretrained(folder, Net(act=nn.GELU).eval(), own_base=True).exits
 
 
 def test_a_base_that_random_inputs_do_not_suit_has_no_probe(tmp_path: Path) -> None:
@@ -200,6 +203,6 @@ def test_a_base_saved_along_is_probed_too(tmp_path: Path) -> None:
     branched = ee.augment(Net().eval(), 1, sample=torch.randn(3, 3, 32, 32))
     config = ee.TrainConfig(epochs=1, batch_size=8, progress=False)
     folder = ee.train(branched, data, config, joint=True).model.save_pretrained(tmp_path)
-    assert ee.from_pretrained(folder, Net().eval()).own_base
+    assert ee.from_pretrained(folder, Net().eval(), own_base=True).own_base
     with pytest.raises(ee.FingerprintError, match="computes something different"):
-        ee.from_pretrained(folder, Net(act=nn.GELU).eval())
+        ee.from_pretrained(folder, Net(act=nn.GELU).eval(), own_base=True)
