@@ -44,7 +44,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # test_hub pushes
 
 
-_SLOW = ("papers.md", "guide.md")  # every preset, every verb
+_SLOW = ("papers.md", "guide.md", "trainer.md", "deploy.md")  # every preset, every verb, several exports
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_a_save_killed_at_any_rename_leaves_the_old_adapter_or_the_new_one(tmp_p
     assert all(rest == ["old"] for _, *rest in found)  # the next save is whole, and clears up
 
 
+@pytest.mark.slow
 def test_two_writers_and_a_reader_see_one_of_the_two(tmp_path: Path) -> None:
     seen = _program("races", str(tmp_path))
     assert set(seen) <= {"old", "new"}

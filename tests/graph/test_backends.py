@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_both_backends_learn_alike_through_the_segments_of_a_shortcut(training: 
         torch.testing.assert_close(one, other)
 
 
-def test_a_backend_of_the_users_own_serves_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_of_the_users_own_serves_a_whole_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(BACKENDS, "_items", dict(BACKENDS._items))  # so that others do not see it
     calls: list[str] = []
 
@@ -113,6 +114,12 @@ def test_a_backend_of_the_users_own_serves_a_whole_model(monkeypatch: pytest.Mon
     assert torch.equal(found.exit_index, expected.exit_index)
     torch.testing.assert_close(found.logits, expected.logits)
     assert branched.with_exits(branched.exits[:1]).engine.backend == "interpreted"
+    data = [(x, torch.arange(6))]
+    ee.train(branched, data, ee.TrainConfig(epochs=1, progress=False))
+    ee.calibrate(branched, data)
+    branched.operate(max_accuracy_drop=1.0)
+    again = ee.from_pretrained(branched.save_pretrained(tmp_path), branched.unload())
+    assert torch.equal(again.predict(x).exit_index, branched.predict(x).exit_index)
 
 
 def test_unknown_and_failing_backends_leave_the_one_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
