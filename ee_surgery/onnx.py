@@ -107,7 +107,8 @@ class _Exported:
             fits = [point for point in self.points if point.expected_accuracy >= least - 1e-12]
             best = min(fits, key=lambda point: point.macs_fraction, default=None)
         else:
-            fits = [point for point in self.points if point.macs_fraction <= budget]
+            most = math.inf if budget is None else budget
+            fits = [point for point in self.points if point.macs_fraction <= most]
             best = max(fits, key=lambda point: point.expected_accuracy, default=None)
         if best is None:
             low, high = self.points[0], self.points[-1]
@@ -127,6 +128,11 @@ class _Exported:
         """Which branches run: those of open exits, and where later ones read what they hand on, those before."""
         opened = [tau < math.inf for tau in thresholds]
         return opened if self.about["closes_alone"] else [any(opened[k:]) for k in range(len(opened))]
+
+    def _output(self, results: Sequence[np.ndarray], thresholds: Sequence[float] | None) -> OnnxOutput:
+        """Logits, exits and scores with their costs."""
+        logits, exit_index, score = results
+        return OnnxOutput(logits, exit_index, score, self._costs(thresholds)[exit_index])
 
     def _costs(self, thresholds: Sequence[float] | None) -> np.ndarray:
         """MACs of leaving at each exit: the trunk up to it and every branch visited, closed exits' left out."""
@@ -170,10 +176,10 @@ class OnnxModel(_Exported):
         taus = self.thresholds if thresholds is None else self._checked(thresholds)
         feeds = named if taus is None else {**named, "thresholds": np.array(taus, np.float32)}
         try:
-            logits, exit_index, score = self.session.run(["logits", "exit_index", "score"], feeds)
+            results = self.session.run(["logits", "exit_index", "score"], feeds)
         except Exception as error:
             raise OnnxError(f"The file cannot run inputs {_shapes(named)}: {error}") from error
-        return OnnxOutput(logits, exit_index, score, self._costs(taus)[exit_index])
+        return self._output(results, taus)
 
 
 Runner: TypeAlias = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
@@ -227,7 +233,7 @@ class StagedModel(_Exported):
             results = _written(results, rows, (logits, np.full(len(rows), k), score))
             stays = np.flatnonzero(~(sound >= np.float32(taus[k])))
             if not len(stays):
-                return OnnxOutput(*results, self._costs(taus)[results[1]])
+                return self._output(results, taus)
             if len(stays) < len(rows):
                 live = [_taken(array, stays, axis) for array, axis in zip(live, wiring["axes"], strict=True)]
                 carried, rows = [array[stays] for array in carried], rows[stays]
@@ -235,7 +241,7 @@ class StagedModel(_Exported):
         (logits,) = self._stages[-1]([*live, *best])
         last = (logits, np.full(len(rows), len(self.exits) - 1), np.full(len(rows), np.nan, np.float32))
         results = _written(results, rows, last)
-        return OnnxOutput(*results, self._costs(taus)[results[1]])
+        return self._output(results, taus)
 
 
 def _written(before: Sequence[np.ndarray], rows: np.ndarray, values: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -32,8 +32,12 @@ class ExportCheck(NamedTuple):
 
     def plus(self, other: ExportCheck) -> ExportCheck:
         """Both together."""
-        counts = (a + b for a, b in zip(self[:3], other[:3], strict=True))
-        return ExportCheck(*counts, max(self.logits, other.logits))
+        return ExportCheck(
+            self.samples + other.samples,
+            self.exits + other.exits,
+            self.ties + other.ties,
+            max(self.logits, other.logits),
+        )
 
 
 def verify(file: OnnxModel | StagedModel, engine: Engine, point: OperatingPoint) -> None:

@@ -383,6 +383,7 @@ def test_the_most_confident_answer_stands_in_for_the_last(bank: str, batch: int)
 @pytest.mark.parametrize("chained", [True, False])
 def test_the_most_confident_is_sought_among_the_exits_that_were_asked(chained: bool) -> None:
     records = replace(recorded(), chained=chained)
+    assert records.logits is not None
     sure = torch.stack([certainty(row) for row in records.logits])
     policy = ee.ThresholdPolicy((float("inf"), 2.0, float("inf")), "max_prob", "most_confident")
     replay = records.replay(policy)
