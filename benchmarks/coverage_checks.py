@@ -106,7 +106,7 @@ def full(name: str, report: Report, folder: Path) -> None:
         rows = torch.tensor([3, 0, 2, 1, 2])
         keeps = [torch.tensor([4, 0, 1, 2]), torch.tensor([2, 0, 3]), torch.tensor([1, 2])]
         given = backbone.batch(inputs).select(rows)
-        program = branched.engine.program(given)
+        program = branched.engine.program(given.arguments)
         live = program.stages[0](*given.tensors)
         for keep, stage, segment in zip(keeps, program.stages[1:], program.segments[1:], strict=False):
             rows, live = rows[keep], stage(*compact(live, segment.axes, keep))

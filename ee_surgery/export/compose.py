@@ -8,6 +8,7 @@ writes its answers over those of the exit before. Closed exits skip their branch
 from __future__ import annotations
 
 import inspect as inspecting
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,8 @@ def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix:
     shapes = tuple(_dynamic(axis, batch) for axis in piece.axes)
     name = next(p.name for p in inspecting.signature(piece.module.forward).parameters.values())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of axis names and of its own deprecations; what is wrong, it raises
             program = torch.onnx.export(
                 piece.module, piece.inputs, dynamo=True, dynamic_shapes={name: shapes}, opset_version=OPSET,
                 input_names=[*inputs], output_names=[*outputs], verbose=False, optimize=True,
@@ -72,6 +74,10 @@ def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix:
     assert program is not None
     model = onnx.compose.add_prefix(program.model_proto, prefix, rename_inputs=False, rename_outputs=False)
     model.graph.name = prefix
+    for info, wanted in zip(model.graph.output, outputs, strict=True):
+        if info.name != wanted:  # one value is given twice, and has a single name
+            model.graph.node.append(helper.make_node("Identity", [info.name], [wanted], name=f"{prefix}{wanted}"))
+            info.name = wanted
     return model
 
 

@@ -310,7 +310,7 @@ def _kill_at(process: subprocess.Popen[str], folder: Path, target: tuple[int, in
             counters = torch.load(path, weights_only=True)["counters"]
             if (counters["epoch"], counters["step"]) >= target and counters["step"]:
                 process.send_signal(signal.SIGKILL)
-                process.wait()
+                process.communicate()  # and close its pipe
                 return
         time.sleep(0.01)
     raise AssertionError(f"training never stood at {target}: {process.communicate()[0]}")
