@@ -224,8 +224,9 @@ class StagedModel(_Exported):
         for k, seen in enumerate(self._visits(taus)):
             live = [*self._stages[k](live)]
             wiring = self._wiring[k]
-            if not carried:
-                carried = [np.full((len(rows), *tail), np.nan, kind) for tail, kind in wiring["unset"]]
+            if not carried and wiring["best"]:  # no answer yet
+                tail, kind = wiring["unset"][-1]
+                carried = [np.full((len(rows), *tail), np.nan, kind)]
             if not seen:
                 carried = carried[len(carried) - wiring["best"] :]
                 continue

@@ -242,7 +242,8 @@ def patience(
     """How many exits before this one gave the same answer without a break. Source: PABEE (arXiv:2006.04152)."""
     answer = task.labels_from(logits)
     if not state:
-        streak = torch.zeros(len(answer), dtype=torch.float32, device=answer.device)
+        # shape, as len() would fix the batch in an export
+        streak = torch.zeros(answer.shape[0], dtype=torch.float32, device=answer.device)
     else:
         before, streak = state
         streak = torch.where(task.same(answer, before), streak + 1, torch.zeros_like(streak))
