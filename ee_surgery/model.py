@@ -240,7 +240,7 @@ class EarlyExitModel(SharedModel):
         return torch.stack([*(answer.logits for answer in answers), logits])
 
     def export(self, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True) -> Path:
-        """Write ONNX in which samples leave early, each on its own; see `ee_surgery.export.onnx_file.export`."""
+        """Write ONNX in which each sample leaves on its own; arguments as of `ee_surgery.export.onnx_file.export`."""
         return export(self.engine, self.state, path, layout=layout, check=check)
 
     def train(self, mode: bool = True) -> EarlyExitModel:

@@ -56,8 +56,8 @@ class OnnxPoint:
 class _Exported:
     """What a file and a folder of stages have in common: the metadata and the knob."""
 
-    def __init__(self, about: dict[str, Any]) -> None:
-        self.about = about
+    def __init__(self, text: str | None, path: object) -> None:
+        self.about = about = _metadata(text, path)
         """The metadata as plain data."""
         self.exits: list[str] = about["exits"]
         """Names of the exits, the original's own head (`original`) last."""
@@ -65,7 +65,7 @@ class _Exported:
         """Class names in order, where they are known."""
         self.preprocessing: dict[str, Any] | None = about["preprocessing"]
         """How pictures are prepared, as `timm.data.create_transform` takes it."""
-        self.points = tuple(_point(point) for point in about["points"])
+        self.points: tuple[OnnxPoint, ...] = about["points"]
         """The frontier, from cheap to dear; empty where the model was not calibrated."""
         self.thresholds: tuple[float, ...] | None = None
         """In force; None: those that the model was exported with."""
@@ -136,7 +136,7 @@ class _Exported:
 
     def _costs(self, thresholds: Sequence[float] | None) -> np.ndarray:
         """MACs of leaving at each exit: the trunk up to it and every branch visited, closed exits' left out."""
-        visits = self._visits([float(tau) for tau in self.about["thresholds"]] if thresholds is None else thresholds)
+        visits = self._visits(self.about["thresholds"] if thresholds is None else thresholds)
         paid = [*accumulate(m * v for m, v in zip(self.about["branch_macs"], visits, strict=True))]
         return np.array([t + p for t, p in zip(self.about["trunk_macs"], [*paid, paid[-1]], strict=True)])
 
@@ -157,7 +157,7 @@ class OnnxModel(_Exported):
         self, path: str | os.PathLike[str], providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
     ) -> None:
         self.session = _session(path, providers, threads)
-        super().__init__(_metadata(self.session.get_modelmeta().custom_metadata_map.get(METADATA), path))
+        super().__init__(self.session.get_modelmeta().custom_metadata_map.get(METADATA), path)
         self.inputs = [one.name for one in self.session.get_inputs()]
         """Names of the inputs, the main one first."""
 
@@ -198,17 +198,20 @@ class StagedModel(_Exported):
 
     def __init__(self, folder: str | os.PathLike[str], load: Callable[[str], Runner] | None = None) -> None:
         path = os.path.join(folder, ROUTER)
+        if not os.path.isfile(path):  # a fifo would wait for ever
+            raise OnnxError(f"No such file: {path}.")
         try:
             with open(path, encoding="utf-8") as file:
                 text = file.read(_LIMIT + 1)
         except (OSError, UnicodeDecodeError) as error:
             raise OnnxError(f"Cannot read {path}: {error}") from error
-        super().__init__(_metadata(text, path))
+        super().__init__(text, path)
+        if not self.about.keys() >= {"inputs", "batch_dim", "axes", "unset"}:
+            raise OnnxError(f"{path} has damaged metadata: it does not say how its stages are joined.")
         make = _on_onnxruntime if load is None else load
         count = len(self.exits) - 1
         self._stages = [make(os.path.join(folder, f"stage_{k}.onnx")) for k in range(count + 1)]
         self._branches = [make(os.path.join(folder, f"branch_{k}.onnx")) for k in range(count)]
-        self._wiring: list[dict[str, Any]] = self.about["wiring"]
 
     def run(
         self, inputs: np.ndarray | Mapping[str, np.ndarray], thresholds: Sequence[float] | None = None
@@ -217,18 +220,15 @@ class StagedModel(_Exported):
         names = self.about["inputs"]
         live = [inputs[name] for name in names] if isinstance(inputs, Mapping) else [inputs]
         taus = self.thresholds if thresholds is None else self._checked(thresholds)
-        taus = [float(tau) for tau in self.about["thresholds"]] if taus is None else taus
+        taus = self.about["thresholds"] if taus is None else taus
         rows = np.arange(live[0].shape[self.about["batch_dim"]])
         results: list[np.ndarray] = []
-        carried: list[np.ndarray] = []
+        # between exits: the state of the score, log-probabilities of a chain, and last the best answer so far
+        carried = [np.full((len(rows), classes), np.nan, kind) for classes, kind in self.about["unset"]]
+        best = len(carried)
         for k, seen in enumerate(self._visits(taus)):
             live = [*self._stages[k](live)]
-            wiring = self._wiring[k]
-            if not carried and wiring["best"]:  # no answer yet
-                tail, kind = wiring["unset"][-1]
-                carried = [np.full((len(rows), *tail), np.nan, kind)]
             if not seen:
-                carried = carried[len(carried) - wiring["best"] :]
                 continue
             logits, score, sound, *carried = self._branches[k]([*live, *carried])
             results = _written(results, rows, (logits, np.full(len(rows), k), score))
@@ -236,10 +236,9 @@ class StagedModel(_Exported):
             if not len(stays):
                 return self._output(results, taus)
             if len(stays) < len(rows):
-                live = [_taken(array, stays, axis) for array, axis in zip(live, wiring["axes"], strict=True)]
+                live = [_taken(array, stays, axis) for array, axis in zip(live, self.about["axes"][k], strict=True)]
                 carried, rows = [array[stays] for array in carried], rows[stays]
-        best = carried[len(carried) - self._wiring[-1]["best"] :]
-        (logits,) = self._stages[-1]([*live, *best])
+        (logits,) = self._stages[-1]([*live, *carried[len(carried) - best :]])
         last = (logits, np.full(len(rows), len(self.exits) - 1), np.full(len(rows), np.nan, np.float32))
         results = _written(results, rows, last)
         return self._output(results, taus)
@@ -292,20 +291,21 @@ def _metadata(text: str | None, path: object) -> dict[str, Any]:
         raise OnnxError(f"{path} was not written by ee_surgery: it has no metadata {METADATA!r}.")
     try:
         about = json.loads(text)
-        version = about["format_version"]
-        if version != FORMAT_VERSION:
-            raise OnnxError(f"{path} is of format {version!r}; this version reads {FORMAT_VERSION}.")
+        if (version := about["format_version"]) != FORMAT_VERSION:
+            raise OnnxError(f"{path} is of format {version!r:.20}; this version reads {FORMAT_VERSION}.")
+        points = tuple(map(_point, about["points"]))
+        costs = {name: [*map(int, about[name])] for name in ("trunk_macs", "branch_macs")}
+        known = {"points": points, "thresholds": tuple(map(float, about["thresholds"])), **costs}
+        missing = {"labels", "preprocessing", "closes_alone", "base_accuracy"} - about.keys()
         k = len(about["exits"])
-        sizes = {len(about["trunk_macs"]), len(about["branch_macs"]) + 1, len(about["thresholds"]) + 1}
-        if k < 2 or sizes != {k} or any(len(point["thresholds"]) != k - 1 for point in about["points"]):
-            raise ValueError("its parts do not fit together")
-        for name in ("labels", "preprocessing", "closes_alone", "base_accuracy"):
-            about[name]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, OnnxError):
-            raise
-        raise OnnxError(f"{path} has damaged metadata: {error!r}.") from error
-    return about
+        sizes = {len(costs["trunk_macs"]), len(costs["branch_macs"]) + 1, len(known["thresholds"]) + 1}
+        if missing or k < 2 or sizes != {k} or any(len(point.thresholds) != k - 1 for point in points):
+            raise ValueError("its parts do not fit together, or some are missing")
+    except OnnxError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+        raise OnnxError(f"{path} has damaged metadata: {repr(error)[:200]}.") from error
+    return {**about, **known}
 
 
 def _point(data: Mapping[str, Any]) -> OnnxPoint:

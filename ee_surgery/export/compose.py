@@ -26,6 +26,7 @@ from ee_surgery.graph.batch_axes import Axis
 THRESHOLDS = "thresholds"
 OUTPUTS = ("logits", "exit_index", "score")
 OPSET = 20
+_INDEX, _SCORE = torch.zeros(1, dtype=torch.int64), torch.zeros(1)  # what results are like
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Composer:
         made = [f"stage{k}_{i}" for i in range(len(part.stage.outputs))]
         self._add(block, part.stage, live, made, f"stage{k}/")
         answer = self._ask(block, k, made, carried, rows)
-        index = self._filled(block, rows, k, f"exit{k}")
+        index = self._filled(block, rows, _INDEX, k, f"exit{k}")
         results = self._write(block, before, rows, [answer[0], index, answer[1]], k)
         leaves, onward = answer[2], answer[3:]
         stays = block.op("NonZero", [block.op("Not", [leaves], f"not_leaves{k}")], f"stays2d{k}")
@@ -158,10 +159,9 @@ class Composer:
         remain = block.op("Greater", [left, block.constant(np.array(0), f"none{k}")], f"remain{k}")
         body = Block(f"after{k}")
         next_rows = body.op("Gather", [rows, stays], f"rows{k + 1}", axis=0)
-        axes = self._axes(k)
         kept = [
             name if axis is None else self._select(body, name, stays, axis, tensor, f"live{k + 1}_{i}")
-            for i, (name, axis, tensor) in enumerate(zip(made, axes, part.stage.outputs, strict=True))
+            for i, (name, axis, tensor) in enumerate(zip(made, part.live_axes, part.stage.outputs, strict=True))
         ]
         taken = [body.op("Gather", [name, stays], f"carried{k + 1}_{i}", axis=0) for i, name in enumerate(onward)]
         deeper = self._level(body, k + 1, kept, next_rows, taken, results)
@@ -176,10 +176,6 @@ class Composer:
         )  # fmt: skip
         return names
 
-    def _axes(self, k: int) -> tuple[Axis | None, ...]:
-        """Where each tensor that stage k gives has its batch."""
-        return self.pieces.exits[k].branch.axes[: len(self.pieces.exits[k].stage.outputs)]
-
     def _add(self, block: Block, piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> None:
         graph = to_onnx(piece, inputs, outputs, prefix).graph
         block.nodes.extend(graph.node)
@@ -188,9 +184,8 @@ class Composer:
     def _ask(self, block: Block, k: int, live: list[str], carried: list[str], rows: str) -> list[str]:
         """Branch k and its decision, skipped where it cannot matter: logits, score, leaves, what is carried on."""
         piece = self.pieces.exits[k].branch
-        taken = carried or [
-            self._unset(block, rows, t, f"unset{k}_{i}") for i, t in enumerate(self.pieces.exits[k].carried.tensors)
-        ]
+        first = self.pieces.exits[k].carried.tensors
+        taken = carried or [self._filled(block, rows, t, torch.nan, f"unset{k}_{i}") for i, t in enumerate(first)]
         outputs = [f"branch{k}_{i}" for i in range(len(piece.outputs))]
         asks = Block(f"branch{k}")
         self._add(asks, piece, [*live, *taken], outputs, f"branch{k}/")
@@ -201,7 +196,7 @@ class Composer:
         types = [element_type(tensor.dtype) for tensor in tensors]
         skips = Block(f"closed{k}")
         fixed = len(self.pieces.exits[k].carried.best)  # a skipped exit leaves the best answer so far as it is
-        blanks = [self._blank(skips, rows, tensor, f"blank{k}_{i}") for i, tensor in enumerate(tensors)]
+        blanks = [self._filled(skips, rows, tensor, 0, f"blank{k}_{i}") for i, tensor in enumerate(tensors)]
         for i in range(1, fixed + 1):
             blanks[-i] = skips.op("Identity", [taken[-i]], f"same{k}_{i}")
         names = [f"asked{k}_{i}" for i in range(len(tensors))]
@@ -225,8 +220,8 @@ class Composer:
         piece = self.pieces.end
         best = carried[len(carried) - (len(piece.inputs) - len(live)) :] if len(piece.inputs) > len(live) else []
         self._add(block, piece, [*live, *best], ["last"], "end/")
-        index = self._filled(block, rows, k, f"exit{k}")
-        score = self._blank(block, rows, torch.full((1,), torch.nan), "unasked")
+        index = self._filled(block, rows, _INDEX, k, f"exit{k}")
+        score = self._filled(block, rows, _SCORE, torch.nan, "unasked")
         return self._write(block, before, rows, ["last", index, score], k)
 
     def _write(self, block: Block, before: Sequence[str], rows: str, values: Sequence[str], k: int) -> list[str]:
@@ -239,29 +234,14 @@ class Composer:
             for i, (old, new) in enumerate(zip(before, values, strict=True))
         ]
 
-    def _filled(self, block: Block, rows: str, value: int, name: str) -> str:
-        shape = block.op("Shape", [rows], f"{name}_shape")
-        return block.op(
-            "ConstantOfShape", [shape], name, value=helper.make_tensor("value", TensorProto.INT64, [1], [value])
-        )
-
-    def _blank(self, block: Block, rows: str, like: Tensor, name: str) -> str:
-        """Zeros (NaN for floating point numbers of one dimension) for the samples in flight, in the form of `like`."""
+    def _filled(self, block: Block, rows: str, like: Tensor, value: float, name: str) -> str:
+        """One value for the samples in flight, in the form of `like` (B, ...)."""
         shape = block.op("Shape", [rows], f"{name}_rows")
         if like.ndim > 1:
             tail = block.constant(np.array(like.shape[1:], np.int64), f"{name}_tail")
             shape = block.op("Concat", [shape, tail], f"{name}_shape", axis=0)
-        fill = np.array([np.nan if like.ndim == 1 and like.is_floating_point() else 0])
-        value = numpy_helper.from_array(fill.astype(torch.empty(0, dtype=like.dtype).numpy().dtype))
-        return block.op("ConstantOfShape", [shape], name, value=value)
-
-    def _unset(self, block: Block, rows: str, like: Tensor, name: str) -> str:
-        """No answer yet: NaN."""
-        shape = block.op("Shape", [rows], f"{name}_rows")
-        tail = block.constant(np.array(like.shape[1:], np.int64), f"{name}_tail")
-        shape = block.op("Concat", [shape, tail], f"{name}_shape", axis=0)
-        dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
-        return block.op("ConstantOfShape", [shape], name, value=numpy_helper.from_array(np.array([np.nan], dtype)))
+        fill = numpy_helper.from_array(torch.full((1,), value, dtype=like.dtype).numpy())
+        return block.op("ConstantOfShape", [shape], name, value=fill)
 
     def _select(self, block: Block, name: str, keep: str, axis: Axis, like: Tensor, out: str) -> str:
         """The samples `keep` of a live tensor, folded as it was."""

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
+from torch import Tensor
+
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import choice, flag
 from ee_surgery.errors import ConfigError, SurgeryError
@@ -16,14 +19,13 @@ from ee_surgery.files import atomic_write
 from ee_surgery.onnx import FORMAT_VERSION, METADATA, ROUTER, OnnxModel, StagedModel
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER
+from ee_surgery.policies.scores import FittedScore
 from ee_surgery.runtime.engine import Engine, eval_mode
 from ee_surgery.share.state import AdapterState
 
 Plain: TypeAlias = dict[str, Any]
 _IR_VERSION = 10  # what onnxruntime 1.18 and newer read
 _EMBEDDED = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
-
-
 Layout = Literal["file", "stages"]
 
 
@@ -56,12 +58,13 @@ def export(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SurgeryError(f"Exporting needs onnx ({error}): pip install 'ee-surgery[onnx]'.") from error
+    if any(tensor.dtype == torch.bfloat16 for _, tensor in engine.backbone.tensors()):
+        raise ConfigError("numpy and most engines have no bfloat16: export the model in float32, after .float().")
     point = state.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(engine.branches))
-    with eval_mode(list(engine.branches.modules())):
-        parts = pieces(engine, point.policy)
-    about = _metadata(engine, state, point, parts)
     path = Path(path)
-    with atomic_write(path) as partial:
+    with eval_mode(list(engine.branches.modules())), atomic_write(path) as partial:
+        parts = pieces(engine, point.policy_for(engine.backbone.task))
+        about = _metadata(engine, state, point, parts)
         (_write_file if layout == "file" else _write_stages)(partial, engine, parts, about)
         if check:
             verify(OnnxModel(partial) if layout == "file" else StagedModel(partial), engine, point)
@@ -98,19 +101,11 @@ def _write_stages(folder: Path, engine: Engine, parts: Pieces, about: Plain) -> 
         save(part.branch, f"branch_{k}")
     save(parts.end, f"stage_{len(parts.exits)}")
     dims = [axis.dim for axis in parts.exits[0].stage.axes if axis is not None]
-    routing = {"inputs": parts.names, "batch_dim": dims[0], "wiring": _wiring(parts)}
+    axes = [[None if a is None else (a.dim, a.before, a.after) for a in part.live_axes] for part in parts.exits]
+    # logits that stand for no answer yet, where the fallback compares answers
+    unset = [(t.shape[1], str(t.dtype).removeprefix("torch.")) for t in parts.exits[0].carried.best]
+    routing = {"inputs": parts.names, "batch_dim": dims[0], "axes": axes, "unset": unset}
     (folder / ROUTER).write_text(json.dumps({**about, **routing}))
-
-
-def _wiring(parts: Pieces) -> list[Plain]:
-    """Of each exit, where its live tensors have their batch, and what its branch is given beside them at first."""
-    rows: list[Plain] = []
-    for part in parts.exits:
-        axes = part.branch.axes[: len(part.stage.outputs)]
-        unset = [(tensor.shape[1:], str(tensor.dtype).removeprefix("torch.")) for tensor in part.carried.tensors]
-        plain = [None if axis is None else (axis.dim, axis.before, axis.after) for axis in axes]
-        rows.append({"axes": plain, "best": len(part.carried.best), "unset": unset})
-    return rows
 
 
 def _metadata(engine: Engine, state: AdapterState, point: OperatingPoint, parts: Pieces) -> Plain:
@@ -136,7 +131,18 @@ def _metadata(engine: Engine, state: AdapterState, point: OperatingPoint, parts:
 
 def _reachable(frontier: Frontier, point: OperatingPoint) -> list[OperatingPoint]:
     """The points that differ from the one in force in thresholds alone: the score is part of the graph."""
-    return [each for each in frontier if (each.score, each.fallback) == (point.score, point.fallback)]
+    return [each for each in frontier if each.fallback == point.fallback and _same(each.score, point.score)]
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two scores are the same; fitted ones that were loaded are other objects with equal tensors."""
+    if isinstance(a, FittedScore) and isinstance(b, FittedScore):
+        return a is b or _same(tuple(a.to_dict().items()), tuple(b.to_dict().items()))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 def _plain(point: OperatingPoint) -> Plain:

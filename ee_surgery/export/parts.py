@@ -7,7 +7,7 @@ Every piece takes and returns plain tensors with a symbolic batch, so that compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,11 @@ class ExitPieces:
     branch: Piece
     carried: Carried
 
+    @property
+    def live_axes(self) -> tuple[Axis | None, ...]:
+        """Where each tensor that the stage gives has its batch."""
+        return self.branch.axes[: len(self.stage.outputs)]
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -139,8 +144,6 @@ class Pieces:
     end: Piece
     closes_alone: bool
     """Whether a closed exit's branch is skipped even where later ones are open."""
-    axes: list[tuple[Axis | None, ...]] = field(default_factory=list)
-    """Of the live tensors at each exit."""
 
 
 def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
@@ -172,5 +175,5 @@ def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
 
 
 def _piece(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axis | None, ...]) -> Piece:
-    outputs = module.eval()(*inputs)
+    outputs = module(*inputs)
     return Piece(module, inputs, axes, outputs if isinstance(outputs, tuple) else (outputs,))

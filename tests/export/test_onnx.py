@@ -21,6 +21,7 @@ from ee_surgery import check_export
 from ee_surgery.policies.operating_point import OperatingPoint
 from recipes.networks import CifarResNet
 from tests import ROOT
+from tests.zoo import BY_NAME, SPECIAL
 
 onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
@@ -181,3 +182,74 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     for name in ("text.onnx", "missing.onnx"):
         with pytest.raises(OnnxError, match=name):
             OnnxModel(tmp_path / name)
+
+
+def test_branches_in_train_mode_are_exported_as_they_answer(tmp_path: Path) -> None:
+    model = small("conv2")
+    model.train()
+    path = model.export(tmp_path / "model.onnx")
+    assert all(module.training for module in model.branches.modules())
+    model.eval()
+    model.operate(thresholds=[0.12, 0.12])
+    assert check_export(path, model, [torch.randn(16, 3, 16, 16)]).exits == 0
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": "' + "9" * 1000 + '"}', "{" * 5000])
+def test_a_damaged_folder_of_stages_is_refused_in_few_words(text: str, tmp_path: Path) -> None:
+    (tmp_path / "router.json").write_text(text)
+    with pytest.raises(OnnxError, match=r"router\.json") as caught:
+        StagedModel(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+def test_bfloat16_is_refused(tmp_path: Path) -> None:
+    model = small().to(torch.bfloat16)
+    with pytest.raises(ee.ConfigError, match="bfloat16"):
+        model.export(tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vit", "hf-Swin"])
+def test_tokens_and_windows_go_into_the_file(name: str, tmp_path: Path) -> None:
+    entry = BY_NAME[name]
+    model = ee.augment(entry.make(), 3, sample=entry.sample(4))
+    path = model.export(tmp_path / "model.onnx")
+    model.operate(thresholds=0.5)
+    assert check_export(path, model, [entry.sample(5)]).exits == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilevit", "hf-DistilBertForSequenceClassification"])
+def test_folded_batches_and_texts_go_into_the_file(name: str, tmp_path: Path) -> None:
+    model = next(special for special in SPECIAL if special.name == name).augment(3)
+    path = model.export(tmp_path / "model.onnx")
+    model.operate(thresholds=0.5)
+    assert check_export(path, model, [model.sample]).exits == 0
+
+
+@pytest.mark.slow
+def test_shortcuts_go_into_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(20).eval()
+    branch = ee.BranchSpec("shortcut", options={"budget": 0.9})
+    branched = ee.augment(model, ["layer1.0", "layer2.0"], branch=branch, sample=torch.randn(4, 3, 32, 32))
+    path = branched.export(tmp_path / "model.onnx")
+    branched.operate(thresholds=[0.13, 0.13])
+    assert check_export(path, branched, [torch.randn(24, 3, 32, 32)]).exits == 0
+
+
+@pytest.mark.slow
+def test_several_labels_and_fitted_scores_of_a_loaded_model_go_into_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, tags = torch.randn(64, 3, 16, 16), (torch.rand(64, 10) < 0.3).float()
+    base = CifarResNet(8).eval()
+    model = ee.augment(base, 2, branch="pool", task="multi_label", sample=x[:4])
+    frontier = ee.calibrate(model, [(x, tags)], method="scaled")
+    model.operate(frontier[len(frontier) // 2])
+    again = ee.from_pretrained(model.save_pretrained(tmp_path / "adapter"), base)
+    path = again.export(tmp_path / "model.onnx")
+    assert check_export(path, again, [x]).exits == 0
+    assert len(OnnxModel(path).points) == len(
+        [point for point in frontier if str(point.score) == str(frontier[len(frontier) // 2].score)]
+    )
