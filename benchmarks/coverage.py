@@ -3,6 +3,7 @@
     python -m benchmarks.coverage                  models not in runs/coverage.jsonl yet; then docs/coverage.md
     python -m benchmarks.coverage timm:tnt         models of that name again
     python -m benchmarks.coverage --architectures  every architecture of timm, captured on the meta device
+    python -m benchmarks.coverage --export         every model of the first list as an ONNX file
     python -m benchmarks.coverage --report         docs/coverage.md alone
 
 A model that crashes, hangs or runs out of memory ends only its own process and is listed with the cause.
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="run these again (timm:name, hf:Class)")
     parser.add_argument("--architectures", action="store_true", help="the long matrix: capture alone, no weights")
+    parser.add_argument("--export", action="store_true", help="as one ONNX file, run beside the model")
     parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--smallest", action="store_true", help="print the smallest model of every timm family")
     parser.add_argument("--smoke", action="store_true", help="two small models; nothing is kept")
@@ -63,7 +65,8 @@ def main() -> None:
 def run(options: argparse.Namespace, folder: Path) -> None:
     """Check every model that has no result yet; each result is appended as it comes."""
     folder.mkdir(exist_ok=True)
-    file = folder / ("architectures.jsonl" if options.architectures else "coverage.jsonl")
+    matrix = "architectures" if options.architectures else "exports" if options.export else "coverage"
+    file = folder / f"{matrix}.jsonl"
     todo = models.architectures() if options.architectures else [*models.families(), *models.transformers_classes()]
     known = set() if options.models else {row["model"] for row in results(file)}
     todo = [name for name in todo if name not in known and (not options.models or name in options.models)]
@@ -98,11 +101,11 @@ def start(job: str, names: list[str], folder: str, memory: int) -> subprocess.Po
 
 
 def checked(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All checks of one model, in two processes: the second loads what the first saved."""
+    """All checks of one model; `reload` is a second process, which loads what the first saved."""
     begin = time.perf_counter()
     error = ""
     with tempfile.TemporaryDirectory() as folder:
-        for job in ("full", "reload"):
+        for job in ("export",) if options.export else ("full", "reload"):
             process = start(job, [name], folder, options.memory)
             try:
                 _, messages = process.communicate(timeout=options.seconds)

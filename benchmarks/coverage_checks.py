@@ -1,6 +1,7 @@
 """The checks of one model, in a process of its own: `python -m benchmarks.coverage_checks JOB FOLDER MODEL...`.
 
-JOB is `full`, `reload` (a second process, on what `full` saved) or `capture` (on the meta device, nothing is computed).
+JOB is `full`, `reload` (a second process, on what `full` saved), `capture` (on the meta device, nothing is computed) or
+`export` (one ONNX file, run beside the model).
 What is known is written after every check: a process that dies leaves the results up to there.
 """
 
@@ -22,8 +23,10 @@ from torch import Tensor
 import ee_surgery as ee
 from benchmarks.models import build, sample
 from ee_surgery.backbone.inputs import tensors
+from ee_surgery.export.verify import ExportCheck, compare
 from ee_surgery.graph.backends.base import bind
 from ee_surgery.graph.segments import compact, cut
+from ee_surgery.onnx import OnnxModel
 
 EXPECTED = "expected.safetensors"
 TOLERANCE = 1e-3  # relative to the largest logit; float32 sums in another order
@@ -83,6 +86,11 @@ def _inspect(model: torch.nn.Module, name: str, report: Report) -> ee.ModelGraph
     return graph
 
 
+def _with_exits(graph: ee.ModelGraph) -> ee.EarlyExitModel:
+    """Three exits, or as many as there are."""
+    return ee.attach(graph, ee.place(graph, min(3, len({p.macs for p in graph.blocks} - {0, graph.macs}))))
+
+
 def full(name: str, report: Report, folder: Path) -> None:
     """All checks of a model, on its sample."""
     model = build(name)
@@ -97,7 +105,7 @@ def full(name: str, report: Report, folder: Path) -> None:
         report.add(captured_difference=(whole - eager).abs().max().item())
         assert relative(eager, whole) < TOLERANCE, "captured graph and eager differ"
 
-        branched = ee.attach(graph, ee.place(graph, min(3, len({p.macs for p in graph.blocks} - {0, graph.macs}))))
+        branched = _with_exits(graph)
         points = branched.plan.points
         report.add(
             exits=[f"{p.name} ({p.macs_fraction:.0%})" for p in points], branches=[s.name for s in branched.specs]
@@ -168,6 +176,30 @@ def reload(name: str, report: Report, folder: Path) -> None:
     report.add(reloaded=True)
 
 
+def export(name: str, report: Report, folder: Path) -> None:
+    """Export, and compare with the routed run at batches 1 and 5, each at ten random settings of the thresholds."""
+    branched = _with_exits(_inspect(build(name), name, report))
+    start = time.perf_counter()
+    path = branched.export(folder / "model.onnx", check=False)
+    report.add(export_seconds=round(time.perf_counter() - start, 1), megabytes=round(path.stat().st_size / 1e6, 1))
+    file, engine = OnnxModel(path, threads=1), branched.engine
+    own = engine.backbone.own_batch()
+    scores = branched.all_exits(own.arguments)[:-1].softmax(-1).amax(-1)
+    low, high, draw = scores.amin(1), scores.amax(1), torch.Generator().manual_seed(0)
+    found = ExportCheck(0, 0, 0, 0.0)
+    left: Counter[int] = Counter()
+    for _ in range(10):  # at some settings all leave, or none
+        taus = (low + (1.4 * torch.rand(len(low), generator=draw) - 0.2) * (high - low)).tolist()
+        policy = ee.OperatingPoint.by_hand(taus, "max_prob", len(taus)).policy_for(branched.task)
+        for rows in (torch.randint(4, (1,), generator=draw), torch.randint(4, (5,), generator=draw)):
+            batch = own.select(rows)
+            found = found.plus(compare(file, engine, policy, batch))
+            left.update(engine.run(batch, policy).exit_index.tolist())
+    report.add(export=found._asdict(), left=[left[k] for k in range(len(low) + 1)])
+    assert not found.exits, f"{found.exits} of {found.samples} samples leave elsewhere"
+    assert found.logits < TOLERANCE, f"logits differ by {found.logits:.2g} of the largest"
+
+
 def main() -> None:
     """Run one job; captures print one line of JSON per model in any case."""
     job, folder, *names = sys.argv[1:]
@@ -177,10 +209,8 @@ def main() -> None:
         try:
             if job == "capture":
                 capture(name, report)
-            elif job == "full":
-                full(name, report, Path(folder))
             else:
-                reload(name, report, Path(folder))
+                {"full": full, "reload": reload, "export": export}[job](name, report, Path(folder))
         except ImportError as error:
             report.add(error=f"cannot be built here: {str(error).strip().splitlines()[0]}")
             if job != "capture":
