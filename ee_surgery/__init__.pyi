@@ -8,6 +8,7 @@ from .calibration.classwise import class_thresholds
 from .calibration.eenet import eenet_scheduler
 from .calibration.frontier import Frontier
 from .calibration.methods import CALIBRATORS
+from .calibration.profile import Profile
 from .calibration.records import ExitRecords
 from .calibration.risk import RISKS, check_certificate, risk_control
 from .calibration.search import realised_drop
@@ -32,6 +33,7 @@ from .errors import (
 from .evaluation.calibrate import calibrate
 from .evaluation.check_export import check_export
 from .evaluation.evaluate import Evaluation, evaluate
+from .evaluation.profile import profile
 from .evaluation.record import record
 from .evaluation.verdict import Verdict, verdict
 from .export.verify import ExportCheck
@@ -94,6 +96,7 @@ __all__ = [
     "OperatingPoint",
     "OperatingPointError",
     "Preset",
+    "Profile",
     "Receipt",
     "Subset",
     "SurgeryError",
@@ -121,6 +124,7 @@ __all__ = [
     "geometric_budget",
     "inspect",
     "place",
+    "profile",
     "prune_exits",
     "realised_drop",
     "record",

@@ -129,6 +129,7 @@ class EarlyExitModel(SharedModel):
         *,
         max_accuracy_drop: float | None = None,
         budget: float | None = None,
+        latency_ms: float | None = None,
         risk: tuple[float, float] | None = None,
         risk_of: str | None = None,
         thresholds: Sequence[float] | float | None = None,
@@ -140,6 +141,7 @@ class EarlyExitModel(SharedModel):
             point: an operating point, e.g. of `frontier`; `operate(None)` alone: never leave early.
             max_accuracy_drop: the cheapest point of the frontier within this drop; 0.01 is one percentage point.
             budget: the most accurate one within this fraction of the original's MACs.
+            latency_ms: the most accurate one within this mean time of a batch, where a profile was calibrated with.
             risk: (eps, delta): the cheapest one certified to differ from the original on at most a share eps of new
                 samples, with confidence 1 - delta. The certificate is on the point.
             risk_of: `disagreement` (when left out), or `accuracy_gap` where the calibration data had labels.
@@ -153,11 +155,11 @@ class EarlyExitModel(SharedModel):
             UnknownNameError: no such score.
             ConfigError: the score needs confidence units that the branches do not have.
         """
-        wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "risk": risk}
+        wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "latency_ms": latency_ms, "risk": risk}
         requests = {**wanted, "thresholds": thresholds, "point": point}
         asked = [name for name, value in requests.items() if value is not None and value is not _UNSAID]
         if len(asked) > 1 or (not asked and point is _UNSAID):
-            choices = "max_accuracy_drop=, budget=, risk=, thresholds="
+            choices = "max_accuracy_drop=, budget=, latency_ms=, risk=, thresholds="
             seen = f"got {asked or 'none'}. operate(None): never leave early."
             raise OperatingPointError(f"Give exactly one of {choices}; {seen}")
         for name, value, owner, given in (
@@ -169,10 +171,12 @@ class EarlyExitModel(SharedModel):
         if thresholds is not None:
             score = "max_prob" if score is None else score
             return self._set(OperatingPoint.by_hand(thresholds, score, len(self.branches)))
-        if max_accuracy_drop is not None or budget is not None or risk is not None:
+        if asked and asked != ["point"]:
             if self.frontier is None:
                 raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
             point = self.frontier.at(**wanted, risk_of="disagreement" if risk_of is None else risk_of)
+            if latency_ms is not None and self.frontier.profile is not None:
+                self.frontier.profile.check_device(next(self.branches.parameters()).device)
         return self._set(point)
 
     def _set(self, point: OperatingPoint | None) -> OperatingPoint | None:

@@ -51,6 +51,8 @@ class OnnxPoint:
     expected_accuracy: float
     macs_fraction: float
     samples: int
+    latency_ms: float = math.nan
+    """Mean milliseconds of a batch, where the model was calibrated with a profile."""
 
 
 class _Exported:
@@ -75,6 +77,7 @@ class _Exported:
         *,
         max_accuracy_drop: float | None = None,
         budget: float | None = None,
+        latency_ms: float | None = None,
         thresholds: Sequence[float] | None = None,
     ) -> tuple[float, ...] | None:
         """Set when samples leave: exactly one argument; without any, the file's own operating point.
@@ -82,39 +85,40 @@ class _Exported:
         Args:
             max_accuracy_drop: the cheapest point of the frontier within this drop; 0.01 is one percentage point.
             budget: the most accurate one within this fraction of the original's MACs.
+            latency_ms: the most accurate one within this mean time of a batch.
             thresholds: one per branch; inf closes an exit.
         Returns:
             The thresholds in force; None for the file's own.
         Raises:
             OnnxError: several of them, or nothing meets the request.
         """
-        given = [value for value in (max_accuracy_drop, budget, thresholds) if value is not None]
+        given = [value for value in (max_accuracy_drop, budget, latency_ms, thresholds) if value is not None]
         if len(given) > 1:
-            raise OnnxError("Give one of max_accuracy_drop=, budget=, thresholds=.")
+            raise OnnxError("Give one of max_accuracy_drop=, budget=, latency_ms=, thresholds=.")
         if thresholds is not None:
             self.thresholds = self._checked(thresholds)
         elif not given:
             self.thresholds = None
         else:
-            self.thresholds = self._chosen(max_accuracy_drop, budget).thresholds
+            self.thresholds = self._chosen(max_accuracy_drop, budget, latency_ms).thresholds
         return self.thresholds
 
-    def _chosen(self, drop: float | None, budget: float | None) -> OnnxPoint:
+    def _chosen(self, drop: float | None, budget: float | None, latency_ms: float | None) -> OnnxPoint:
         if not self.points:
             raise OnnxError("The file has no frontier: calibrate the model before you export it, or give thresholds=.")
-        if drop is not None:
-            least = self.about["base_accuracy"] - drop
-            fits = [point for point in self.points if point.expected_accuracy >= least - 1e-12]
-            best = min(fits, key=lambda point: point.macs_fraction, default=None)
+        if drop is not None:  # points are ordered from the cheapest
+            least = self.about["base_accuracy"] - drop - 1e-12
+            best = next((point for point in self.points if point.expected_accuracy >= least), None)
         else:
-            most = math.inf if budget is None else budget
-            fits = [point for point in self.points if point.macs_fraction <= most]
+            most, cost = (budget, "macs_fraction") if latency_ms is None else (latency_ms, "latency_ms")
+            fits = [point for point in self.points if getattr(point, cost) <= most]
             best = max(fits, key=lambda point: point.expected_accuracy, default=None)
         if best is None:
             low, high = self.points[0], self.points[-1]
             raise OnnxError(
                 f"No operating point of the file meets that: its points go from {low.macs_fraction:.1%} of the MACs "
-                f"({low.expected_accuracy:.2%} expected) to {high.macs_fraction:.1%} ({high.expected_accuracy:.2%})."
+                f"({low.expected_accuracy:.2%} expected, {low.latency_ms:.2f} ms per batch) to "
+                f"{high.macs_fraction:.1%} ({high.expected_accuracy:.2%}, {high.latency_ms:.2f} ms)."
             )
         return best
 
@@ -156,7 +160,9 @@ class OnnxModel(_Exported):
     def __init__(
         self, path: str | os.PathLike[str], providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
     ) -> None:
-        self.session = _session(path, providers, threads)
+        self.session, self.threads = _session(path, providers, threads), threads
+        self.engine = f"onnxruntime {self.session.get_providers()[0]}"
+        """What runs it."""
         super().__init__(self.session.get_modelmeta().custom_metadata_map.get(METADATA), path)
         self.inputs = [one.name for one in self.session.get_inputs()]
         """Names of the inputs, the main one first."""
@@ -208,6 +214,9 @@ class StagedModel(_Exported):
         super().__init__(text, path)
         if not self.about.keys() >= {"inputs", "batch_dim", "axes", "unset"}:
             raise OnnxError(f"{path} has damaged metadata: it does not say how its stages are joined.")
+        self.inputs: list[str] = self.about["inputs"]
+        """Names of the inputs, the main one first."""
+        self.engine, self.threads = "onnxruntime, in stages" if load is None else f"stages by {load.__name__}", 0
         make = _on_onnxruntime if load is None else load
         count = len(self.exits) - 1
         self._stages = [make(os.path.join(folder, f"stage_{k}.onnx")) for k in range(count + 1)]
@@ -217,8 +226,7 @@ class StagedModel(_Exported):
         self, inputs: np.ndarray | Mapping[str, np.ndarray], thresholds: Sequence[float] | None = None
     ) -> OnnxOutput:
         """Run a batch; see `OnnxModel.run`."""
-        names = self.about["inputs"]
-        live = [inputs[name] for name in names] if isinstance(inputs, Mapping) else [inputs]
+        live = [inputs[name] for name in self.inputs] if isinstance(inputs, Mapping) else [inputs]
         taus = self.thresholds if thresholds is None else self._checked(thresholds)
         taus = self.about["thresholds"] if taus is None else taus
         rows = np.arange(live[0].shape[self.about["batch_dim"]])
@@ -309,11 +317,9 @@ def _metadata(text: str | None, path: object) -> dict[str, Any]:
 
 
 def _point(data: Mapping[str, Any]) -> OnnxPoint:
-    numbers = {name: math.nan if data[name] is None else float(data[name]) for name in data if name != "thresholds"}
-    taus = tuple(float(tau) for tau in data["thresholds"])
-    return OnnxPoint(
-        taus, numbers["accuracy"], numbers["expected_accuracy"], numbers["macs_fraction"], int(numbers["samples"])
-    )
+    names = ("accuracy", "expected_accuracy", "macs_fraction", "latency_ms")
+    numbers = {name: math.nan if data.get(name) is None else float(data[name]) for name in names}
+    return OnnxPoint(tuple(float(tau) for tau in data["thresholds"]), samples=int(data["samples"]), **numbers)
 
 
 def _shapes(inputs: Mapping[str, Any]) -> dict[str, str]:

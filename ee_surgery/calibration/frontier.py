@@ -13,6 +13,7 @@ from rich.table import Table
 from ee_surgery.calibration.methods import CALIBRATORS
 from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.plots import plot_frontier
+from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.records import ExitRecords, replay_point
 from ee_surgery.calibration.risk import RiskTable
 from ee_surgery.calibration.search import search
@@ -35,8 +36,9 @@ _LEVELS = "(eps, delta): with confidence 1 - delta, at most a fraction eps of ne
 class Frontier(Sequence[OperatingPoint]):
     """Pareto-optimal operating points in expected accuracy and cost, from the cheapest to the most expensive.
 
-    Costs, shares and `accuracy` are those of exits actually taken on the calibration data; `expected_accuracy` is
-    corrected for the optimism of choosing thresholds, and requests are judged by it. Sampling error remains.
+    Cost is mean MACs, or with a profile mean time. Costs, shares and `accuracy` are those of exits actually taken on
+    the calibration data; `expected_accuracy` is corrected for the optimism of choosing thresholds, and requests are
+    judged by it. Sampling error remains.
     """
 
     points: tuple[OperatingPoint, ...]
@@ -54,6 +56,8 @@ class Frontier(Sequence[OperatingPoint]):
     """Risk tables for certificates, one per risk; filled by `calibrate`."""
     task: str = CLASSIFICATION.name
     """What the answers are, by its name in `TASKS`."""
+    profile: Profile | None = None
+    """Where time is the cost: of which engine and device."""
 
     @classmethod
     def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
@@ -80,10 +84,16 @@ class Frontier(Sequence[OperatingPoint]):
         return cls.of(records, CALIBRATORS[name](records))
 
     @classmethod
-    def of(cls, records: ExitRecords, points: Iterable[OperatingPoint]) -> Frontier:
-        """The best of some operating points of these records; never exiting is always one of them."""
+    def of(cls, records: ExitRecords, points: Iterable[OperatingPoint], profile: Profile | None = None) -> Frontier:
+        """The best of some operating points of these records; never exiting is always one of them.
+
+        Args:
+            profile: time is the cost then, and not MACs.
+        """
         never = ThresholdPolicy((NEVER,) * len(records.exits))
         points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
+        if profile is not None:
+            points = [profile.timed(records, point) for point in points]
         own = [*records.branch_macs, 0]
         return cls(
             points=_best(points),
@@ -93,6 +103,7 @@ class Frontier(Sequence[OperatingPoint]):
             exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
             labelled=records.labels is not None,
             task=records.task.name,
+            profile=profile,
         )
 
     def at(
@@ -100,6 +111,7 @@ class Frontier(Sequence[OperatingPoint]):
         *,
         max_accuracy_drop: float | None = None,
         budget: float | None = None,
+        latency_ms: float | None = None,
         risk: tuple[float, float] | None = None,
         risk_of: str = "disagreement",
     ) -> OperatingPoint:
@@ -109,6 +121,7 @@ class Frontier(Sequence[OperatingPoint]):
             max_accuracy_drop: of the expected accuracy below the original's, in [0, 1]; 0.01 is one percentage
                 point. The realised drop on the calibration data is no larger.
             budget: mean MACs as a fraction of the original's, branches included.
+            latency_ms: mean milliseconds of a batch, of a frontier that was calibrated with a profile.
             risk: (eps, delta): with confidence 1 - delta, at most a fraction eps of new samples gets a prediction other
                 than the original's. If the records cannot certify any exit, all stay closed, with a warning that says
                 how many samples are needed. `risk_control` has more risks and sharper tests.
@@ -116,8 +129,8 @@ class Frontier(Sequence[OperatingPoint]):
         Raises:
             OperatingPointError: none or several were given, or no point meets the request.
         """
-        if sum(asked is not None for asked in (max_accuracy_drop, budget, risk)) != 1:
-            raise OperatingPointError("Give exactly one of max_accuracy_drop=, budget= and risk=.")
+        if sum(asked is not None for asked in (max_accuracy_drop, budget, latency_ms, risk)) != 1:
+            raise OperatingPointError("Give exactly one of max_accuracy_drop=, budget=, latency_ms= and risk=.")
         if risk is not None:
             levels = numbers("risk", risk, above=0, below=1, error=OperatingPointError, hint=_LEVELS)
             if len(levels) != 2:
@@ -128,12 +141,26 @@ class Frontier(Sequence[OperatingPoint]):
             # Never exiting is a point of every search, so there always is one.
             floor = self.base_accuracy - max_accuracy_drop - 1e-12
             return next(p for p in self.points if p.expected_accuracy >= floor)
+        if latency_ms is not None:
+            return self._within(positive("latency_ms", latency_ms, OperatingPointError, "In milliseconds: 2.5."))
         budget = positive("budget", budget, OperatingPointError, "A fraction of the original's MACs: 0.5.")
         affordable = [point for point in self.points if point.macs_fraction <= budget + 1e-12]
         if not affordable:
+            least = min(point.macs_fraction for point in self.points)
             raise OperatingPointError(
-                f"No operating point within a budget of {budget:g}: the cheapest costs "
-                f"{self.points[0].macs_fraction:.3f} of the original's MACs. Add an earlier exit or raise the budget."
+                f"No operating point within a budget of {budget:g}: the cheapest costs {least:.3f} of the original's "
+                "MACs. Add an earlier exit or raise the budget."
+            )
+        return affordable[-1]
+
+    def _within(self, latency_ms: float) -> OperatingPoint:
+        if self.profile is None:
+            raise OperatingPointError("No times are known: run ee.calibrate(..., profile=ee.profile(branched)) first.")
+        affordable = [point for point in self.points if _cost(point) <= latency_ms + 1e-12]
+        if not affordable:
+            raise OperatingPointError(
+                f"No operating point takes {latency_ms:g} ms or less for a batch of {self.profile.batch_size}: the "
+                f"fastest takes {_cost(self.points[0]):.3g} ms. Add an earlier exit or allow more time."
             )
         return affordable[-1]
 
@@ -167,10 +194,12 @@ class Frontier(Sequence[OperatingPoint]):
 
     def __str__(self) -> str:
         width = max(9, len(self._what))
-        lines = [f"{self._what:>{width}}  expected    MACs   share leaving at each exit"]
+        timed = self.profile is not None
+        lines = [f"{self._what:>{width}}  expected    MACs {'      ms' * timed}  share leaving at each exit"]
         for point in self.milestones():
             shares = " ".join(f"{share:.0%}" for share in point.exit_shares)
             numbers = f"{point.accuracy:{width}.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
+            numbers += f" {point.latency_ms:8.2f}" if timed else ""
             lines.append(f"{numbers}   {shares}  ({visible(point.score)})")
         return "\n".join(lines)
 
@@ -183,13 +212,15 @@ class Frontier(Sequence[OperatingPoint]):
                 f"{p.expected_accuracy:.2%}",
                 f"{100 * (self.base_accuracy - p.expected_accuracy):.2f}",
                 f"{p.macs_fraction:.1%}",
+                *([] if p.latency_ms is None else [f"{p.latency_ms:.2f}"]),
                 str(p.score),
                 " ".join(f"{share:4.0%}" for share in p.exit_shares),
             ]
             for p in self.milestones()
         ]
         exits = ", ".join(map(visible, self.exits))
-        names = (what, "expected", "drop, points", "MACs", "score", "share leaving at each exit")
+        time = [] if self.profile is None else ["ms per batch"]
+        names = (what, "expected", "drop, points", "MACs", *time, "score", "share leaving at each exit")
         return table(
             f"Frontier on {self.points[0].samples} held-out samples; original: {what} {self.base_accuracy:.2%}",
             f"expected: corrected for selection bias by cross-validation; exits: {exits}",
@@ -232,6 +263,7 @@ class Frontier(Sequence[OperatingPoint]):
             "exit_macs": list(self.exit_macs),
             "labelled": self.labelled,
             "risks": [table.to_dict() for table in self.risks],
+            **({} if self.profile is None else {"profile": self.profile.to_dict()}),
         }
 
     @classmethod
@@ -255,6 +287,7 @@ class Frontier(Sequence[OperatingPoint]):
                 labelled=data["labelled"],
                 risks=tuple(RiskTable.from_dict(table) for table in data.get("risks", [])),
                 task=data.get("task", CLASSIFICATION.name),
+                profile=None if data.get("profile") is None else Profile.from_dict(data["profile"]),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"A damaged frontier: {error!r}.") from error
@@ -266,4 +299,9 @@ def _best(points: Iterable[OperatingPoint]) -> tuple[OperatingPoint, ...]:
     Points without an expected accuracy use the one on the calibration data.
     """
     known = [p if not math.isnan(p.expected_accuracy) else replace(p, expected_accuracy=p.accuracy) for p in points]
-    return tuple(pareto(known, lambda p: p.macs_fraction, lambda p: p.expected_accuracy))
+    return tuple(pareto(known, _cost, lambda p: p.expected_accuracy))
+
+
+def _cost(point: OperatingPoint) -> float:
+    """The cost that points are ordered by."""
+    return point.macs_fraction if point.latency_ms is None else point.latency_ms

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.calibration.methods import CALIBRATORS
+from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.risk import risk_tables
 from ee_surgery.checks import instance, names, renamed
 from ee_surgery.data.batches import Data
@@ -32,6 +33,7 @@ def calibrate(
     batch_size: int = 128,
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
+    profile: Profile | None = None,
     policy: str | None = None,
 ) -> Frontier:
     """Find the frontier of accuracy and cost of the branches, and keep it on the model.
@@ -45,6 +47,8 @@ def calibrate(
             units. More scores find a little more on this data and keep a little less of it on new data.
         accelerator: as for `record`; every process then searches, and finds the same.
         class_map: as for `record`.
+        profile: of the engine and device that will serve, by `ee.profile`: the cost is time then, and exits that do not
+            pay in time are closed.
         policy: old name of `method`.
     Raises:
         ConfigError: a method or score that is not for the model's task, `scores` beside a method that has its own, an
@@ -60,11 +64,13 @@ def calibrate(
     require(f"The calibrator {method!r}", CALIBRATORS.property(method, "tasks"), branched.task)
     wanted = None if scores is None else _scores(branched, scores)
     records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
+    costed = records if profile is None else instance("profile", profile, Profile).in_time(records)
     if takes_score:
         wanted = wanted or ["max_prob", *(["learned"] if records.confidence is not None else [])]
-        frontier = Frontier.of(records, [p for score in wanted for p in CALIBRATORS[method](records, score)])
+        points = [point for score in wanted for point in CALIBRATORS[method](costed, score)]
     else:
-        frontier = Frontier.trace(records, method)
+        points = CALIBRATORS[method](costed)
+    frontier = Frontier.of(records, points, profile)
     branched.provenance.pop(CALIBRATION, None)
     branched.frontier = replace(frontier, risks=risk_tables(records))
     return branched.frontier

@@ -146,5 +146,5 @@ def _same(a: object, b: object) -> bool:
 
 
 def _plain(point: OperatingPoint) -> Plain:
-    known = point.to_dict()
-    return {name: known[name] for name in ("thresholds", "accuracy", "expected_accuracy", "macs_fraction", "samples")}
+    names = ("thresholds", "accuracy", "expected_accuracy", "macs_fraction", "samples", "latency_ms")
+    return {name: value for name, value in point.to_dict().items() if name in names}

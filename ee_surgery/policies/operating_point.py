@@ -46,6 +46,8 @@ class OperatingPoint:
     """Whose prediction samples get that never exit early."""
     certificate: Certificate | None = None
     """The guarantee from `risk_control` for this point."""
+    latency_ms: float | None = None
+    """Mean milliseconds of a batch by the profile that it was calibrated with; None without one."""
 
     @cached_property  # the same object each time: runs are prepared for it
     def policy(self) -> ThresholdPolicy:
@@ -89,7 +91,8 @@ class OperatingPoint:
             return f"thresholds {self.thresholds} of {visible(self.score)}, by hand"
         shares = " ".join(f"{share:.0%}" for share in self.exit_shares)
         expected = f" ({self.expected_accuracy:.2%} expected)" if math.isfinite(self.expected_accuracy) else ""
-        found = f"accuracy {self.accuracy:.2%}{expected} at {self.macs_fraction:.1%} of the MACs"
+        time = "" if self.latency_ms is None else f", {self.latency_ms:.2f} ms per batch"
+        found = f"accuracy {self.accuracy:.2%}{expected} at {self.macs_fraction:.1%} of the MACs{time}"
         return f"{found}, leaving {shares}: {visible(self.rule)}, score {visible(self.score)}, {self.samples} samples"
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,12 +103,15 @@ class OperatingPoint:
             data["score"] = self.score.to_dict()
         if self.certificate is not None:
             data["certificate"] = self.certificate.to_dict()
+        if self.latency_ms is None:
+            del data["latency_ms"]  # older versions read a point as before where there is nothing new to say
         return {key: None if isinstance(value, float) and value != value else value for key, value in data.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OperatingPoint:
         """The inverse of `to_dict`."""
         known: dict[str, Any] = {key: math.nan if value is None else value for key, value in data.items()}
+        known["latency_ms"] = data.get("latency_ms")
         known["exit_shares"] = tuple(data["exit_shares"])
         known["thresholds"] = tuple(float(t) for t in data["thresholds"])
         if not isinstance(data["score"], str):

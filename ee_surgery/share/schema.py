@@ -50,6 +50,7 @@ Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=500), AfterValid
 Word: TypeAlias = Annotated[str, Field(max_length=20_000), AfterValidator(_printable)]
 Sha256: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Milliseconds: TypeAlias = Annotated[float, Field(ge=0, le=1e9)]
 Count: TypeAlias = Annotated[int, Field(ge=0, le=1 << 62)]
 Side: TypeAlias = Annotated[int, Field(ge=1, le=1 << 20)]
 Threshold: TypeAlias = Annotated[float, Field(allow_inf_nan=False)] | Literal["inf", "-inf"]
@@ -119,6 +120,7 @@ class PointForm(_Form):
     expected_accuracy: Annotated[float, Field(ge=-1, le=2)] | None = None
     fallback: Literal[get_args(Fallback)] = "last"  # pyright: ignore[reportInvalidTypeForm]
     certificate: CertificateForm | None = None
+    latency_ms: Milliseconds | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -155,6 +157,28 @@ class RiskForm(_Form):
         return self
 
 
+class ProfileForm(_Form):
+    """A `Profile`."""
+
+    engine: Name
+    device: Name
+    threads: Annotated[int, Field(ge=0, le=1 << 16)]
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)]
+    sizes: Annotated[list[Annotated[int, Field(ge=1, le=1 << 20)]], Field(min_length=1, max_length=100)]
+    trunk_ms: list[list[Milliseconds]]
+    branch_ms: list[list[Milliseconds]]
+
+    def check(self, exits: int) -> None:
+        """Raise ValueError unless it has a time for each of K exits at each size."""
+        if self.sizes != sorted(set(self.sizes)) or self.sizes[-1] != self.batch_size:
+            raise ValueError(f"the profile's sizes do not rise to its batch size: {self.sizes[:10]}")
+        for rows, wanted in ((self.trunk_ms, exits), (self.branch_ms, exits - 1)):
+            if len(rows) != len(self.sizes) or any(len(row) != wanted for row in rows):
+                raise ValueError(f"the profile does not have one time for each of {exits} exits and each size")
+        if any(row != sorted(row) for row in self.trunk_ms):
+            raise ValueError("the profile's times do not rise from exit to exit")
+
+
 class FrontierForm(_Form):
     """A `Frontier`."""
 
@@ -167,6 +191,7 @@ class FrontierForm(_Form):
     labelled: bool
     risks: Annotated[list[RiskForm], Field(max_length=20)] = []
     task: Name = CLASSIFICATION.name
+    profile: ProfileForm | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -178,7 +203,11 @@ class FrontierForm(_Form):
         if any(not point.samples for point in points):
             raise ValueError("an operating point was measured on no samples")
         expected = [math.nan if point.expected_accuracy is None else point.expected_accuracy for point in self.points]
-        costs = [point.macs_fraction or 0.0 for point in self.points]
+        if self.profile is not None:
+            self.profile.check(len(self.exits))
+        if any((point.latency_ms is None) != (self.profile is None) for point in self.points):
+            raise ValueError("times of operating points and the profile belong together")
+        costs = [p.macs_fraction or 0.0 if p.latency_ms is None else p.latency_ms for p in self.points]
         if any(not (a < b and c <= d) for a, b, c, d in zip(expected, expected[1:], costs, costs[1:], strict=False)):
             raise ValueError("operating points are not ordered by cost and expected accuracy")
         if not expected[-1] >= self.base_accuracy - 1e-9:

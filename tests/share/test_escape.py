@@ -147,7 +147,8 @@ def test_simple_words_are_no_code(text: str) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_errors_and_warnings_are_shown_clean_and_keep_what_they_were_told(text: str) -> None:
-    kinds = [kind for kind in vars(ee).values() if isinstance(kind, type) and issubclass(kind, ee.SurgeryError)]
+    public = [getattr(ee, name) for name in ee.__all__]
+    kinds = [kind for kind in public if isinstance(kind, type) and issubclass(kind, ee.SurgeryError)]
     assert ee.UnknownNameError in kinds
     for kind in [*kinds, ee.SurgeryWarning]:
         error = kind(f"No exit {text}.\nSecond line.")

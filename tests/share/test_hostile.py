@@ -139,13 +139,22 @@ def test_a_scheduler_of_another_model_is_refused(subjects: dict[str, Subject], t
         _load(folder, subjects)
 
 
+def _says_the_same(one: bytes, other: bytes) -> bool:
+    """White space, and the last digits of a number that is the same in float64, say nothing."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
 def test_every_flipped_bit_of_json_and_tensors_is_seen(subjects: dict[str, Subject], folder: Path) -> None:
     for name in (CONFIG, FRONTIER, WEIGHTS):
         whole = (folder / name).read_bytes()
         for place in range(0, len(whole), max(1, len(whole) // 40)):
-            (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            if name == CONFIG and whole[place : place + 1].isspace():
-                continue  # the layout of the file says nothing
+            flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+            (folder / name).write_bytes(flipped)
+            if name == CONFIG and _says_the_same(whole, flipped):
+                continue
             with pytest.raises(ee.AdapterError):
                 load_adapter(folder)
         (folder / name).write_bytes(whole)
@@ -173,7 +182,7 @@ def test_a_base_is_no_larger_than_its_tensors(subjects: dict[str, Subject], tmp_
     for key, value in (("num_classes", 90_000), ("model_id", "vit_giant_patch14_dinov2")):
         folder = shutil.copytree(subjects["own base"].folder, tmp_path / key)
         edit(folder, lambda data, key=key, value=value: data["base"].update({key: value}))
-        with pytest.raises(ee.AdapterError, match=r"has shape|has no tensor"):
+        with pytest.raises(ee.AdapterError, match=r"has shape|has no tensor|could not create"):
             ee.from_pretrained(folder, own_base=True, local_files_only=True)
 
 
