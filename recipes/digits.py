@@ -2,8 +2,8 @@
 
     python -m recipes.digits        # writes docs/live/model.onnx and docs/live/pictures.json; minutes on one thread
 
-ResNet-14 with 8, 16 and 32 channels, seed 0: trained on 900 digits, calibrated on 400; the pictures are the first of the
-497 that neither saw. Data: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, CC BY 4.0.
+ResNet-14 with 8, 16 and 32 channels, seed 0: trained on 900 digits, calibrated on 400; the pictures are the first of
+the 497 that neither saw. Data: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ PICTURES = 40  # on the page
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/live"), help="folder of the two files")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the digits, for the original and for branches")
+    parser.add_argument(
+        "--epochs", type=int, default=60, help="passes over the digits, for the original and for branches"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -38,11 +40,11 @@ def main() -> None:
     learn, held_out, test = (
         TensorDataset(images[a:b], labels[a:b]) for a, b in ((0, 900), (900, 1300), (1300, len(images)))
     )
-    branched = ee.augment(model, exits=2, branch="pool", sample=images[:4])
+    branched = ee.augment(model, exits=2, branch="conv2", sample=images[:4])
     config = ee.TrainConfig(epochs=options.epochs, batch_size=64, lr=1e-2, validation=0, progress=False)
     print(ee.train(branched, learn, config))
     print(ee.calibrate(branched, held_out))
-    print(branched.operate(max_accuracy_drop=0.01))
+    print(branched.operate(max_accuracy_drop=0.005))
     print(ee.evaluate(branched, test))
     path = branched.export(options.out / "model.onnx")
     ink = (8 * test.tensors[0][:PICTURES].flatten(1) + 8).int()  # (PICTURES, 64) in 0..16, as they were

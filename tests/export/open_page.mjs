@@ -2,25 +2,26 @@
 
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { join } from "node:path";
+import { resolve } from "node:path";
 
 const [modules, executablePath, url] = process.argv.slice(2);
-const puppeteer = createRequire(join(modules, "_"))("puppeteer-core");
+const puppeteer = createRequire(resolve(modules, "_"))("puppeteer-core");
 const browser = await puppeteer.launch({ executablePath, args: ["--no-sandbox", "--disable-dev-shm-usage"] });
 try {
   const page = await browser.newPage();
   const problems = [];
   page.on("pageerror", (error) => problems.push(String(error)));
   await page.setRequestInterception(true); // themes ask for fonts elsewhere; nothing here depends on the network
-  page.on("request", (request) => (request.url().startsWith(new URL(url).origin) || request.url().startsWith("data:")
-    || request.url().startsWith("blob:") ? request.continue() : request.abort()));
+  const local = [new URL(url).origin, "data:", "blob:"];
+  page.on("request", (request) =>
+    local.some((start) => request.url().startsWith(start)) ? request.continue() : request.abort());
   await page.goto(url, { waitUntil: "domcontentloaded" });
   await page.waitForFunction(
-    () => document.querySelector('#live[aria-busy="false"]') || /not here|cannot/.test(document.getElementById("status").textContent),
+    () => document.querySelector('#live[aria-busy="false"]') || /make live|cannot/.test(document.querySelector("#status").textContent),
     { timeout: 120_000 },
   );
   const shown = [];
-  for (const { picture, slider, value, key, draw } of JSON.parse(readFileSync(0, "utf8"))) {
+  for (const { picture, slider, value, key, draw, file } of JSON.parse(readFileSync(0, "utf8"))) {
     if (picture !== undefined) await page.click(`#pictures button:nth-child(${picture + 1})`);
     if (key) await page.focus(`#${slider}`).then(() => page.keyboard.press(key));
     else if (slider) {
@@ -28,6 +29,10 @@ try {
         element.value = to;
         element.dispatchEvent(new Event("input"));
       }, value);
+    }
+    if (file) {
+      await (await page.$("#file")).uploadFile(file);
+      await page.waitForFunction(() => !document.querySelector('#pictures [aria-pressed="true"]'));
     }
     if (draw) {
       const box = await (await page.$("#pad")).boundingBox();

@@ -2,12 +2,12 @@
 
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { join } from "node:path";
+import { resolve } from "node:path";
 
 import { load, OnnxError } from "../../docs/live/ee_surgery.mjs";
 
 const [modules, runtime, file] = process.argv.slice(2);
-const ort = createRequire(join(modules, "_"))(runtime);
+const ort = createRequire(resolve(modules, "_"))(runtime);
 const { cases, pixels, dims } = JSON.parse(readFileSync(0, "utf8"));
 const all = new Float32Array(Uint8Array.from(Buffer.from(pixels, "base64")).buffer);
 const size = all.length / dims[0];
