@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
+# pyright: reportMissingImports=false
 """Serve an exported file with FastAPI; torch is not loaded.
 
     pip install 'ee-surgery[onnx]' fastapi uvicorn

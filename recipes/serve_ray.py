@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """Serve an exported file with Ray Serve: requests that wait share a batch, and each sample still leaves on its own.
 
     pip install 'ee-surgery[onnx]' 'ray[serve]'

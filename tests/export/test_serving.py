@@ -32,8 +32,7 @@ def agree(answers: list[dict[str, Any]], file: OnnxModel, pixels: np.ndarray, po
 def test_fastapi_serves_the_file(pixels: np.ndarray) -> None:
     pytest.importorskip("fastapi", reason="needs fastapi")
     pytest.importorskip("httpx", reason="fastapi's TestClient needs httpx")
-    from fastapi.testclient import TestClient
-
+    TestClient = pytest.importorskip("fastapi.testclient").TestClient
     from recipes.serve_fastapi import create
 
     file = OnnxModel(PATH, threads=1)
@@ -61,8 +60,7 @@ def test_fastapi_serves_the_file(pixels: np.ndarray) -> None:
 def test_ray_serve_puts_requests_into_batches(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="needs ray[serve]")
     serve = pytest.importorskip("ray.serve", reason="needs ray[serve]")
-    import httpx
-
+    httpx = pytest.importorskip("httpx", reason="needs httpx")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     from recipes.serve_ray import Classifier
 
