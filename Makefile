@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-all test-lowest coverage docs check fmt clean
+.PHONY: setup demo test test-slow test-all test-lowest coverage docs live javascript check fmt clean
 
 setup: $(VENV)/ready
 
@@ -42,6 +42,21 @@ coverage: setup
 # The site, in runs/site; a warning is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The runtime of docs/live and of tests/export/test_javascript.py, by npm; tests take other folders from EE_SURGERY_NODE_MODULES.
+NODE := runs/node
+javascript: $(NODE)/node_modules
+
+$(NODE)/node_modules: requirements/javascript.json
+	mkdir -p $(NODE) && cp $< $(NODE)/package.json
+	npm install --prefix $(NODE) --ignore-scripts --no-package-lock --no-audit --no-fund
+	touch $@
+
+# The site with its live page, which runs an exported file in the browser.
+live: javascript
+	mkdir -p docs/live/ort
+	cp $(addprefix $(NODE)/node_modules/onnxruntime-web/dist/ort,.wasm.min.mjs -wasm-simd-threaded.mjs -wasm-simd-threaded.wasm) docs/live/ort/
+	$(MAKE) docs
 
 check: setup
 	$(BIN)/ruff check .

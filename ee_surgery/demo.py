@@ -68,9 +68,11 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     return branched
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """The 1797 digits in a fixed random order, enlarged to 32 px: images (N, 1, 32, 32) in [-1, 1], labels (N,).
+def digits(size: int = 32) -> tuple[Tensor, Tensor]:
+    """The 1797 digits in a fixed random order: images (N, 1, size, size) in [-1, 1], labels (N,).
 
+    Args:
+        size: pixels to enlarge them to; they have 8.
     Raises:
         SurgeryError: scikit-learn is not installed.
     """
@@ -81,7 +83,7 @@ def digits() -> tuple[Tensor, Tensor]:
     pixels, labels = load_digits(return_X_y=True)  # (N, 64) in 0..16
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels).float()[order].view(-1, 1, 8, 8) / 8 - 1
-    return F.interpolate(images, size=32, mode="bilinear"), torch.from_numpy(labels)[order]
+    return F.interpolate(images, size=size, mode="bilinear"), torch.from_numpy(labels)[order]
 
 
 def pretrain(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> None:

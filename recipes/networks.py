@@ -27,20 +27,20 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6 n + 2 for 32 px images (He et al., CVPR 2016): n blocks of 16, 32 and 64 channels."""
+    """ResNet of depth 6 n + 2 for 32 px images (He et al., CVPR 2016): n blocks each of w, 2w, 4w channels."""
 
-    def __init__(self, depth: int, num_classes: int = 10) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, width: int = 16, in_channels: int = 3) -> None:
         super().__init__()
-        n = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(n)))
-        self.layer2 = nn.Sequential(*(Block(16 if i == 0 else 32, 32, 2 if i == 0 else 1) for i in range(n)))
-        self.layer3 = nn.Sequential(*(Block(32 if i == 0 else 64, 64, 2 if i == 0 else 1) for i in range(n)))
-        self.linear = nn.Linear(64, num_classes)
+        n, a, b, c = (depth - 2) // 6, width, 2 * width, 4 * width
+        self.conv1 = nn.Conv2d(in_channels, a, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(a)
+        self.layer1 = nn.Sequential(*(Block(a, a, 1) for _ in range(n)))
+        self.layer2 = nn.Sequential(*(Block(a if i == 0 else b, b, 2 if i == 0 else 1) for i in range(n)))
+        self.layer3 = nn.Sequential(*(Block(b if i == 0 else c, c, 2 if i == 0 else 1) for i in range(n)))
+        self.linear = nn.Linear(c, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, 32, 32) -> logits (B, num_classes)."""
+        """(B, in_channels, 32, 32) -> logits (B, num_classes)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))

@@ -33,3 +33,15 @@ def test_smoke(path: Path, tmp_path: Path) -> None:
         assert "Original unchanged" in done.stdout
     else:
         assert "torch" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_live_page_can_be_made_again(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="needs ee-surgery[demo]")
+    pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
+    command = [sys.executable, "-m", "recipes.digits", "--out", str(tmp_path), "--epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "pictures.json").read_text() == (ROOT / "docs" / "live" / "pictures.json").read_text()
+    assert (tmp_path / "model.onnx").stat().st_size < 300_000

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -138,6 +139,37 @@ def test_fitted_scores_go_into_the_file(method: str, tmp_path: Path) -> None:
     path = model.export(tmp_path / "model.onnx")
     found = check_export(path, model, [x])
     assert (found.exits, found.logits < 1e-5) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((1, 2, 3, 7, 8, 31, 64, 65, 257), id="some"),
+        pytest.param(range(1, 258), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_no_sample_depends_on_the_batch_around_it(made: tuple[ee.EarlyExitModel, Path], sizes: Sequence[int]) -> None:
+    model, path = made
+    x = torch.randn(257, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    file = OnnxModel(path, threads=1)
+    model.operate(thresholds=[-INF, INF])
+    first = np.sort(model.predict(x).score.numpy())
+    own = file.about["thresholds"]
+    # left out; no samples go on from the first exit, one does, most do; all go to the end
+    for thresholds in (
+        None,
+        [-INF, INF],
+        [float(first[:2].mean()), INF],
+        [float(first[-3:-1].mean()), INF],
+        [INF, INF],
+    ):
+        model.operate(thresholds=own if thresholds is None else thresholds)
+        whole = model.predict(x)
+        for size in sizes:
+            rows = [*range(256, 256 - size, -1)]  # the one that goes on alone is in some of them
+            answer = file.run(x[rows].numpy(), thresholds)
+            assert np.array_equal(answer.exit_index, whole.exit_index[rows].numpy()), (size, thresholds)
+            np.testing.assert_allclose(answer.logits, whole.logits[rows].numpy(), atol=1e-5)
 
 
 def test_a_sample_that_is_not_finite_never_leaves_early(made: tuple[ee.EarlyExitModel, Path]) -> None:
