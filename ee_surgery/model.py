@@ -25,6 +25,7 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
+from ee_surgery.runtime.compiled import Compilation
 from ee_surgery.runtime.engine import Engine
 from ee_surgery.runtime.router import ExitOutput
 from ee_surgery.share.save_load import SharedModel
@@ -238,6 +239,11 @@ class EarlyExitModel(SharedModel):
         """Logits of every exit for every sample, (K, B, C), the original's last; no sample leaves."""
         answers, logits = self.engine.answers(*inputs, **named)
         return torch.stack([*(answer.logits for answer in answers), logits])
+
+    def compile(self, *, freeze: bool = False, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compile routed runs, in place, on first use; arguments as of `ee_surgery.runtime.compiled.Compilation`."""
+        chosen = Compilation({name: value for name, value in options.items() if name != "disable"}, freeze)
+        self.engine.compilation = None if options.get("disable") else chosen
 
     def export(self, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True) -> Path:
         """Write ONNX in which each sample leaves on its own; arguments as of `ee_surgery.export.onnx_file.export`."""

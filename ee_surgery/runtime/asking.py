@@ -41,13 +41,19 @@ Asked: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class AskBranch(nn.Module):
-    """A branch and its score: live tensors and what is carried, to an answer and what is carried on to the next exit."""
+    """A branch and its score: live tensors and what is carried, to an answer and what is carried on to the next exit.
+
+    Args:
+        keeps_best: its answer is the best so far where none is carried.
+    """
 
     def __init__(
-        self, branch: nn.Module, read: ReadFeatures | ReadAllLive, index: int, chained: bool, task: Task
-    ) -> None:
+        self, branch: nn.Module, read: ReadFeatures | ReadAllLive, index: int, chained: bool, task: Task,
+        keeps_best: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.branch, self.read, self.index, self.chained, self.task = branch, read, index, chained, task
+        self.keeps_best = keeps_best
 
     def forward(self, live: Sequence[Tensor], carried: Carried, score: ScoreOf) -> tuple[Asked, Carried]:
         """Ask the branch."""
@@ -56,6 +62,8 @@ class AskBranch(nn.Module):
         answer = run_branch(self.branch, features, previous) if self.chained else self.branch(*features)
         value, state = score(answer.logits, answer.confidence, carried.state, self.index)
         best = tuple([_better(one, answer.logits, self.task) for one in carried.best])
+        if self.keeps_best and not best:
+            best = (answer.logits,)
         log_probs = () if answer.log_probs is None else (answer.log_probs,)
         return (answer.logits, value, sound(value, answer.logits)), Carried(tuple(state), log_probs, best)
 

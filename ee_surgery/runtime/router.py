@@ -119,7 +119,7 @@ class Router:
         self._index = [torch.tensor([k], device=device) for k in range(self.last + 1)]
         self._unasked = torch.full((1,), torch.nan, device=device)
         # Exits that are closed have no branch to ask.
-        self.asked = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
+        self.branches = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
         self.stages = [_checked(stage, same) for stage, same in zip(program.stages, program.unchanged, strict=True)]
         self.axes = [segment.axes for segment in program.segments]
 
@@ -146,7 +146,7 @@ class Router:
         """
         if k == self.last:
             return Leaving(flight.rows, self._end(flight), None), None
-        if self.asked[k] is None:
+        if self.branches[k] is None:
             return None, self._advance(k + 1, flight)
         logits, score, leaves, flight = self._ask(k, flight)
         gone = leaves.nonzero().squeeze(1)
@@ -164,7 +164,7 @@ class Router:
     def _ask(self, k: int, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, InFlight]:
         """Logits (b, C) and score (b,) at exit k, which samples leave (b,), and the samples behind its branch."""
         live, rows, state, log_probs, best, _ = flight
-        branch, read = self.asked[k], self.program.readers[k]
+        branch, read = self.branches[k], self.program.readers[k]
         assert branch is not None
         answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
         score, leaves, state = self.policy.decide(k, answer.logits, answer.confidence, state)
@@ -215,7 +215,7 @@ class Router:
         best: Tensor | None = None
         log_probs: Tensor | None = None
         live = self.stages[0](*inputs)
-        for k, (stage, branch, read) in enumerate(zip(self.stages[1:], self.asked, self.program.readers, strict=True)):
+        for k, (stage, branch, read) in enumerate(zip(self.stages[1:], self.branches, self.program.readers, strict=True)):
             if branch is not None:
                 answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)

@@ -62,7 +62,7 @@ class BoundStage(nn.Module):
 
     def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
         """Run it on live tensors."""
-        return self.stage(*live, *[self._buffers[name] for name in self._names])
+        return self.stage(*live, *[getattr(self, name) for name in self._names])
 
 
 class _Builder:
