@@ -6,7 +6,6 @@ Every piece takes and returns plain tensors with a symbolic batch, so that compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

@@ -102,6 +102,8 @@ class Part(nn.Module):
         self.place, self.compilation = place, compilation
         self.eager = False
         """Whether it could not be compiled."""
+        self.prepared: set[bool] = set()
+        """Of which sizes, one or more, programs were compared with eager mode."""
         self._axes, self._batch_source = segment.axes, segment.batch_source
         self._bound = [module for module in self.modules() if isinstance(module, BoundStage)]
         self._weights = [weights]
@@ -153,10 +155,11 @@ class Part(nn.Module):
         return InFlight(out, flight.rows, carried.state, log_probs, best, asked)
 
     def without(self) -> None:
-        """Leave out what is asked; a stage alone is left to eager mode."""
+        """Leave what is asked to eager mode; of a stage alone, all of it."""
         self.eager, self.ask = self.ask is None, None
         del self._weights[1:]
         self._programs.clear()
+        self.prepared.clear()
 
     @property
     def frozen_bytes(self) -> int:
@@ -232,28 +235,34 @@ class CompiledRouter(Router):
         return ExitOutput(logits, self._index[k].clone(), score, self.costs, self.original_macs)
 
     def _prepare(self, inputs: Sequence[Tensor], one: bool) -> None:
-        """Compile each part by running it on samples of which none leaves, and compare it with eager mode."""
+        """Compile parts that are not yet, by running them on samples of which none leaves, and compare with eager mode.
+
+        Raises:
+            ConfigError: no part can be compiled, or there is no C++ compiler.
+        """
         if one:
             inputs = compact(inputs, self.axes[0], torch.zeros(1, dtype=torch.long, device=inputs[0].device))
-        flight = InFlight(tuple(inputs))
-        causes: list[str] = []
+        flight, cause = InFlight(tuple(inputs)), ""
         for k, part in enumerate(self.parts):
-            given = [flight._replace(live=tuple(tensor.clone() for tensor in flight.live)) for _ in range(3)]
-            expected = Router._advance(self, k, flight)
-            live = tuple(tensor.clone() for tensor in expected.live)
-            answer: tuple[Tensor, ...] = (self._last(live),) if k == self.last else ()
-            if k < self.last and self.branches[k] is not None:
-                *answer, _, expected = Router._ask(self, k, expected)
-            while not part.eager and (cause := self._differs(k, given.pop(), live, answer)):
+            if all(one in later.prepared for later in self.parts[k:]):
+                break
+            expected = _cloned(Router._advance(self, k, _cloned(flight)))
+            behind, logits = expected, None
+            if k == self.last:
+                logits = self._last(_cloned(expected).live)
+            elif self.branches[k] is not None:
+                logits, *_, behind = Router._ask(self, k, _cloned(expected))
+            while not part.eager and (why := self._differs(k, _cloned(flight), expected.live, logits)):
+                cause = why
                 warn(f"{part.place} runs eagerly: {cause}", SurgeryWarning, stacklevel=6)
-                causes.append(cause)
                 part.without()
-            flight = expected._replace(live=live)
+            part.prepared.add(one)
+            flight = behind._replace(live=expected.live)
         if all(part.eager for part in self.parts):
-            raise ConfigError(f"torch.compile compiles no part of this model: {causes[-1]}")
+            raise ConfigError(f"torch.compile compiles no part of this model: {cause}")
         self._prepared.add(one)
 
-    def _differs(self, k: int, flight: InFlight, live: Sequence[Tensor], answer: Sequence[Tensor]) -> str:
+    def _differs(self, k: int, flight: InFlight, live: Sequence[Tensor], logits: Tensor | None) -> str:
         """Why a part does not run as eager mode does; nothing where it does."""
         try:
             found = self._advance(k, flight)
@@ -264,9 +273,16 @@ class CompiledRouter(Router):
             if any(type(cause).__name__ == "InvalidCxxCompiler" for cause in chain):
                 raise ConfigError(_COMPILER) from error
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        pairs = [*zip(live, found.live, strict=True), *zip(answer, found.asked[:1], strict=False)]
+        pairs = [*zip(live, found.live, strict=True)]
+        if logits is not None and found.asked:
+            pairs.append((logits, found.asked[0]))
         wrong = [a for a, b in pairs if a.is_floating_point() and not close(a.nan_to_num(), b.nan_to_num())]
         return "compiled, it gives other numbers." if wrong else ""
+
+
+def _cloned(flight: InFlight) -> InFlight:
+    """With live tensors of its own: stages may write to theirs."""
+    return flight._replace(live=tuple(tensor.clone() for tensor in flight.live))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -291,7 +307,8 @@ class Parts:
     """The compiled parts of one program, made when they are first needed.
 
     Args:
-        fallback, task: of the policy, of the model.
+        prepared: of each branch, for this program.
+        model, task: of the original.
     """
 
     def __init__(
@@ -307,28 +324,31 @@ class Parts:
         self._known.move_to_end(key)
         if len(self._known) > _SCORES_KEPT:
             self._known.popitem(last=False)
-        visits = [*policy.visits(self.branches.chained), True]
-        return [self._part(group, k, asked, policy, compilation) for k, asked in enumerate(visits)]
+        visits = [*policy.visits(self.branches.chained), False]
+        for k, asked in enumerate(visits):
+            if (k, asked) not in group:
+                group[k, asked] = self._part(k, asked, policy, compilation)
+        return [group[each] for each in enumerate(visits)]
 
     @property
     def frozen_bytes(self) -> int:
         """Of all that are kept."""
         return sum(part.frozen_bytes for group in self._known.values() for part in group.values())
 
-    def _part(
-        self, group: dict[tuple[int, bool], Part], k: int, asked: bool, policy: ThresholdPolicy, compilation: Compilation
-    ) -> Part:
-        if (k, asked) not in group:
-            ask: AskBranch | AskEnd | None = None
-            keeps_best = policy.fallback == "most_confident"
-            if k == len(self.branches):
-                ask = AskEnd(self.program.head, self.branches.head, self.task)
-            elif asked:
-                branch = self.branches[k].traceable(self.prepared[k])
-                ask = AskBranch(branch, self.program.readers[k], k, self.branches.chained, self.task, keeps_best)
-            segment = self.program.segments[k]
-            names = [*(point.name for point in self.program.points), "the end"]
-            weights = BoundWeights(segment.weights.values(), lambda name: self.model)
-            place = f"The stage up to {names[k]!r}" + (" with what is asked there" if ask else "")
-            group[k, asked] = Part(segment, weights, ask, compilation, place)
-        return group[k, asked]
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._known.clear()
+
+    def _part(self, k: int, asked: bool, policy: ThresholdPolicy, compilation: Compilation) -> Part:
+        ask: AskBranch | AskEnd | None = None
+        if k == len(self.branches):
+            ask = AskEnd(self.program.head, self.branches.head, self.task)
+        elif asked:
+            branch, best = self.branches[k].traceable(self.prepared[k]), policy.fallback == "most_confident"
+            ask = AskBranch(branch, self.program.readers[k], k, self.branches.chained, self.task, best)
+        segment = self.program.segments[k]
+        weights = BoundWeights(segment.weights.values(), lambda name: self.model)
+        names = [*(point.name for point in self.program.points), "the end"]
+        return Part(
+            segment, weights, ask, compilation, f"The stage up to {names[k]}" + (" and its branch" if asked else "")
+        )

@@ -71,6 +71,11 @@ class Entry:
         self._routers = ((policy, compilation, router), *self._routers)[:_ROUTERS_KEPT]
         return router
 
+    def clear(self) -> None:
+        """Let go of routers and of compiled parts."""
+        self._routers = ()
+        self.parts.clear()
+
 
 class Engine:
     """Backbone, exits and branches, ready to run whatever input signature comes.
@@ -89,8 +94,7 @@ class Engine:
         self.backbone, self.plan, self.branches = graph.backbone, plan, branches
         self.observers: tuple[Observer, ...] = ()
         """Told of every step of a routed run: counting, auditing. They cost nothing where there are none."""
-        self.compilation: Compilation | None = None
-        """How routed runs are compiled; None: not at all."""
+        self._compilation: Compilation | None = None
         self._backend = backend
         self._lock = threading.Lock()
         self.programs: OrderedDict[Key, Entry] = OrderedDict()
@@ -128,6 +132,22 @@ class Engine:
         except Exception:
             self._backend = before
             raise
+
+    @property
+    def compilation(self) -> Compilation | None:
+        """How routed runs are compiled; None: they run by the backend. Setting it lets go of all compiled parts."""
+        return self._compilation
+
+    @compilation.setter
+    def compilation(self, chosen: Compilation | None) -> None:
+        self._compilation = chosen
+        for entry in [*self.programs.values()]:
+            entry.clear()
+
+    @property
+    def frozen_mib(self) -> float:
+        """MiB of the weights that compiled parts have copies of; 0 without `freeze`."""
+        return sum(entry.parts.frozen_bytes for entry in [*self.programs.values()]) / 2**20
 
     # --- exits on or off
 

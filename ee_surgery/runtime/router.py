@@ -215,7 +215,9 @@ class Router:
         best: Tensor | None = None
         log_probs: Tensor | None = None
         live = self.stages[0](*inputs)
-        for k, (stage, branch, read) in enumerate(zip(self.stages[1:], self.branches, self.program.readers, strict=True)):
+        for k, (stage, branch, read) in enumerate(
+            zip(self.stages[1:], self.branches, self.program.readers, strict=True)
+        ):
             if branch is not None:
                 answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
