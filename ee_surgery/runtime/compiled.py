@@ -1,19 +1,19 @@
 """Routed runs under torch.compile: one graph per stage, its branch and its score; compaction stays between them.
 
-Each part has a program for a batch of one, which the compiler specialises, and one whose batch is a symbol. Measured on
-CPUs, a symbolic batch is as fast as a fixed one, so that nothing is padded.
+Each part has a program for a batch of one, which the compiler specialises, and one or two whose batch is a symbol.
+Measured on a CPU, a symbolic batch is as fast as a fixed one, so that nothing is padded.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from ee_surgery.runtime.verify import close
 from ee_surgery.task import Task
 
 _COMPILER = "torch.compile needs a C++ compiler: install g++ (apt-get install g++), or name yours in CXX."
+SIZES = (1, 2, 16)
+"""The smallest batches of programs of their own: compilers specialise 1, and torch picks convolutions by 16 or more."""
 _SCORES_KEPT = 4  # compiled parts are kept for so many kinds of scores in turn
 _ONE_GRAPH = "Each part is one graph with a symbolic batch: leave it out."
 
@@ -76,13 +78,22 @@ class Compilation:
         given = {**self.options, "fullgraph": True, "dynamic": None}
         return torch.compile(own if self_ is None else MethodType(own, self_), **given)
 
-    def compiling(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
         """What has to be in force while something is compiled."""
-        if not self.freeze:
-            return nullcontext()
-        from torch._inductor import config  # takes a second, and is only for those who compile
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of the compilers, about our code and torch's
+            if self.freeze:
+                from torch._inductor import config  # takes a second
 
-        return config.patch(freezing=True)
+                stack.enter_context(config.patch(freezing=True))
+            yield
+
+
+def size_class(batch: int) -> int:
+    """Which of `SIZES` serves a batch."""
+    return max(size for size in SIZES if size <= batch)
 
 
 class Part(nn.Module):
@@ -102,16 +113,17 @@ class Part(nn.Module):
         self.place, self.compilation = place, compilation
         self.eager = False
         """Whether it could not be compiled."""
-        self.prepared: set[bool] = set()
-        """Of which sizes, one or more, programs were compared with eager mode."""
+        self.prepared: set[int] = set()
+        """For which of `SIZES` it was compared with eager mode."""
         self._axes, self._batch_source = segment.axes, segment.batch_source
         self._bound = [module for module in self.modules() if isinstance(module, BoundStage)]
         self._weights = [weights]
         if ask is not None:
             own = [name for name, _ in [*ask.named_parameters(), *ask.named_buffers()]]
             self._weights.append(BoundWeights(own, lambda name: ask))
-        self._programs: dict[bool, Callable[..., Any]] = {}
+        self._compiled: set[int] = set()
         self._frozen: list[tuple[Tensor, int]] = []
+        self._renew()
         self._mark = torch._dynamo.mark_dynamic
 
     def forward(
@@ -132,25 +144,25 @@ class Part(nn.Module):
             stage.bind()
         self._thaw()
         index, dim, times = self._batch_source
-        one = flight.live[index].shape[dim] == times
+        size = size_class(flight.live[index].shape[dim] // times)
         # In one layout, and never the caller's own tensors: these get marks.
         live = [tensor.detach().contiguous() for tensor in flight.live]
         log_probs, best = (() if tensor is None else (tensor,) for tensor in (flight.log_probs, flight.best))
         carried = Carried(flight.state, log_probs, best)
-        if not one:
+        if size > 1:
             for tensor, axis in zip(live, self._axes, strict=True):
                 if axis is not None:
                     self._mark(tensor, axis.dim)
             for tensor in carried.tensors:
                 self._mark(tensor, 0)
-        if (program := self._programs.get(one)) is None:
-            program = self.compilation.apply(self.forward)
+        program = self._programs[size > 1]
+        if size in self._compiled:
+            out, asked, carried = program(live, carried, score)
+        else:
             with self.compilation.compiling():
                 out, asked, carried = program(live, carried, score)
+            self._compiled.add(size)
             self._frozen = [(t, t._version) for t in self._tensors()] if self.compilation.freeze else []
-            self._programs[one] = program
-        else:
-            out, asked, carried = program(live, carried, score)
         log_probs, best = (tensors[0] if tensors else None for tensors in (carried.log_probs, carried.best))
         return InFlight(out, flight.rows, carried.state, log_probs, best, asked)
 
@@ -158,13 +170,13 @@ class Part(nn.Module):
         """Leave what is asked to eager mode; of a stage alone, all of it."""
         self.eager, self.ask = self.ask is None, None
         del self._weights[1:]
-        self._programs.clear()
+        self._renew()
         self.prepared.clear()
 
     @property
     def frozen_bytes(self) -> int:
-        """Size of the weights that its programs have copies of."""
-        return len(self._programs) * sum(tensor.nbytes for tensor, _ in self._frozen)
+        """Size of the weights that its programs have copies of, at most: one copy for each of `SIZES` in use."""
+        return len(self._compiled) * sum(tensor.nbytes for tensor, _ in self._frozen)
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for weights in self._weights for tensor in weights() if tensor is not None]
@@ -176,7 +188,13 @@ class Part(nn.Module):
         now = self._tensors()
         same = [a is b and a._version == version for a, (b, version) in zip(now, self._frozen, strict=False)]
         if len(now) != len(self._frozen) or not all(same):
-            self._programs.clear()
+            self._renew()
+
+    def _renew(self) -> None:
+        """Compile again when needed."""
+        self._programs = [self.compilation.apply(self.forward) for _ in range(2)]  # for one sample, and for more
+        self._compiled.clear()
+        self._frozen = []
 
 
 class CompiledRouter(Router):
@@ -191,14 +209,14 @@ class CompiledRouter(Router):
         super().__init__(*arguments)
         self.parts = parts
         self.score = ScoreOf(self.policy.score, self.policy.task)
-        self._prepared: set[bool] = set()
+        self._prepared: set[int] = set()
 
     def __call__(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer] = ()) -> ExitOutput:
-        """As `Router`; the first batch of one, and the first larger one, compile what is not compiled yet."""
-        for one in (True,) if batch == 1 else (True, False):
-            if one not in self._prepared:
+        """As `Router`; the first batch of one, of few and of many samples compile what is not compiled yet."""
+        for size in SIZES:
+            if size <= batch and size not in self._prepared:
                 with GLOBAL_STATE:
-                    self._prepare(inputs, one)
+                    self._prepare(inputs, size, batch)
         if inputs[0].is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         return super().__call__(inputs, batch, observers)
@@ -234,33 +252,33 @@ class CompiledRouter(Router):
             logits, score = logits.clone(), score.clone()
         return ExitOutput(logits, self._index[k].clone(), score, self.costs, self.original_macs)
 
-    def _prepare(self, inputs: Sequence[Tensor], one: bool) -> None:
+    def _prepare(self, inputs: Sequence[Tensor], size: int, batch: int) -> None:
         """Compile parts that are not yet, by running them on samples of which none leaves, and compare with eager mode.
 
         Raises:
             ConfigError: no part can be compiled, or there is no C++ compiler.
         """
-        if one:
-            inputs = compact(inputs, self.axes[0], torch.zeros(1, dtype=torch.long, device=inputs[0].device))
+        if size < size_class(batch):  # survivors may be that few
+            inputs = compact(inputs, self.axes[0], torch.arange(size, device=inputs[0].device))
         flight, cause = InFlight(tuple(inputs)), ""
         for k, part in enumerate(self.parts):
-            if all(one in later.prepared for later in self.parts[k:]):
+            if all(size in later.prepared for later in self.parts[k:]):
                 break
             expected = _cloned(Router._advance(self, k, _cloned(flight)))
             behind, logits = expected, None
             if k == self.last:
-                logits = self._last(_cloned(expected).live)
+                logits = Router._end(self, _cloned(expected))
             elif self.branches[k] is not None:
                 logits, *_, behind = Router._ask(self, k, _cloned(expected))
             while not part.eager and (why := self._differs(k, _cloned(flight), expected.live, logits)):
                 cause = why
-                warn(f"{part.place} runs eagerly: {cause}", SurgeryWarning, stacklevel=6)
+                warnings.warn(f"{part.place} runs eagerly: {cause}", SurgeryWarning, stacklevel=6)
                 part.without()
-            part.prepared.add(one)
+            part.prepared.add(size)
             flight = behind._replace(live=expected.live)
         if all(part.eager for part in self.parts):
             raise ConfigError(f"torch.compile compiles no part of this model: {cause}")
-        self._prepared.add(one)
+        self._prepared.add(size)
 
     def _differs(self, k: int, flight: InFlight, live: Sequence[Tensor], logits: Tensor | None) -> str:
         """Why a part does not run as eager mode does; nothing where it does."""
@@ -272,7 +290,7 @@ class CompiledRouter(Router):
             chain = [error, *_causes(error)]
             if any(type(cause).__name__ == "InvalidCxxCompiler" for cause in chain):
                 raise ConfigError(_COMPILER) from error
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return f"{type(error).__name__}: {' '.join(str(error).split()[:60])}"
         pairs = [*zip(live, found.live, strict=True)]
         if logits is not None and found.asked:
             pairs.append((logits, found.asked[0]))
