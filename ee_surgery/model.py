@@ -25,7 +25,7 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
-from ee_surgery.runtime.compiled import Compilation
+from ee_surgery.runtime.compilation import Compilation
 from ee_surgery.runtime.engine import Engine
 from ee_surgery.runtime.router import ExitOutput
 from ee_surgery.share.save_load import SharedModel

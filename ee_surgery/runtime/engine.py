@@ -23,7 +23,8 @@ from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.graph.inspection import read
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.policy import ThresholdPolicy
-from ee_surgery.runtime.compiled import Compilation, CompiledRouter, Parts
+from ee_surgery.runtime.compilation import Compilation
+from ee_surgery.runtime.compiled import CompiledRouter, Parts
 from ee_surgery.runtime.program import Program, build_program
 from ee_surgery.runtime.router import Altered, ExitOutput, Observer, Router
 from ee_surgery.runtime.verify import verify
