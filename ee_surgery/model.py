@@ -17,7 +17,7 @@ from ee_surgery.backbone.inputs import Arguments, Inputs
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.checks import instance, names
-from ee_surgery.errors import BranchError, DataError, ExitPointError, OperatingPointError
+from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError, OperatingPointError
 from ee_surgery.export.onnx_file import Layout, export
 from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.graph.inspection import inspect, read
@@ -25,6 +25,7 @@ from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
+from ee_surgery.runtime.compilation import Compilation
 from ee_surgery.runtime.engine import Engine
 from ee_surgery.runtime.router import ExitOutput
 from ee_surgery.share.save_load import SharedModel
@@ -94,6 +95,7 @@ class EarlyExitModel(SharedModel):
         plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
         other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches), self.engine.backend)
         other.state, other.engine.observers = self.state.copy(), self.engine.observers
+        other.engine.compilation = self.engine.compilation
         return other
 
     def with_exits(self, exits: Sequence[str]) -> EarlyExitModel:
@@ -118,6 +120,7 @@ class EarlyExitModel(SharedModel):
         bank = BranchBank([self.branches[k] for k in kept], self.branches.head)
         other = EarlyExitModel(graph, plan, [self.specs[k] for k in kept], bank, self.engine.backend)
         other.state, other.engine.observers = self.state.unmeasured(), self.engine.observers
+        other.engine.compilation = self.engine.compilation
         other._before = self._before
         return other
 
@@ -219,6 +222,8 @@ class EarlyExitModel(SharedModel):
             inputs: what the original takes: a tensor of shape (B, ...), or a dict of them.
             named: or keywords such as `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._traced)(*inputs, **named)
         backbone, policy = self.engine.backbone, self.policy
         if policy is None and self.branches.head is None:
             return backbone(backbone.arguments(*inputs, **named))
@@ -227,6 +232,14 @@ class EarlyExitModel(SharedModel):
         if shaping:
             raise DataError(f"An early exit answers with logits alone: leave out {shaping}, or call `.backbone`.")
         return backbone.answer(self.engine.run(batch, policy).logits)
+
+    def _traced(self, *inputs: Inputs, **named: Any) -> Output:
+        if self.engine.compilation is None:
+            raise ConfigError(
+                "torch.compile cannot follow samples that leave: call branched.compile(), which takes its options and "
+                "works in place, and use the model itself."
+            )
+        return self(*inputs, **named)
 
     def predict(self, *inputs: Inputs, **named: Any) -> ExitOutput:
         """Run with early exit; logits, exit taken, score there and MACs of every sample.
@@ -242,6 +255,19 @@ class EarlyExitModel(SharedModel):
         """Logits of every exit for every sample, (K, B, C), the original's last; no sample leaves."""
         answers, logits = self.engine.answers(*inputs, **named)
         return torch.stack([*(answer.logits for answer in answers), logits])
+
+    def compile(self, *, freeze: bool = False, disable: bool = False, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compile routed runs, in place, on first use: each stage with its branch and score; see `Compilation`.
+
+        Args:
+            freeze: pack copies of all weights; taken again when the weights change.
+            disable: run without torch.compile again.
+            options: of torch.compile: `backend`, `mode`, `options`.
+        Raises:
+            ConfigError: torch.compile does not take them.
+        """
+        compilation = Compilation(options, freeze)
+        self.engine.compilation = None if disable else compilation
 
     def export(self, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True) -> Path:
         """Write ONNX in which each sample leaves on its own; arguments as of `ee_surgery.export.onnx_file.export`."""

@@ -145,6 +145,10 @@ class Branch(nn.Module, ABC):
         """Get ready for inputs of the size, dtype and device that `graph` was read for."""
         return PreparedBranch(self.macs(point.shape))
 
+    def traceable(self, prepared: PreparedBranch) -> nn.Module:
+        """What torch.compile reads in its place, over the same tensors and called alike: the branch itself."""
+        return self
+
     def resolved_options(self) -> Mapping[str, Option]:
         """Resolved options: pass them to rebuild this exact branch."""
         return {}

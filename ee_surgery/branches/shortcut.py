@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, PreparedBranch
 from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
-from ee_surgery.graph.backends.base import Run, bind
+from ee_surgery.graph.backends.base import BoundWeights, Run, bind
+from ee_surgery.graph.backends.graph_module import BoundStage
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.segments import Segment
 from ee_surgery.graph.shortcut import Key, find_shortcut, key, named, pieces, within
@@ -85,7 +86,13 @@ class ShortcutBranch(Branch):
             return self.weights if name in learned else graph.backbone.model
 
         stages = [bind("python", segment, owner) for segment in found.segments]
-        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(found.segments[0], stages)))
+        return PreparedBranch(found.macs, self._ways.setdefault(found.key, _Way(found.segments, stages, owner)))
+
+    def traceable(self, prepared: PreparedBranch) -> nn.Module:
+        """Its graphs in place of its functions."""
+        way = prepared.code
+        assert isinstance(way, _Way)
+        return _Traceable(self, way)
 
     def resolved_options(self) -> Mapping[str, Option]:
         """The blocks it keeps."""
@@ -98,7 +105,7 @@ class ShortcutBranch(Branch):
     def vector(self, *live: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Logits (B, C), which are also the input of a confidence unit."""
         way = self._way(live)
-        if way.first.mutates:
+        if way.segments[0].mutates:
             live = tuple(tensor.clone() for tensor in live)
         for stage in way.stages:
             live = stage(*live, op_training=self.training)
@@ -110,7 +117,7 @@ class ShortcutBranch(Branch):
         if len(ways) == 1:  # only one input size so far
             return ways[0]
         for way in ways:
-            if (found := self._ways.get(key(live, way.first.axes))) is not None:
+            if (found := self._ways.get(key(live, way.segments[0].axes))) is not None:
                 return found
         raise BranchError(
             f"A shortcut runs only inside its model, but is not prepared for {[tuple(t.shape) for t in live]}."
@@ -129,9 +136,33 @@ class ShortcutBranch(Branch):
 class _Way:
     """What runs inputs of one size; referenced by the programs of such inputs, and freed with the last of them."""
 
-    first: Segment
-    """Takes what crosses the exit."""
+    segments: Sequence[Segment]
+    """The first takes what crosses the exit."""
     stages: Sequence[Run]
+    """Each made to run."""
+    owner: Callable[[str], nn.Module]
+    """Has the tensor of a name."""
+
+
+class _Traceable(nn.Module):
+    """A shortcut for inputs of one size as graphs."""
+
+    chained = False
+
+    def __init__(self, branch: ShortcutBranch, way: _Way) -> None:
+        super().__init__()
+        self.branch, self.mutates = branch, way.segments[0].mutates
+        self.stages = nn.ModuleList(
+            BoundStage(segment, BoundWeights(segment.weights.values(), way.owner)) for segment in way.segments
+        )
+
+    def forward(self, *live: Tensor) -> ExitLogits:
+        """As the branch."""
+        if self.mutates:
+            live = tuple([tensor.clone() for tensor in live])
+        for stage in self.stages:
+            live = stage(*live)
+        return self.branch.answer(live[0])
 
 
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:

@@ -6,43 +6,18 @@ Every piece takes and returns plain tensors with a symbolic batch, so that compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ee_surgery.backbone.inputs import tensors
-from ee_surgery.branches.base import Branch, run_branch
 from ee_surgery.graph.backends.base import Run
 from ee_surgery.graph.batch_axes import Axis
-from ee_surgery.graph.features import ReadAllLive, ReadFeatures
-from ee_surgery.policies.policy import ThresholdPolicy, certainty
-from ee_surgery.policies.scores import ScoreOf, sound
+from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.policies.scores import ScoreOf
+from ee_surgery.runtime.asking import AskBranch, AskEnd, Carried
 from ee_surgery.runtime.engine import Engine
-from ee_surgery.task import Task
-
-
-@dataclass(frozen=True)
-class Carried:
-    """What goes from exit to exit beside the live tensors, each with the batch first."""
-
-    state: tuple[Tensor, ...] = ()
-    """Of a score that looks back."""
-    log_probs: tuple[Tensor, ...] = ()
-    """Of a chain of branches, one tensor; nothing before the first branch and where none is chained."""
-    best: tuple[Tensor, ...] = ()
-    """The most certain logits so far, for the `most_confident` fallback; NaN while no exit has answered."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in one fixed order."""
-        return (*self.state, *self.log_probs, *self.best)
-
-    def like(self, tensors: Sequence[Tensor]) -> Carried:
-        """Other tensors in the same places."""
-        n, m = len(self.state), len(self.state) + len(self.log_probs)
-        return Carried(tuple(tensors[:n]), tuple(tensors[n:m]), tuple(tensors[m:]))
 
 
 class StagePart(nn.Module):
@@ -58,54 +33,32 @@ class StagePart(nn.Module):
 
 
 class BranchPart(nn.Module):
-    """A branch and its score: live tensors and what is carried, to an answer and what is carried on to the next exit.
+    """`AskBranch` over plain tensors: `live` live tensors, then those of `carried`.
 
-    Outputs, in order: logits (B, C); score (B,); the score that is compared with the threshold, NaN where the answer is
-    not finite; then the tensors of `Carried`.
+    Outputs, in order: logits (B, C); score (B,); the score that is compared with the threshold; then the tensors of
+    `Carried`.
     """
 
-    def __init__(
-        self, branch: Branch, read: ReadFeatures | ReadAllLive, score: ScoreOf, index: int, live: int, carried: Carried,
-        chained: bool, task: Task,
-    ) -> None:  # fmt: skip
+    def __init__(self, ask: AskBranch, score: ScoreOf, live: int, carried: Carried) -> None:
         super().__init__()
-        self.branch, self.read, self.score, self.index = branch, read, score, index
-        self.live, self.carried, self.chained, self.task = live, carried, chained, task
+        self.ask, self.score, self.live, self.carried = ask, score, live, carried
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Ask the branch."""
-        live, carried = tensors[: self.live], self.carried.like(tensors[self.live :])
-        previous = carried.log_probs[0] if carried.log_probs else None
-        features = self.read(live)
-        answer = run_branch(self.branch, features, previous) if self.chained else self.branch(*features)
-        score, state = self.score(answer.logits, answer.confidence, carried.state, self.index)
-        best = tuple(_better(one, answer.logits, self.task) for one in carried.best)
-        log_probs = () if answer.log_probs is None else (answer.log_probs,)
-        return answer.logits, score, sound(score, answer.logits), *Carried(tuple(state), log_probs, best).tensors
+        answer, carried = self.ask(tensors[: self.live], self.carried.like(tensors[self.live :]), self.score)
+        return *answer, *carried.tensors
 
 
 class EndPart(nn.Module):
-    """The last stage, a new head where the original has none, and the fallback: live tensors and best, to logits."""
+    """The last stage and `AskEnd`: live tensors and best, to logits."""
 
-    def __init__(self, stage: Run, read: ReadFeatures | None, head: Branch | None, live: int, task: Task) -> None:
+    def __init__(self, stage: Run, ask: AskEnd, live: int) -> None:
         super().__init__()
-        self.stage, self.read, self.head, self.live, self.task = stage, read, head, live, task
+        self.stage, self.ask, self.live = stage, ask, live
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Logits (B, C)."""
-        out = self.stage(*tensors[: self.live])
-        logits = out[0] if self.head is None or self.read is None else self.head(*self.read(out)).logits
-        for best in tensors[self.live :]:
-            logits = _better(best, logits, self.task)
-        return logits
-
-
-def _better(best: Tensor, logits: Tensor, task: Task) -> Tensor:
-    """Row by row, whichever answer is more certain; the earlier of equals; NaN throughout is no answer yet."""
-    unset = torch.isnan(best).all(-1)
-    return torch.where(
-        (unset | (certainty(logits, task) > certainty(best, task)))[:, None], logits, best.to(logits.dtype)
-    )
+        return self.ask(self.stage(*tensors[: self.live]), tensors[self.live :])
 
 
 @dataclass(frozen=True)
@@ -162,14 +115,15 @@ def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
         for k, branch in enumerate(branches):
             stage = _piece(StagePart(program.stages[k]), live, axes)
             live, axes = stage.outputs, tuple(program.segments[k + 1].axes)
-            part = BranchPart(branch, program.readers[k], score, k, len(live), carried, chained, task)
+            ask = AskBranch(branch, program.readers[k], k, chained, task)
+            part = BranchPart(ask, score, len(live), carried)
             asked = _piece(part, (*live, *carried.tensors), (*axes, *(Axis(0) for _ in carried.tensors)))
             exits.append(ExitPieces(stage, asked, carried))
             rest = asked.outputs[3:]
             m = len(rest) - len(carried.best)
             states = m - (1 if chained else 0)
             carried = Carried(rest[:states], rest[states:m], rest[m:])
-        last = EndPart(program.stages[-1], program.head, branches.head, len(live), task)
+        last = EndPart(program.stages[-1], AskEnd(program.head, branches.head, task), len(live))
         end = _piece(last, (*live, *carried.best), (*axes, *(Axis(0) for _ in carried.best)))
     return Pieces(names, exits, end, not (chained or score.stateful))
 

@@ -89,7 +89,11 @@ class ThresholdPolicy:
             logits: (B, C), `confidence`: (B,) or None, `state`: from the exit before, () at the first.
         """
         score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
-        return Decision(score, sound(score, logits) >= self._taus[exit_index], state)  # pyright: ignore[reportAttributeAccessIssue]
+        return Decision(score, self.reached(exit_index, sound(score, logits)), state)
+
+    def reached(self, exit_index: int, score: Tensor) -> Tensor:
+        """Where a score (B,) that is NaN for answers that are not finite lets samples leave, bool (B,)."""
+        return score >= self._taus[exit_index]  # pyright: ignore[reportAttributeAccessIssue]
 
     def decide_one(
         self, exit_index: int, logits: Tensor, confidence: Tensor | None, state: State

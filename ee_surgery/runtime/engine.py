@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.backbone.base import State
+from ee_surgery.backbone.base import Backbone, State
 from ee_surgery.backbone.inputs import Batch
 from ee_surgery.branches.base import ExitLogits, PreparedBranch
 from ee_surgery.branches.branch_list import BranchBank
@@ -23,6 +23,8 @@ from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.graph.inspection import read
 from ee_surgery.placement import ExitPlan
 from ee_surgery.policies.policy import ThresholdPolicy
+from ee_surgery.runtime.compilation import Compilation
+from ee_surgery.runtime.compiled import CompiledRouter, Parts
 from ee_surgery.runtime.program import Program, build_program
 from ee_surgery.runtime.router import Altered, ExitOutput, Observer, Router
 from ee_surgery.runtime.verify import verify
@@ -51,19 +53,29 @@ def eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 class Entry:
     """What runs inputs of one signature."""
 
-    def __init__(self, program: Program, prepared: list[PreparedBranch], branches: BranchBank) -> None:
+    def __init__(
+        self, program: Program, prepared: list[PreparedBranch], branches: BranchBank, backbone: Backbone
+    ) -> None:
         self.program, self.prepared, self.branches = program, prepared, branches
-        self._routers: tuple[tuple[ThresholdPolicy, Router], ...] = ()  # replaced as a whole: other threads read it
+        self.parts = Parts(program, prepared, branches, backbone.model, backbone.task)
+        # replaced as a whole: other threads read it
+        self._routers: tuple[tuple[ThresholdPolicy, Compilation | None, Router], ...] = ()
 
-    def router(self, policy: ThresholdPolicy) -> Router:
+    def router(self, policy: ThresholdPolicy, compilation: Compilation | None = None) -> Router:
         """The router of one policy; those made last are kept."""
-        for known, router in self._routers:
-            if known is policy:
+        for known, how, router in self._routers:
+            if known is policy and how is compilation:
                 return router
         macs = [branch.macs for branch in self.prepared]
-        router = Router(self.program, list(self.branches), policy, macs, self.branches.head)
-        self._routers = ((policy, router), *self._routers)[:_ROUTERS_KEPT]
+        given = self.program, list(self.branches), policy, macs, self.branches.head
+        router = Router(*given) if compilation is None else CompiledRouter(self.parts.of(policy, compilation), *given)
+        self._routers = ((policy, compilation, router), *self._routers)[:_ROUTERS_KEPT]
         return router
+
+    def clear(self) -> None:
+        """Let go of routers and of compiled parts."""
+        self._routers = ()
+        self.parts.clear()
 
 
 class Engine:
@@ -83,6 +95,7 @@ class Engine:
         self.backbone, self.plan, self.branches = graph.backbone, plan, branches
         self.observers: tuple[Observer, ...] = ()
         """Told of every step of a routed run: counting, auditing. They cost nothing where there are none."""
+        self._compilation: Compilation | None = None
         self._backend = backend
         self._lock = threading.Lock()
         self.programs: OrderedDict[Key, Entry] = OrderedDict()
@@ -121,6 +134,22 @@ class Engine:
             self._backend = before
             raise
 
+    @property
+    def compilation(self) -> Compilation | None:
+        """How routed runs are compiled; None: they run by the backend. Setting it lets go of all compiled parts."""
+        return self._compilation
+
+    @compilation.setter
+    def compilation(self, chosen: Compilation | None) -> None:
+        self._compilation = chosen
+        for entry in [*self.programs.values()]:
+            entry.clear()
+
+    @property
+    def frozen_mib(self) -> float:
+        """MiB of the weights that compiled parts have copies of; 0 without `freeze`."""
+        return sum(entry.parts.frozen_bytes for entry in [*self.programs.values()]) / 2**20
+
     # --- exits on or off
 
     @contextmanager
@@ -156,7 +185,7 @@ class Engine:
         state = self.backbone.latest
         while True:  # each stage looks whether its modules have changed: samples that leave pay for no more than that
             try:
-                return self.entry(batch, state).router(policy)(values, size, self.observers)
+                return self.entry(batch, state).router(policy, self.compilation)(values, size, self.observers)
             except Altered:  # noqa: PERF203 (once in a while)
                 state = self.backbone.state()
 
@@ -269,4 +298,4 @@ class Engine:
         program = build_program(graph, self.plan.names, reads_all, head_macs, backend)
         verify(program, self.backbone, sample)
         prepared = [b.prepare(graph, p) for b, p in zip(self.branches, program.points, strict=True)]
-        return Entry(program, prepared, self.branches)
+        return Entry(program, prepared, self.branches, self.backbone)

@@ -56,6 +56,9 @@ class InFlight(NamedTuple):
     """Of the branch before, (b, ...), where branches read each other's answers."""
     best: Tensor | None = None
     """The most certain answer so far, (b, C), where the policy falls back on that."""
+    asked: tuple[Tensor, ...] = ()
+    """What the branch at their exit answered, where a stage and its branch are one compiled part; what is carried is
+    as it is behind that branch then."""
 
     def keep(self, stay: Tensor, axes: Sequence[Axis | None]) -> InFlight:
         """The samples `stay` of them, int64 indices (b',)."""
@@ -116,11 +119,9 @@ class Router:
         self._index = [torch.tensor([k], device=device) for k in range(self.last + 1)]
         self._unasked = torch.full((1,), torch.nan, device=device)
         # Exits that are closed have no branch to ask.
-        asked = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
-        checked = [_checked(stage, same) for stage, same in zip(program.stages, program.unchanged, strict=True)]
-        axes = [segment.axes for segment in program.segments[1:]]
-        self.first = checked[0]
-        self.steps = list(zip(checked[1:], axes, asked, program.readers, strict=True))
+        self.branches = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
+        self.stages = [_checked(stage, same) for stage, same in zip(program.stages, program.unchanged, strict=True)]
+        self.axes = [segment.axes for segment in program.segments]
 
     def __call__(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer] = ()) -> ExitOutput:
         """Run stages, ask branches, let samples leave, compact what is left.
@@ -135,7 +136,7 @@ class Router:
 
     def start(self, inputs: Sequence[Tensor]) -> InFlight:
         """A batch at the first exit."""
-        return InFlight(self.first(*inputs))
+        return self._advance(0, InFlight(tuple(inputs)))
 
     def step(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
         """Ask the branch of exit k, and run the next stage for the samples that stay.
@@ -144,25 +145,37 @@ class Router:
             Those that leave, and those that are at exit k + 1 now. At the original's head, the last, all leave.
         """
         if k == self.last:
-            last = self._last(flight.live)
-            return Leaving(flight.rows, self._better(flight.best, last) if self.keeps_best else last, None), None
-        stage, axes, branch, read = self.steps[k]
-        if branch is None:
-            return None, flight._replace(live=stage(*flight.live))
-        live, rows, state, log_probs, best = flight
+            return Leaving(flight.rows, self._end(flight), None), None
+        if self.branches[k] is None:
+            return None, self._advance(k + 1, flight)
+        logits, score, leaves, flight = self._ask(k, flight)
+        gone = leaves.nonzero().squeeze(1)
+        if len(gone) == 0:
+            return None, self._advance(k + 1, flight)
+        leaving = Leaving(gone if flight.rows is None else flight.rows[gone], logits[gone], score[gone])
+        if len(gone) == len(leaves):
+            return leaving, None
+        return leaving, self._advance(k + 1, flight.keep((~leaves).nonzero().squeeze(1), self.axes[k + 1]))
+
+    def _advance(self, k: int, flight: InFlight) -> InFlight:
+        """Run stage k."""
+        return flight._replace(live=self.stages[k](*flight.live))
+
+    def _ask(self, k: int, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, InFlight]:
+        """Logits (b, C) and score (b,) at exit k, which samples leave (b,), and the samples behind its branch."""
+        live, rows, state, log_probs, best, _ = flight
+        branch, read = self.branches[k], self.program.readers[k]
+        assert branch is not None
         answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
         score, leaves, state = self.policy.decide(k, answer.logits, answer.confidence, state)
         if self.keeps_best:
             best = self._better(best, answer.logits)
-        gone = leaves.nonzero().squeeze(1)
-        flight = InFlight(live, rows, state, answer.log_probs, best)
-        if len(gone) == 0:
-            return None, flight._replace(live=stage(*live))
-        leaving = Leaving(gone if rows is None else rows[gone], answer.logits[gone], score[gone])
-        if len(gone) == len(leaves):
-            return leaving, None
-        flight = flight.keep((~leaves).nonzero().squeeze(1), axes)
-        return leaving, flight._replace(live=stage(*flight.live))
+        return answer.logits, score, leaves, InFlight(live, rows, state, answer.log_probs, best)
+
+    def _end(self, flight: InFlight) -> Tensor:
+        """Logits (b, C) behind the last stage."""
+        last = self._last(flight.live)
+        return self._better(flight.best, last) if self.keeps_best else last
 
     def _batch(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer]) -> ExitOutput:
         flight: InFlight | None = self.start(inputs)
@@ -201,8 +214,10 @@ class Router:
         state: State = ()
         best: Tensor | None = None
         log_probs: Tensor | None = None
-        live = self.first(*inputs)
-        for k, (stage, _, branch, read) in enumerate(self.steps):
+        live = self.stages[0](*inputs)
+        for k, (stage, branch, read) in enumerate(
+            zip(self.stages[1:], self.branches, self.program.readers, strict=True)
+        ):
             if branch is not None:
                 answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)

@@ -64,7 +64,7 @@ def _verify_one(program: Program, backbone: Backbone, batch: Batch, whole: Tenso
         raise
     except Exception:  # the model itself takes no batch of one: there is nothing to agree with
         return
-    if not _close(whole[:1], alone):
+    if not close(whole[:1], alone):
         raise ExitPointError(
             f"{backbone.model_id} answers a batch of one otherwise than the same sample among others (relative error "
             f"{_error(whole[:1], alone):.2g}), but samples that leave change the batch size. "
@@ -76,7 +76,7 @@ def _verify_one(program: Program, backbone: Backbone, batch: Batch, whole: Tenso
 
 
 def _compare(program: Program, backbone: Backbone, batch: Batch, expected: Tensor, seen: Tensor) -> None:
-    if not _close(expected, seen):
+    if not close(expected, seen):
         names = [point.name for point in program.points]
         raise ExitPointError(
             f"Cut at {names}, {backbone.model_id} does not give its own logits any more for {len(expected)} of its "
@@ -92,7 +92,8 @@ def _error(expected: Tensor, seen: Tensor) -> float:
     return ((expected.double() - seen.double()).abs().max() / scale).item()
 
 
-def _close(expected: Tensor, seen: Tensor) -> bool:
+def close(expected: Tensor, seen: Tensor) -> bool:
+    """Whether two tensors agree within what their precision leaves."""
     return _error(expected, seen) <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2)
 
 
@@ -144,10 +145,10 @@ class _Call:
     def takes_as(self, other: _Call) -> bool:
         """Whether nothing tells apart what went into two calls; tensors of different shapes tell nothing."""
         pairs = zip(self.given, other.given, strict=False)
-        return all(mine.shape != its.shape or _close(mine, its) for mine, its in pairs)
+        return all(mine.shape != its.shape or close(mine, its) for mine, its in pairs)
 
     def answers_as(self, other: _Call) -> bool:
-        return _close(self.answer, other.answer)
+        return close(self.answer, other.answer)
 
 
 def _calls(backbone: Backbone, model: nn.Module, batch: Batch) -> dict[str, _Call]:

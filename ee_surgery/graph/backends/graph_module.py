@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -40,6 +41,28 @@ def graph_module(segment: Segment, weights: BoundWeights) -> Run:
         return module(*live, *weights(), **options)
 
     return run
+
+
+class BoundStage(nn.Module):
+    """A segment over weights that it holds by reference, so that compilers take them as inputs of their graphs."""
+
+    def __init__(self, segment: Segment, weights: BoundWeights) -> None:
+        super().__init__()
+        self.stage = to_graph_module(segment)
+        self._weights, self._names = weights, [node.name for node in segment.weights]
+        self._known: list[Tensor | None] = []
+        self.bind()
+
+    def bind(self) -> None:
+        """Take the tensors that are in force now."""
+        current = self._weights()
+        if len(self._known) != len(current) or not all(map(is_, current, self._known)):
+            self._buffers.update(zip(self._names, current, strict=True))
+            self._known = current
+
+    def forward(self, *live: Tensor) -> tuple[Tensor, ...]:
+        """Run it on live tensors."""
+        return self.stage(*live, *[getattr(self, name) for name in self._names])
 
 
 class _Builder:
