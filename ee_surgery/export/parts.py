@@ -6,10 +6,13 @@ Every piece takes and returns plain tensors with a symbolic batch, so that compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ee_surgery.backbone.inputs import tensors
 from ee_surgery.graph.backends.base import Run
@@ -130,4 +133,35 @@ def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
 
 def _piece(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axis | None, ...]) -> Piece:
     outputs = module(*inputs)
-    return Piece(module, inputs, axes, outputs if isinstance(outputs, tuple) else (outputs,))
+    return Piece(_Part(module), inputs, axes, outputs if isinstance(outputs, tuple) else (outputs,))
+
+
+class _FourDimensions(TorchFunctionMode):
+    """torch.onnx knows attention over four dimensions alone: with fewer or more, all but the last two are folded."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if getattr(func, "__name__", "") != "scaled_dot_product_attention" or args[0].ndim == 4:
+            return func(*args, **named)
+        lead = args[0].shape[:-2]
+
+        def fold(tensor: Tensor) -> Tensor:
+            return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, 1, *tensor.shape[-2:])
+
+        mask = args[3] if len(args) > 3 else named.pop("attn_mask", None)
+        out = func(*map(fold, args[:3]), None if mask is None else fold(mask), *args[4:], **named)
+        return out.reshape(*lead, *out.shape[-2:])
+
+
+class _Part(nn.Module):
+    """A part as torch.onnx takes it."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with _FourDimensions():
+            return self.part(*tensors)

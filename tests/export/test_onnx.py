@@ -285,3 +285,43 @@ def test_several_labels_and_fitted_scores_of_a_loaded_model_go_into_the_file(tmp
     assert len(OnnxModel(path).points) == len(
         [point for point in frontier if str(point.score) == str(frontier[len(frontier) // 2].score)]
     )
+
+
+class Attention(torch.nn.Module):
+    """Attention over three dimensions, then over five, with masks that are broadcast."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims, self.proj = dims, torch.nn.Linear(8, 8)
+        self.register_buffer("mask", torch.rand(*[1] * (dims - 2), 16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.proj(x).view(x.shape[0], *[1] * (self.dims - 3), 16, 8)
+        mask: torch.Tensor = self.mask  # pyright: ignore[reportAssignmentType]
+        y = torch.nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+        return x + y.reshape(x.shape[0], 16, 8)
+
+
+class Attentions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = (
+            torch.nn.Linear(3, 8),
+            torch.nn.ModuleList(map(Attention, (3, 5))),
+            torch.nn.Linear(8, 5),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x.flatten(2).transpose(1, 2))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def test_attention_over_other_dimensions_than_four_is_folded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ee.augment(Attentions().eval(), ["blocks.0"], sample=torch.randn(4, 3, 4, 4))
+    x = torch.randn(9, 3, 4, 4)
+    model.operate(thresholds=model.all_exits(x)[0].softmax(1).amax(1).median().item())
+    found = check_export(model.export(tmp_path / "model.onnx"), model, [x])
+    assert (found.samples, found.exits) == (9, 0)
