@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="run these again (timm:name, hf:Class)")
     parser.add_argument("--architectures", action="store_true", help="the long matrix: capture alone, no weights")
     parser.add_argument("--export", action="store_true", help="as one ONNX file, run beside the model")
-    parser.add_argument("--report", action="store_true", help="only write the page")
+    parser.add_argument("--report", action="store_true", help="only write the page, with --export that of ONNX files")
     parser.add_argument("--smallest", action="store_true", help="print the smallest model of every timm family")
     parser.add_argument("--smoke", action="store_true", help="two small models; nothing is kept")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
@@ -59,7 +59,10 @@ def main() -> None:
     else:
         if not options.report:
             run(options, RESULTS)
-        coverage_page.write(RESULTS, ROOT / "docs" / "coverage.md")
+        if options.export:
+            coverage_page.write_exports(RESULTS, ROOT / "docs" / "coverage-onnx.md")
+        else:
+            coverage_page.write(RESULTS, ROOT / "docs" / "coverage.md")
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:

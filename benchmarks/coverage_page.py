@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.models import SMALLEST
 from benchmarks.tables import results as load
+from benchmarks.tables import table
 from ee_surgery.files import atomic_write
 
 Row = dict[str, Any]
@@ -59,6 +60,50 @@ def write(results: Path, page: Path) -> None:
     ]
     with atomic_write(page) as partial:
         partial.write_text("\n".join(parts))
+
+
+EXPORTS = """# Coverage: which models go into one ONNX file, measured
+
+The models of [coverage](coverage.md) with up to three exits and random weights, each exported and run in a process of
+its own: `python -m benchmarks.coverage --export` (resumable; results in `benchmarks/results/exports.jsonl`).
+
+{machine}
+
+A model passes when file and routed run let every sample leave at the same exit, in batches of 1 and 5 at ten random
+settings of the thresholds, unless its score is within 1e-5 of a threshold (*ties*), and logits differ by less than
+0.1 % of the largest. Untrained branches give neighbouring scores, so that ties are many. Other processes shared the two
+cores: seconds are upper bounds.
+
+"""
+
+
+def write_exports(results: Path, page: Path) -> None:
+    """Write the page of ONNX files from what is there."""
+    rows = load(results / "exports.jsonl")
+    built = [row for row in rows if not row["error"].startswith("cannot be built")]
+    text = EXPORTS.format(machine=_machine())
+    for library, title in (("timm:", "timm: the smallest model of each family"), ("hf:", "transformers")):
+        found = [row for row in built if row["model"].startswith(library)]
+        good = [row for row in found if not row["error"]]
+        lines = [
+            [row["model"].partition(":")[2], f"{row['megabytes']:.0f}", f"{row['export_seconds']:.0f}",
+             f"{row['export']['logits']:.0e}", str(row["export"]["samples"]), str(row["export"]["ties"])]
+            for row in good
+        ]  # fmt: skip
+        text += f"## {title}\n\n{len(good)} of {len(found)} pass.\n\n"
+        text += table(("model", "MB", "export s", "difference", "samples", "ties"), lines) + "\n\n"
+        failed = [row for row in found if row["error"]]
+        text += "".join(f"- {row['model'].partition(':')[2]}: {_cause(row['error'])}\n" for row in failed)
+        text += "\n" if failed else ""
+    if missing := [row["model"].partition(":")[2] for row in rows if row not in built]:
+        text += f"Cannot be built from packages of the index: {', '.join(missing)}.\n"
+    with atomic_write(page) as partial:
+        partial.write_text(text.rstrip() + "\n")
+
+
+def _cause(error: str) -> str:
+    lines = [line for line in error.splitlines() if "Error" in line]
+    return (lines or [error])[0].replace("|", "/").replace("\x1b", "")[:200]
 
 
 def _machine() -> str:
