@@ -219,7 +219,8 @@ class EarlyExitModel(SharedModel):
             named: or keywords such as `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._traced)(*inputs, **named)
+            run: Any = torch.compiler.disable(self._traced)
+            return run(*inputs, **named)
         backbone, policy = self.engine.backbone, self.policy
         if policy is None and self.branches.head is None:
             return backbone(backbone.arguments(*inputs, **named))
