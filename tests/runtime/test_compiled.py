@@ -264,19 +264,20 @@ class _Unread(nn.Module):
 _unread: Any = torch.compiler.disable(torch.relu)
 
 
-def test_a_part_that_cannot_be_compiled_runs_eagerly_and_is_named() -> None:
+@pytest.mark.parametrize(("exits", "named"), [(["1", "3"], "1"), (["0", "3"], "3")], ids=str)
+def test_a_part_that_cannot_be_compiled_runs_eagerly_and_is_named(exits: list[str], named: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(8, 8), _Unread(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
-    model = ee.augment(nn.Sequential(*layers).eval(), ["1", "3"], branch="pool", sample=torch.randn(4, 8), opaque=["1"])
+    model = ee.augment(nn.Sequential(*layers).eval(), exits, branch="pool", sample=torch.randn(4, 8), opaque=["1"])
     x = torch.randn(8, 8)
     split(model, x)
     expected = model.predict(x)
     model.compile(backend="eager")
-    with pytest.warns(ee.SurgeryWarning, match="The stage up to 1 and its branch runs eagerly"):
+    with pytest.warns(ee.SurgeryWarning, match=f"The stage up to {named} and its branch runs eagerly"):
         agree(model, x, expected)
     with once_compiled():
-        for batch in (1, 3, 8):
-            agree(model, x, expected, slice(batch))
+        for start, stop in ((0, 1), (1, 2), (2, 3), (3, 4), (0, 3), (0, 8)):
+            agree(model, x, expected, slice(start, stop))
 
 
 def test_copies_carry_the_choice_and_compile_on_their_own() -> None:
