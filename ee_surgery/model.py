@@ -218,7 +218,7 @@ class EarlyExitModel(SharedModel):
             inputs: what the original takes: a tensor of shape (B, ...), or a dict of them.
             named: or keywords such as `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # is_compiling is also true while another thread exports
             run: Any = torch.compiler.disable(self._traced)
             return run(*inputs, **named)
         backbone, policy = self.engine.backbone, self.policy
