@@ -309,7 +309,7 @@ def test_a_changed_original_observers_and_disabled_exits() -> None:
     model.engine.observers = ()
     with model.exits_disabled(), torch.no_grad():
         assert torch.equal(model(x), model.unload()(x))
-    hook = model.unload().register_forward_hook(lambda module, inputs, output: 2 * output)
+    hook = model.unload().register_forward_hook(lambda module, inputs, output: torch.mul(output, 2))
     model.operate(thresholds=2.0)
     torch.testing.assert_close(model.predict(x).logits, model.unload()(x))
     hook.remove()
