@@ -25,12 +25,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._inductor import config
 
 import ee_surgery as ee
 from benchmarks.releases import CASES, compare
 from ee_surgery.evaluation.latency import parts
 from ee_surgery.onnx import OnnxModel
+from ee_surgery.runtime.compilation import Compilation
 from ee_surgery.runtime.compiled import CompiledRouter
 from ee_surgery.runtime.router import InFlight
 
@@ -112,10 +112,12 @@ def in_torch(model: nn.Module, branched: ee.EarlyExitModel, x: Tensor) -> dict[s
         compiled = branched.copy()
         compiled.compile(freeze=freeze)
         alone = compiled_alone(compiled, x, exit_index)
-        twin = compiled.unload()  # a copy: torch.compile keeps what it compiled by code and by module
-        original = torch.compile(twin, dynamic=True if len(x) > 1 else None)
-        with config.patch(freezing=freeze):
-            original(x)
+        how, marked = Compilation(freeze=freeze), x.clone()
+        original = how.apply(model.forward)
+        if len(x) > 1:
+            torch._dynamo.mark_dynamic(marked, 0)
+        with how.compiling():
+            original(marked)
         calls: Calls = {"original": lambda original=original: original(x), "exits": lambda c=compiled: c(x)}
         engines["compile, frozen" if freeze else "compile"] = {**calls, **alone}
     return engines

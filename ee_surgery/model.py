@@ -222,8 +222,9 @@ class EarlyExitModel(SharedModel):
             inputs: what the original takes: a tensor of shape (B, ...), or a dict of them.
             named: or keywords such as `pixel_values=`, `input_ids=`, `attention_mask=`.
         """
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._traced)(*inputs, **named)
+        if torch.compiler.is_dynamo_compiling():  # is_compiling is also true while another thread exports
+            run: Any = torch.compiler.disable(self._traced)
+            return run(*inputs, **named)
         backbone, policy = self.engine.backbone, self.policy
         if policy is None and self.branches.head is None:
             return backbone(backbone.arguments(*inputs, **named))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ee_surgery.policies.scores import FittedScore, ScoreOf, State, precise, sou
 from ee_surgery.task import CLASSIFICATION, Task
 
 NEVER = math.inf
+_Number = TypeVar("_Number", float, Tensor)
 
 Fallback = Literal["last", "most_confident"]
 
@@ -91,9 +92,9 @@ class ThresholdPolicy:
         score, state = self._score(logits, confidence, state, exit_index)  # pyright: ignore[reportAttributeAccessIssue]
         return Decision(score, self.reached(exit_index, sound(score, logits)), state)
 
-    def reached(self, exit_index: int, score: Tensor) -> Tensor:
-        """Where a score (B,) that is NaN for answers that are not finite lets samples leave, bool (B,)."""
-        return score >= self._taus[exit_index]  # pyright: ignore[reportAttributeAccessIssue]
+    def reached(self, exit_index: int, score: _Number) -> _Number:
+        """Whether a score, NaN for an answer that is not finite, lets a sample leave; of many (B,), bool (B,)."""
+        return score >= self._taus[exit_index]  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
     def decide_one(
         self, exit_index: int, logits: Tensor, confidence: Tensor | None, state: State

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class AskBranch(nn.Module):
     """
 
     def __init__(
-        self, branch: nn.Module, read: ReadFeatures | ReadAllLive, index: int, chained: bool, task: Task,
+        self, branch: Any, read: ReadFeatures | ReadAllLive, index: int, chained: bool, task: Task,
         keeps_best: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -55,7 +55,7 @@ class CompiledRouter(Router):
 
     def _advance(self, k: int, flight: InFlight) -> InFlight:
         if self.parts[k].eager:
-            return super()._advance(k, flight)
+            return super()._advance(k, flight._replace(asked=()))
         if not self.program.unchanged[k]():
             raise Altered
         return self.parts[k].run(flight, self.score)
@@ -73,8 +73,12 @@ class CompiledRouter(Router):
         flight = self.start(inputs)
         for k in range(self.last):
             if self.branches[k] is not None:
-                logits, score, leaves, flight = self._ask(k, flight)
-                if leaves.item():
+                if flight.asked:
+                    logits, score, compared = flight.asked
+                    leaves = self.policy.reached(k, compared.item())  # in Python: a launch fewer, which counts here
+                else:
+                    logits, score, leaves, flight = super()._ask(k, flight)
+                if leaves:
                     return self._left(logits, k, score)
             flight = self._advance(k + 1, flight)
         return self._left(self._end(flight), self.last, self._unasked.clone())
