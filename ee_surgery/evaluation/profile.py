@@ -52,6 +52,7 @@ def profile(
     if isinstance(served, EarlyExitModel):
         run_of, exits = _routed(served, inputs), len(served.exits)
         device, engine = next(served.branches.parameters()).device, served.engine.backend
+        engine += ", torch.compile" if served.engine.compilation is not None else ""
         threads = torch.get_num_threads()
     elif isinstance(served, (OnnxModel, StagedModel)):
         run_of, exits = _exported(served, inputs), len(served.exits) - 1
@@ -60,7 +61,7 @@ def profile(
     else:
         refuse("served", "an EarlyExitModel or an exported file", served)
     sizes = sorted({max(1, batch_size // part) for part in (1, 2, 4, batch_size)})
-    calls = {(n, *key): call for n in sizes for key, call in _calls(run_of(n), exits).items()}
+    calls = {f"{n} {name}": call for n in sizes for name, call in _calls(run_of(n), exits).items()}
     once = sum(spent for (spent,) in interleave(calls, device, rounds=1, warmup=2).values())
     rounds = min(max(int(seconds / once), _ROUNDS[0]), _ROUNDS[-1])
     times = interleave(calls, device, rounds=rounds)
@@ -68,29 +69,27 @@ def profile(
     return Profile(engine, processor(device), threads, batch_size, tuple(sizes), trunk, branches)
 
 
-def _calls(run: Run, exits: int) -> dict[tuple[str, int], Callable[[], object]]:
+def _calls(run: Run, exits: int) -> dict[str, Callable[[], object]]:
     """For each exit, the run that leaves there, and the one that asks its branch in vain and leaves at the next."""
-    found: dict[tuple[str, int], Callable[[], object]] = {}
+    found: dict[str, Callable[[], object]] = {}
     for k in range(exits + 1):
         leave = [NEVER] * exits
         if k < exits:
             leave[k] = _LEAVE
-        found["leave", k] = lambda taus=tuple(leave): run(taus)
+        found[f"leave {k}"] = lambda taus=tuple(leave): run(taus)
         if k > 0:
             ask = tuple(_STAY if j == k - 1 else tau for j, tau in enumerate(leave))
-            found["ask", k - 1] = lambda taus=ask: run(taus)
+            found[f"ask {k - 1}"] = lambda taus=ask: run(taus)
     return found
 
 
-def _split(
-    times: Mapping[tuple[int, str, int], Sequence[float]], n: int, exits: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _split(times: Mapping[str, Sequence[float]], n: int, exits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Milliseconds up to each exit, and of each branch, at one batch size."""
     branches: list[float] = []
     for k in range(exits):  # differences within a round: a slow moment hits both
-        pairs = zip(times[n, "ask", k], times[n, "leave", k + 1], strict=True)
+        pairs = zip(times[f"{n} ask {k}"], times[f"{n} leave {k + 1}"], strict=True)
         branches.append(max(1e3 * statistics.median(ask - leave for ask, leave in pairs), 0.0))
-    leave = [1e3 * statistics.median(times[n, "leave", k]) for k in range(exits + 1)]
+    leave = [1e3 * statistics.median(times[f"{n} leave {k}"]) for k in range(exits + 1)]
     trunk = [max(total - branch, 0.0) for total, branch in zip(leave, (*branches, 0.0), strict=True)]
     return tuple(accumulate(trunk, max)), tuple(branches)
 
@@ -118,7 +117,9 @@ def _routed(branched: EarlyExitModel, inputs: Inputs | Mapping[str, Any] | None)
 
 def _exported(file: OnnxModel | StagedModel, inputs: Inputs | Mapping[str, Any] | None) -> Callable[[int], Run]:
     named = {file.inputs[0]: inputs} if inputs is None or not isinstance(inputs, Mapping) else dict(inputs)
-    arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in named.items()}
+    arrays: dict[str, Any] = {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in named.items()
+    }
     if inputs is None or not all(len(array) for array in arrays.values()):
         raise DataError("Give inputs= to time an exported file: a batch of what it takes.")
 
