@@ -104,15 +104,19 @@ def compiled_alone(branched: ee.EarlyExitModel, x: Tensor, exit_index: Tensor) -
 Calls: TypeAlias = dict[str, Callable[[], object]]
 
 
-def in_torch(model: nn.Module, branched: ee.EarlyExitModel, x: Tensor) -> dict[str, Calls]:
-    """The original, the exits and the parts alone, on each engine within PyTorch."""
+def in_torch(model: nn.Module, branched: ee.EarlyExitModel, x: Tensor, quick: bool) -> dict[str, Calls]:
+    """The original, the exits and the parts alone, on each engine within PyTorch.
+
+    Args:
+        quick: trace only, and compile nothing.
+    """
     exit_index, engines = branched.predict(x).exit_index, {}
     engines["PyTorch"] = {"original": lambda: model(x), "exits": lambda: branched(x), **parts(branched, x)}
-    for freeze in (False, True):
-        compiled = branched.copy()
-        compiled.compile(freeze=freeze)
+    for freeze in (False,) if quick else (False, True):
+        compiled, options = branched.copy(), {"backend": "aot_eager"} if quick else {}
+        compiled.compile(freeze=freeze, **options)
         alone = compiled_alone(compiled, x, exit_index)
-        how, marked = Compilation(freeze=freeze), x.clone()
+        how, marked = Compilation(options, freeze), x.clone()
         original = how.apply(model.forward)
         if len(x) > 1:
             torch._dynamo.mark_dynamic(marked, 0)
@@ -145,7 +149,7 @@ def rows(name: str, batch: int, seconds: float, folder: Path, engines: Sequence[
     branched.operate(thresholds=thresholds(branched.all_exits(x).softmax(-1).amax(-1)[:2]))
     share = branched.predict(x).macs_fraction.mean().item()
     with torch.no_grad():
-        measured = in_torch(model, branched, x) if "torch" in engines else {}
+        measured = in_torch(model, branched, x, quick=seconds < 1) if "torch" in engines else {}
         if "onnx" in engines:
             measured["ONNX Runtime"] = in_onnx(model, branched, x, folder)
         calls = {f"{engine}: {call}": run for engine, every in measured.items() for call, run in every.items()}

@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                      # 3,000 calls
     python -m benchmarks.memory --calls 500 --every 50
+    python -m benchmarks.memory --compiled           # what branched.compile adds
 
 A small CIFAR ResNet on images and a small BERT on texts are called with batches of 1 to 12 samples; one call in ten
 has a size not among the last eight, so that programs are captured and dropped all the time.
@@ -10,11 +11,15 @@ calibrated, evaluated or augmented again.
 
 Objects are those that Python's garbage collector knows after a full collection; the resident set is as the system
 reports it. The first calls fill caches; growth is counted from there.
+
+With `--compiled`, ResNet-50s of random weights are compiled one after the other, each kept: the first brings the
+compiler itself into memory, the others show what a model takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import random
@@ -24,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import timm
 import torch
 import transformers
 from rich.console import Console
@@ -146,6 +152,30 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def added() -> Iterator[tuple[str, float, float, float]]:
+    """Of models compiled in turn: how, MiB of weights, MiB more in memory, MiB that the engine says it froze."""
+    kept: list[ee.EarlyExitModel] = []
+    images = torch.randn(1, 3, 160, 160)
+    for freeze in (False, False, True, True):
+        branched = ee.augment(timm.create_model("resnet50"), 2, branch="pool", sample=images.expand(4, -1, -1, -1))
+        branched.operate(thresholds=2.0)
+        branched.predict(images)
+        before = trimmed()
+        branched.compile(freeze=freeze)
+        for _ in range(2):
+            branched.predict(images)
+        weights = sum(tensor.nbytes for tensor in branched.unload().state_dict().values())
+        kept.append(branched)
+        yield ("frozen" if freeze else "by reference"), weights / 2**20, trimmed() - before, branched.engine.frozen_mib
+
+
+def trimmed() -> float:
+    """MiB of this process in memory once it has given back what it does not use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident() / 2**20
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,8 +183,15 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="20 calls")
+    parser.add_argument("--compiled", action="store_true", help="what branched.compile adds, instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.compiled:
+        for how, *mib in added():
+            print(
+                "{}: weights {:.0f} MiB, resident {:+.0f} MiB, engine.frozen_mib {:.0f}".format(how, *mib), flush=True
+            )
+        return
     calls, every = (20, 10) if options.smoke else (options.calls, options.every)
     started = time.perf_counter()
     readings = []
