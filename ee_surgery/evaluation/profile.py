@@ -19,6 +19,7 @@ from ee_surgery.model import EarlyExitModel
 from ee_surgery.onnx import OnnxModel, StagedModel
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER
+from ee_surgery.runtime.engine import eval_mode
 
 _LEAVE, _STAY = -NEVER, 1e30  # thresholds that every sample meets, and that none does although its branch is asked
 _ROUNDS = range(5, 200)
@@ -107,8 +108,10 @@ def _routed(branched: EarlyExitModel, inputs: Inputs | Mapping[str, Any] | None)
         def run(taus: tuple[float, ...]) -> object:
             if taus not in known:
                 made = OperatingPoint.by_hand(taus, point.score)
-                known[taus] = made.policy_for(branched.task)
-            return branched.engine.run(rows, known[taus])
+                engine = branched.engine
+                known[taus] = engine.entry(rows).router(made.policy_for(branched.task), engine.compilation)
+            with torch.no_grad(), eval_mode(list(branched.branches.modules())):
+                return known[taus](rows.tensors, rows.size)
 
         return run
 

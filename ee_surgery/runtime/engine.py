@@ -30,7 +30,7 @@ from ee_surgery.runtime.router import Altered, ExitOutput, Observer, Router
 from ee_surgery.runtime.verify import verify
 
 _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no weights
-_ROUTERS_KEPT = 64  # operating points in turn
+_ROUTERS_KEPT = 4  # operating points in turn
 Key: TypeAlias = tuple[State, str, Hashable]
 """State of the original, backend, input signature."""
 # The engines whose exits are disabled, in this thread or task alone.
