@@ -113,10 +113,10 @@ def in_torch(model: nn.Module, branched: ee.EarlyExitModel, x: Tensor, quick: bo
     exit_index, engines = branched.predict(x).exit_index, {}
     engines["PyTorch"] = {"original": lambda: model(x), "exits": lambda: branched(x), **parts(branched, x)}
     for freeze in (False,) if quick else (False, True):
-        compiled, options = branched.copy(), {"backend": "aot_eager"} if quick else {}
-        compiled.compile(freeze=freeze, **options)
+        compiled, how = branched.copy(), Compilation({"backend": "aot_eager"} if quick else {}, freeze)
+        compiled.engine.compilation = how
         alone = compiled_alone(compiled, x, exit_index)
-        how, marked = Compilation(options, freeze), x.clone()
+        marked = x.clone()
         original = how.apply(model.forward)
         if len(x) > 1:
             torch._dynamo.mark_dynamic(marked, 0)
