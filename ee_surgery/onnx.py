@@ -54,6 +54,10 @@ class OnnxPoint:
     latency_ms: float = math.nan
     """Mean milliseconds of a batch, where the model was calibrated with a profile."""
 
+    def __str__(self) -> str:
+        time = "" if math.isnan(self.latency_ms) else f", {self.latency_ms:.2f} ms per batch"
+        return f"{self.macs_fraction:.1%} of the MACs ({self.expected_accuracy:.2%} expected{time})"
+
 
 class _Exported:
     """What a file and a folder of stages have in common: the metadata and the knob."""
@@ -106,6 +110,8 @@ class _Exported:
     def _chosen(self, drop: float | None, budget: float | None, latency_ms: float | None) -> OnnxPoint:
         if not self.points:
             raise OnnxError("The file has no frontier: calibrate the model before you export it, or give thresholds=.")
+        if latency_ms is not None and math.isnan(self.points[0].latency_ms):
+            raise OnnxError("The file has no times: calibrate the model with a profile before you export it.")
         if drop is not None:  # points are ordered from the cheapest
             least = self.about["base_accuracy"] - drop - 1e-12
             best = next((point for point in self.points if point.expected_accuracy >= least), None)
@@ -115,11 +121,7 @@ class _Exported:
             best = max(fits, key=lambda point: point.expected_accuracy, default=None)
         if best is None:
             low, high = self.points[0], self.points[-1]
-            raise OnnxError(
-                f"No operating point of the file meets that: its points go from {low.macs_fraction:.1%} of the MACs "
-                f"({low.expected_accuracy:.2%} expected, {low.latency_ms:.2f} ms per batch) to "
-                f"{high.macs_fraction:.1%} ({high.expected_accuracy:.2%}, {high.latency_ms:.2f} ms)."
-            )
+            raise OnnxError(f"No operating point of the file meets that: its points go from {low} to {high}.")
         return best
 
     def _checked(self, thresholds: Sequence[float]) -> tuple[float, ...]:
@@ -216,7 +218,7 @@ class StagedModel(_Exported):
             raise OnnxError(f"{path} has damaged metadata: it does not say how its stages are joined.")
         self.inputs: list[str] = self.about["inputs"]
         """Names of the inputs, the main one first."""
-        self.engine, self.threads = "onnxruntime, in stages" if load is None else f"stages by {load.__name__}", 0
+        self.engine, self.threads = "onnxruntime" if load is None else "another engine", 0
         make = _on_onnxruntime if load is None else load
         count = len(self.exits) - 1
         self._stages = [make(os.path.join(folder, f"stage_{k}.onnx")) for k in range(count + 1)]

@@ -248,3 +248,19 @@ def branched(name: str) -> ee.EarlyExitModel:
         if parameter.ndim == 2:
             parameter.data.mul_(3)
     return model
+
+
+def two_exits(branch: str = "pool", confidence: bool = False) -> ee.EarlyExitModel:
+    """A ResNet-8 for 16 px with two exits."""
+    torch.manual_seed(0)
+    sample = torch.randn(4, 3, 16, 16)
+    return ee.augment(CifarResNet(8).eval(), 2, branch=ee.BranchSpec(branch, confidence=confidence), sample=sample)
+
+
+POLICIES = [
+    ("conv2", "margin", "most_confident", False),
+    ("ztw", "entropy", "last", False),
+    ("pool", "patience", "last", False),
+    ("pool", "learned", "most_confident", True),
+]
+"""Branch, score, fallback, confidence units: every kind of thing that is carried from exit to exit."""

@@ -40,20 +40,20 @@ class Model {
 
   /**
    * Set when samples leave, by one of: `budget`, the most accurate point of the frontier within this fraction of the
-   * original's MACs; `maxAccuracyDrop`, the cheapest within this drop; `thresholds`, one per branch, where Infinity closes
-   * an exit. Without any: the file's own operating point. Returns the thresholds in force.
+   * original's MACs; `latencyMs`, within this mean time of a batch; `maxAccuracyDrop`, the cheapest within this drop;
+   * `thresholds`, one per branch, where Infinity closes an exit. Without any: the file's own operating point. Returns the thresholds in force.
    */
-  operate({ budget, maxAccuracyDrop, thresholds } = {}) {
-    const given = [budget, maxAccuracyDrop, thresholds].filter((value) => value !== undefined);
-    if (given.length > 1) throw new OnnxError("Give one of budget, maxAccuracyDrop, thresholds.");
+  operate({ budget, latencyMs, maxAccuracyDrop, thresholds } = {}) {
+    const given = [budget, latencyMs, maxAccuracyDrop, thresholds].filter((value) => value !== undefined);
+    if (given.length > 1) throw new OnnxError("Give one of budget, latencyMs, maxAccuracyDrop, thresholds.");
     if (thresholds !== undefined) return (this.thresholds = this.#checked(thresholds));
     if (!given.length) return (this.thresholds = null) ?? this.about.thresholds;
     const least = this.about.base_accuracy - maxAccuracyDrop - 1e-12;
-    const fits = this.points.filter((p) =>
-      budget === undefined ? p.expected_accuracy >= least : p.macs_fraction <= budget);
-    if (!fits.length) throw new OnnxError("No operating point of the file meets that; see `points`.");
-    const cost = (p) => (budget === undefined ? p.macs_fraction : -p.expected_accuracy);
-    return (this.thresholds = fits.reduce((best, p) => (cost(p) < cost(best) ? p : best)).thresholds);
+    const found = maxAccuracyDrop !== undefined // points go from cheap to dear, each more accurate
+      ? this.points.find((p) => p.expected_accuracy >= least)
+      : this.points.findLast((p) => (budget === undefined ? p.latency_ms <= latencyMs : p.macs_fraction <= budget));
+    if (!found) throw new OnnxError("No operating point of the file meets that; see `points`.");
+    return (this.thresholds = found.thresholds);
   }
 
   /**
@@ -137,6 +137,7 @@ function checked(about) {
       accuracy: number(point.accuracy),
       expected_accuracy: number(point.expected_accuracy),
       macs_fraction: number(point.macs_fraction),
+      latency_ms: number(point.latency_ms),
       samples: number(point.samples),
     })),
   };

@@ -6,7 +6,6 @@ import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from ee_surgery.calibration.records import ExitRecords, replay_point
-from ee_surgery.errors import SurgeryWarning
+from ee_surgery.errors import ConfigError, SurgeryWarning
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.text import visible
 
@@ -49,15 +48,11 @@ class Profile:
             shares: of the samples that leave at each exit, K numbers.
             visits: which branches run, K - 1.
         """
+        stages = np.diff(self.trunk_ms, prepend=0.0)  # (sizes, K)
+        stages[:, :-1] += np.array(self.branch_ms) * np.array(visits)
         reached = self.batch_size * np.maximum(1 - np.cumsum([0.0, *shares[:-1]]), 0)
-        stages = np.diff(self.trunk_ms, prepend=0.0).T  # (K, sizes)
-        branches = np.array(self.branch_ms).T
-        spent = [np.interp(n, (0, *self.sizes), (0, *times)) for n, times in zip(reached, stages, strict=True)]
-        seen = [
-            np.interp(n, (0, *self.sizes), (0, *times)) * visited
-            for n, times, visited in zip(reached[:-1], branches, visits, strict=True)
-        ]
-        return float(sum(spent) + sum(seen))
+        sizes = (0, *self.sizes)
+        return float(sum(np.interp(n, sizes, (0, *times)) for n, times in zip(reached, stages.T, strict=True)))
 
     @property
     def full_ms(self) -> float:
@@ -65,10 +60,19 @@ class Profile:
         return self.trunk_ms[-1][-1]
 
     def in_time(self, records: ExitRecords) -> ExitRecords:
-        """The same records with milliseconds per sample, at the full batch size, in place of MACs."""
-        per_sample = [ms / self.batch_size for ms in self.trunk_ms[-1]]
-        branches = tuple(ms / self.batch_size for ms in self.branch_ms[-1])
-        return replace(records, trunk_macs=tuple(accumulate(per_sample, max)), branch_macs=branches)
+        """The same records with milliseconds per sample, at the full batch size, in place of MACs.
+
+        Raises:
+            ConfigError: it is the profile of a model with another number of exits.
+        """
+        timed, exits = len(self.trunk_ms[-1]), len(records.trunk_macs)
+        if timed != exits:
+            raise ConfigError(
+                f"The profile has times of {timed} exits, the model has {exits} (the original's head counts): run "
+                "ee.profile on this model, or on a file exported from it."
+            )
+        trunk, branches = (tuple(ms / self.batch_size for ms in row[-1]) for row in (self.trunk_ms, self.branch_ms))
+        return replace(records, trunk_macs=trunk, branch_macs=branches)
 
     def timed(self, records: ExitRecords, point: OperatingPoint) -> OperatingPoint:
         """A point with its MACs by the records, and its latency by this profile."""
@@ -109,11 +113,9 @@ class Profile:
 
 
 def processor(device: torch.device) -> str:
-    """Name of the processor or GPU."""
+    """Name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 import statistics
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ee_surgery.backbone.inputs import Inputs, tensors
 from ee_surgery.branches.base import Branch, ExitLogits, run_branch
+from ee_surgery.calibration.profile import processor
 from ee_surgery.checks import count, refuse
 from ee_surgery.errors import DataError
 from ee_surgery.graph.segments import compact
@@ -26,9 +26,10 @@ ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 def environment(device: torch.device) -> str:
     """One line about the environment of a timing, without which it means little."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     malloc = ", ".join(f"{key}={os.environ.get(key, 'unset')}" for key in ALLOCATOR)
-    return f"{device.type} {name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {malloc}"
+    return (
+        f"{device.type} {processor(device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {malloc}"
+    )
 
 
 def interleave(

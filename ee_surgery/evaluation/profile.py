@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -20,6 +21,7 @@ from ee_surgery.onnx import OnnxModel, StagedModel
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER
 from ee_surgery.runtime.engine import eval_mode
+from ee_surgery.runtime.router import Router
 
 _LEAVE, _STAY = -NEVER, 1e30  # thresholds that every sample meets, and that none does although its branch is asked
 _ROUNDS = range(5, 200)
@@ -41,7 +43,7 @@ def profile(
 
     Args:
         served: a branched model, on the backend and device that it has, or an exported file. A branched model is
-            asked by the score of its operating point, or by `max_prob`.
+            asked by the score and fallback of its operating point, or by `max_prob`.
         inputs: a batch of any size, repeated as needed; by default what a branched model was augmented with.
         batch_size: samples per call in production.
         seconds: about how long to take.
@@ -100,16 +102,15 @@ def _routed(branched: EarlyExitModel, inputs: Inputs | Mapping[str, Any] | None)
     if not batch.size:
         raise DataError("No inputs to time: the batch is empty.")
     point = branched.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(branched.exits))
+    engine, policy = branched.engine, point.policy_for(branched.task)
 
     def run_of(n: int) -> Run:
         rows = batch.select([i % batch.size for i in range(n)])
-        known: dict[tuple[float, ...], Any] = {}  # a router is made once per policy
+        known: dict[tuple[float, ...], Router] = {}  # the engine keeps fewer
 
         def run(taus: tuple[float, ...]) -> object:
             if taus not in known:
-                made = OperatingPoint.by_hand(taus, point.score)
-                engine = branched.engine
-                known[taus] = engine.entry(rows).router(made.policy_for(branched.task), engine.compilation)
+                known[taus] = engine.entry(rows).router(replace(policy, thresholds=taus), engine.compilation)
             with torch.no_grad(), eval_mode(list(branched.branches.modules())):
                 return known[taus](rows.tensors, rows.size)
 

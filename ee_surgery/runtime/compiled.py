@@ -34,7 +34,7 @@ class CompiledRouter(Router):
 
     Args:
         parts: of each stage.
-        otherwise: as for `Router`.
+        arguments: as of `Router`.
     """
 
     def __init__(self, parts: Sequence[Part], *arguments: Any) -> None:

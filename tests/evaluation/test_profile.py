@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import ee_surgery as ee
 from ee_surgery.errors import SurgeryWarning
+from ee_surgery.share.schema import FrontierForm
 from recipes.networks import CifarResNet
 
 SAMPLE = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -121,6 +122,14 @@ def test_the_knob_moves_by_milliseconds_and_the_adapter_keeps_them(
         model.operate(latency_ms=0.01)
 
 
+def test_a_profile_of_a_model_with_other_exits_is_refused(
+    labelled: tuple[ee.EarlyExitModel, list[tuple[torch.Tensor, torch.Tensor]]],
+) -> None:
+    model, data = labelled
+    with pytest.raises(ee.ConfigError, match="times of 2 exits, the model has 3"):
+        ee.calibrate(model, data, profile=by_hand((1.0, 3.0), (0.1,)))
+
+
 def test_without_a_profile_and_on_another_device_it_says_so(
     labelled: tuple[ee.EarlyExitModel, list[tuple[torch.Tensor, torch.Tensor]]],
 ) -> None:
@@ -136,8 +145,6 @@ def test_without_a_profile_and_on_another_device_it_says_so(
 
 @pytest.mark.parametrize("field", ["trunk_ms", "branch_ms", "sizes", "batch_size"])
 def test_profiles_of_strangers_are_checked(field: str, tmp_path: Path) -> None:
-    from ee_surgery.share.schema import FrontierForm
-
     model = small()
     frontier = ee.calibrate(model, [torch.randn(16, 3, 16, 16)], profile=by_hand((1.0, 2.0, 3.0), (0.1, 0.1)))
     plain = ee.Frontier.to_dict(replace(frontier, risks=()))
@@ -162,12 +169,15 @@ def test_exported_files_are_timed_and_moved_alike(
     from ee_surgery.onnx import OnnxError, OnnxModel
 
     model, data = labelled
+    ee.calibrate(model, data)
     x = data[0][0].numpy()
     file = OnnxModel(model.export(tmp_path / "model.onnx", check=False), threads=1)
     with pytest.raises(ee.DataError, match="inputs="):
         ee.profile(file)
     profile = ee.profile(file, x[:4], seconds=0.05)
     assert (profile.engine, profile.threads) == ("onnxruntime CPUExecutionProvider", 1)
+    with pytest.raises(OnnxError, match="has no times"):
+        file.operate(latency_ms=1.0)
     ee.calibrate(model, data, profile=by_hand((1.0, 2.0, 30.0), (0.1, 0.1)))
     point = model.operate(latency_ms=20.0)
     assert point is not None

@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 
 import ee_surgery as ee
-from recipes.networks import CifarResNet
+from ee_surgery.calibration.profile import processor
 from tests import ROOT
+from tests.zoo import two_exits
 
 onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
@@ -65,10 +66,10 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The live page's file, and one by the exporter as it is now."""
     if request.param == "live":
         return LIVE
-    torch.manual_seed(0)
-    model = ee.augment(CifarResNet(8).eval(), 2, branch="pool", sample=torch.randn(4, 3, 16, 16))
-    ee.calibrate(model, [(torch.randn(64, 3, 16, 16), torch.randint(10, (64,)))])
-    model.operate(budget=0.9)
+    model = two_exits()
+    times = ee.Profile("python", processor(torch.device("cpu")), 1, 1, (1,), ((1.0, 2.0, 9.0),), ((0.1, 0.1),))
+    ee.calibrate(model, [(torch.randn(64, 3, 16, 16), torch.randint(10, (64,)))], profile=times)
+    model.operate(latency_ms=5.0)
     return model.export(tmp_path_factory.mktemp("javascript") / "model.onnx")
 
 
@@ -123,6 +124,8 @@ def test_requests_choose_the_points_that_python_chooses(path: Path, pixels: np.n
     needs("onnxruntime-node")
     file = OnnxModel(path, threads=1)
     requests = [({"budget": 1.0}, {"budget": 1.0}), ({"maxAccuracyDrop": 0.5}, {"max_accuracy_drop": 0.5}), ({}, {})]
+    if file.about["points"][0].latency_ms > 0:
+        requests.append(({"latencyMs": 5.0}, {"latency_ms": 5.0}))
     steps = [{"batch": 7, "request": request, "withModule": True} for request, _ in requests]
     data = {"cases": steps, "dims": pixels.shape, "pixels": base64.b64encode(pixels.tobytes()).decode()}
     for (_, request), theirs in zip(

@@ -22,7 +22,7 @@ from ee_surgery import check_export
 from ee_surgery.policies.operating_point import OperatingPoint
 from recipes.networks import CifarResNet
 from tests import ROOT
-from tests.zoo import BY_NAME, SPECIAL
+from tests.zoo import BY_NAME, POLICIES, SPECIAL, two_exits
 
 onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
@@ -32,15 +32,9 @@ from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, StagedModel  # noqa:
 INF = math.inf
 
 
-def small(branch: str = "pool", confidence: bool = False) -> ee.EarlyExitModel:
-    torch.manual_seed(0)
-    sample = torch.randn(4, 3, 16, 16)
-    return ee.augment(CifarResNet(8).eval(), 2, branch=ee.BranchSpec(branch, confidence=confidence), sample=sample)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ee.EarlyExitModel, Path]:
-    model = small()
+    model = two_exits()
     labels = torch.randint(10, (64,))
     ee.calibrate(model, [(torch.randn(64, 3, 16, 16), labels)])
     model.operate(budget=0.9)
@@ -107,17 +101,12 @@ def test_the_operating_point_is_the_default_of_the_input_and_the_frontier_goes_a
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("branch", "score", "fallback", "confidence"),
-    [
-        ("conv2", "margin", "most_confident", False),
-        ("ztw", "entropy", "last", False),
-        ("pool", "patience", "last", False),
-        ("pool", "learned", "most_confident", True),
-    ],
+    POLICIES,
 )
 def test_scores_with_state_chains_and_fallbacks_go_into_the_file(
     branch: str, score: str, fallback: str, confidence: bool, tmp_path: Path
 ) -> None:
-    model = small(branch, confidence)
+    model = two_exits(branch, confidence)
     point = OperatingPoint.by_hand([INF, INF], score, 2)
     model.operate(replace(point, fallback=fallback))
     paths = [model.export(tmp_path / layout, layout=layout) for layout in ("file", "stages")]
@@ -132,7 +121,7 @@ def test_scores_with_state_chains_and_fallbacks_go_into_the_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["eenet", "classwise", "scaled", "stopping"])
 def test_fitted_scores_go_into_the_file(method: str, tmp_path: Path) -> None:
-    model = small()
+    model = two_exits()
     x, labels = torch.randn(96, 3, 16, 16), torch.randint(10, (96,))
     frontier = ee.calibrate(model, [(x, labels)], method=method)
     model.operate(frontier[len(frontier) // 2])
@@ -217,7 +206,7 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
 
 
 def test_branches_in_train_mode_are_exported_as_they_answer(tmp_path: Path) -> None:
-    model = small("conv2")
+    model = two_exits("conv2")
     model.train()
     path = model.export(tmp_path / "model.onnx")
     assert all(module.training for module in model.branches.modules())
@@ -235,7 +224,7 @@ def test_a_damaged_folder_of_stages_is_refused_in_few_words(text: str, tmp_path:
 
 
 def test_bfloat16_is_refused(tmp_path: Path) -> None:
-    model = small().to(torch.bfloat16)
+    model = two_exits().to(torch.bfloat16)
     with pytest.raises(ee.ConfigError, match="bfloat16"):
         model.export(tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

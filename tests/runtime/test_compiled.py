@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 import ee_surgery as ee
 from ee_surgery.policies.operating_point import OperatingPoint
-from recipes.networks import CifarResNet
-from tests.zoo import BY_NAME, SPECIAL, graph
+from tests.zoo import BY_NAME, POLICIES, SPECIAL, graph, two_exits
 
 INF = math.inf
 needs_compiler = pytest.mark.skipif(
@@ -30,12 +29,6 @@ needs_compiler = pytest.mark.skipif(
     reason="torch.compile's inductor needs a C++ compiler: install g++",
 )
 once_compiled = partial(torch.compiler.set_stance, "fail_on_recompile")
-
-
-def small(branch: str = "pool", confidence: bool = False) -> ee.EarlyExitModel:
-    torch.manual_seed(0)
-    sample = torch.randn(4, 3, 16, 16)
-    return ee.augment(CifarResNet(8).eval(), 2, branch=ee.BranchSpec(branch, confidence=confidence), sample=sample)
 
 
 def split(model: ee.EarlyExitModel, x: Tensor, score: str = "max_prob") -> None:
@@ -77,15 +70,10 @@ def test_a_compiled_run_answers_as_an_eager_one_at_every_batch_size(name: str, b
 
 @pytest.mark.parametrize(
     ("branch", "score", "fallback", "confidence"),
-    [
-        ("pool", "margin", "most_confident", False),
-        ("ztw", "entropy", "last", False),
-        ("pool", "patience", "last", False),
-        ("pool", "learned", "most_confident", True),
-    ],
+    POLICIES,
 )
 def test_scores_with_state_chains_and_fallbacks(branch: str, score: str, fallback: str, confidence: bool) -> None:
-    model, x = small(branch, confidence), torch.randn(12, 3, 16, 16)
+    model, x = two_exits(branch, confidence), torch.randn(12, 3, 16, 16)
     point = OperatingPoint.by_hand([INF, INF], score, 2)
     rows = ee.record(model, [x], batch_size=12).scores(score)
     middle = [(row.sort().values[5] + 1e-6).item() for row in rows]
@@ -103,7 +91,7 @@ def test_scores_with_state_chains_and_fallbacks(branch: str, score: str, fallbac
 
 @pytest.mark.parametrize("method", ["eenet", "classwise", "scaled", "stopping"])
 def test_fitted_scores_are_inputs_so_that_another_operating_point_compiles_nothing(method: str) -> None:
-    model, x = small(), torch.randn(96, 3, 16, 16)
+    model, x = two_exits(), torch.randn(96, 3, 16, 16)
     frontier = ee.calibrate(model, [(x, torch.randint(10, (96,)))], method=method)
     points = [point for point in frontier if not point.policy.closed]
     expected = []
@@ -134,7 +122,7 @@ def _random_sizes(model: ee.EarlyExitModel, times: int, largest: int) -> None:
 
 
 def test_nothing_is_compiled_after_the_first_calls() -> None:
-    model = small()
+    model = two_exits()
     model.compile(backend="eager")
     _random_sizes(model, 50, 40)
 
@@ -143,7 +131,7 @@ def test_nothing_is_compiled_after_the_first_calls() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("freeze", [False, True])
 def test_nothing_is_compiled_in_a_thousand_random_batches(freeze: bool) -> None:
-    model = small("conv2")
+    model = two_exits("conv2")
     model.compile(freeze=freeze)
     _random_sizes(model, 1000, 70)
 
@@ -157,7 +145,7 @@ def _storages() -> dict[int, int]:
 @pytest.mark.filterwarnings("ignore")  # the garbage collector's list has deprecated objects of torch
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
 def test_no_weight_is_copied(backend: str) -> None:
-    model, x = small(), torch.randn(2, 3, 16, 16)
+    model, x = two_exits(), torch.randn(2, 3, 16, 16)
     model.operate(thresholds=2.0)
     model.predict(x)
     before = _storages()
@@ -177,7 +165,7 @@ def _changed(module: nn.Module, assign: bool = False) -> None:
     ("backend", "freeze"), [("eager", False), pytest.param("inductor", True, marks=[pytest.mark.slow, needs_compiler])]
 )
 def test_weights_that_change_are_those_of_the_next_call(backend: str, freeze: bool) -> None:
-    model, x = small(), torch.randn(6, 3, 16, 16)
+    model, x = two_exits(), torch.randn(6, 3, 16, 16)
     model.compile(backend=backend, freeze=freeze)
     split(model, x)
     model.predict(x)
@@ -197,7 +185,7 @@ def test_weights_that_change_are_those_of_the_next_call(backend: str, freeze: bo
 
 
 def test_torch_compile_of_the_model_says_what_to_do_or_runs_the_compiled_parts() -> None:
-    model, x = small(), torch.randn(4, 3, 16, 16)
+    model, x = two_exits(), torch.randn(4, 3, 16, 16)
     split(model, x)
     expected = model(x)
     for fullgraph in (False, True):
@@ -224,7 +212,7 @@ def test_torch_compile_of_the_model_says_what_to_do_or_runs_the_compiled_parts()
     ids=str,
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
-    model = small()
+    model = two_exits()
     with pytest.raises(ee.ConfigError, match=message):
         model.compile(**options)
     assert model.engine.compilation is None
@@ -242,7 +230,7 @@ def _broken(module: torch.fx.GraphModule, inputs: object) -> Any:
 
 
 def test_what_cannot_be_compiled_at_all_is_an_error_that_says_why() -> None:
-    model, x = small(), torch.randn(4, 3, 16, 16)
+    model, x = two_exits(), torch.randn(4, 3, 16, 16)
     model.operate(thresholds=0.5)
     model.compile(backend=_refuse)
     with pytest.raises(ee.ConfigError, match=r"install g\+\+"):
@@ -281,7 +269,7 @@ def test_a_part_that_cannot_be_compiled_runs_eagerly_and_is_named(exits: list[st
 
 
 def test_copies_carry_the_choice_and_compile_on_their_own() -> None:
-    model, x = small(), torch.randn(6, 3, 16, 16)
+    model, x = two_exits(), torch.randn(6, 3, 16, 16)
     split(model, x)
     expected = model.predict(x)
     model.compile(backend="eager")
@@ -297,7 +285,7 @@ def test_copies_carry_the_choice_and_compile_on_their_own() -> None:
 
 
 def test_a_changed_original_observers_and_disabled_exits() -> None:
-    model, x = small(), torch.randn(6, 3, 16, 16)
+    model, x = two_exits(), torch.randn(6, 3, 16, 16)
     split(model, x)
     model.compile(backend="eager")
     expected = model.predict(x)
@@ -317,7 +305,7 @@ def test_a_changed_original_observers_and_disabled_exits() -> None:
 
 
 def test_threads_share_what_is_compiled() -> None:
-    model, x = small(), torch.randn(24, 3, 16, 16)
+    model, x = two_exits(), torch.randn(24, 3, 16, 16)
     split(model, x)
     expected = model.predict(x)
     model.compile(backend="eager")
