@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -100,7 +101,7 @@ def capture(backbone: Backbone, batch: Batch) -> Capture:
         wrapper = _LogitsOnly(backbone, model, options, dims).eval()
         with explained(backbone, model, batch.arguments):
             opaque = OpaqueCalls.record(backbone, state.model, batch)
-            with opaque.patched(model), _indexed_masks(), _backends_kept(), caches_emptied():
+            with opaque.patched(model), _indexed_masks(), _backends_kept(), _traced_apart(), caches_emptied():
                 program = torch.export.export(wrapper, (inputs,), dynamic_shapes=(dynamic,), strict=False)
     untie(program)
     return _read(program, state, inputs, dims, opaque)
@@ -116,6 +117,32 @@ def _backends_kept() -> AbstractContextManager[object]:
 
     name = "_ignore_backend_decomps"  # private to torch, so it may disappear
     return patch.object(_trace, name, nullcontext) if hasattr(_trace, name) else nullcontext()
+
+
+class _Apart:
+    """An object that other threads see as it was, while this one has another of its kind in its place."""
+
+    def __init__(self, shared: object) -> None:
+        vars(self).update(_shared=shared, _own=type(shared)(), _thread=threading.get_ident())
+
+    def _seen(self) -> object:
+        return self._own if threading.get_ident() == self._thread else self._shared
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen(), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._seen(), name, value)
+
+
+def _traced_apart() -> AbstractContextManager[object]:
+    """Keep the tracer of torch.export to this thread.
+
+    torch has it in one place for the process: arithmetic on symbolic sizes in other threads would be traced as well.
+    """
+    name = "_mode_stack_state_for_pre_dispatch"  # private to torch, so it may disappear
+    shared = getattr(torch._ops, name, None)
+    return nullcontext() if shared is None else patch.object(torch._ops, name, _Apart(shared))
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import ee_surgery as ee
 from benchmarks.threads import Traffic, aftermath, image_subject, text_subject
 from ee_surgery.graph import capture
 from recipes.networks import CifarResNet
+from tests import zoo
 
 
 def test_every_answer_under_traffic_is_that_of_a_serial_run_and_nothing_is_broken_afterwards() -> None:
@@ -43,6 +45,8 @@ class _Paused:
 
         def paused(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             def hold(*_: object) -> None:
+                if get_proxy_mode() is None:
+                    return  # export has not begun to trace
                 self.reached.set()
                 assert self.go_on.wait(60)
 
@@ -77,6 +81,21 @@ def test_calls_of_known_sizes_and_the_original_are_served_while_another_size_is_
     assert all(module.training for module in model.modules())
     assert branched.receipt().unchanged
     assert len(branched.engine.programs) == 2
+
+
+def test_symbolic_sizes_are_compared_while_another_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = zoo.graph("hf-ViT")  # its batch is another symbol
+    shapes = [value.shape for node in graph.capture.nodes if isinstance(value := node.meta["val"], Tensor)]
+    same = [shape == shapes[0] for shape in shapes]
+    paused = _Paused(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        capturing = pool.submit(ee.inspect, CifarResNet(8).eval(), torch.randn(2, 3, 32, 32))
+        try:
+            assert paused.reached.wait(60)
+            assert [shape == shapes[0] for shape in shapes] == same
+        finally:
+            paused.go_on.set()
+        assert capturing.result(60).points
 
 
 def test_an_original_in_train_mode_answers_as_in_eval_mode_and_keeps_its_statistics_and_flags() -> None:
