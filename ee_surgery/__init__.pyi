@@ -30,8 +30,10 @@ from .errors import (
     UnknownNameError,
     WriteError,
 )
+from .evaluation.bench import Bench, Measurement, bench, measure
 from .evaluation.calibrate import calibrate
 from .evaluation.check_export import check_export
+from .evaluation.engines import ENGINES
 from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.profile import profile
 from .evaluation.record import record
@@ -61,6 +63,7 @@ __version__: str
 __all__ = [
     "BRANCHES",
     "CALIBRATORS",
+    "ENGINES",
     "FITTED_SCORES",
     "OBJECTIVES",
     "PLACEMENTS",
@@ -69,6 +72,7 @@ __all__ = [
     "SCORES",
     "TASKS",
     "AdapterError",
+    "Bench",
     "Branch",
     "BranchError",
     "BranchSpec",
@@ -91,6 +95,7 @@ __all__ = [
     "FittedScore",
     "Frontier",
     "HubError",
+    "Measurement",
     "ModelGraph",
     "MultiLabel",
     "OperatingPoint",
@@ -113,6 +118,7 @@ __all__ = [
     "attach",
     "augment",
     "batches",
+    "bench",
     "calibrate",
     "cheapest_exits",
     "check_certificate",
@@ -123,6 +129,7 @@ __all__ = [
     "from_pretrained",
     "geometric_budget",
     "inspect",
+    "measure",
     "place",
     "profile",
     "prune_exits",

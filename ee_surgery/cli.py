@@ -23,7 +23,7 @@ import ee_surgery as ee
 from ee_surgery.backbone.base import Backbone, make_model
 from ee_surgery.checks import accuracy_drop, count, positive, renamed
 from ee_surgery.data.labels import class_numbers
-from ee_surgery.evaluation.latency import measure
+from ee_surgery.evaluation.engines import ENGINES
 from ee_surgery.files import atomic_write
 from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
@@ -193,27 +193,34 @@ def evaluate(
             branched.save_pretrained(adapter)
 
 
-@app.command(epilog="Example: ee-surgery bench runs/adapter --data test --batch-size 1 --max-accuracy-drop 0.01")
+@app.command(epilog="Example: ee-surgery bench runs/adapter --data test --engines eager,onnx --batch-size 1,32")
 def bench(
     adapter: Adapter,
     data: Images,
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
-    batch_size: BatchSize = 1,
+    engines: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ENGINES)}.")] = "eager",
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     samples: Annotated[int, typer.Option(help="Number of images to time.")] = 64,
-    threads: Annotated[int, typer.Option(help="Number of torch threads.")] = 1,
+    threads: Annotated[int, typer.Option(help="Number of threads.")] = 1,
+    results: Annotated[Optional[Path], typer.Option(help="CSV or JSON file to write, by its suffix.")] = None,  # noqa: UP045
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
-    """Time an adapter against its original, interleaved, on real images."""
+    """Time an adapter against its original on one or more engines, interleaved, on real images."""
     with _errors():
         torch.set_num_threads(count("--threads", threads))
-        batch_size, samples = count("--batch-size", batch_size), count("--samples", samples, low=batch_size)
+        sizes = [count("--batch-size", int(size) if size.isdecimal() else size) for size in batch_size.split(",")]
+        samples = count("--samples", samples, low=max(sizes))
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
         pictures = _images(branched, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
         inputs = torch.stack([pictures[int(i)] for i in order])
-        _say(measure(branched, inputs, batch_size=batch_size))
+        found = ee.bench(branched, inputs, engines=engines.split(","), batch_sizes=sizes)
+        console.print(found)
+        if results is not None:
+            found.save(results)
+            _say(f"wrote {results}")
 
 
 @app.command(epilog="Example: ee-surgery export runs/adapter model.onnx --max-accuracy-drop 0.01")
@@ -221,15 +228,22 @@ def export(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(help="ONNX file to write, or folder of stages.")],
     stages: Annotated[bool, typer.Option("--stages", help="A folder of stages, for engines without `If`.")] = False,
+    quantize: Annotated[Optional[str], typer.Option(help="int8: 8-bit integers; needs --calibrate.")] = None,  # noqa: UP045
+    calibrate: Annotated[
+        Optional[Path], typer.Option(help="Held-out images for --quantize, one sub-folder per class.")  # noqa: UP045
+    ] = None,
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
+    unlabelled: Unlabelled = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
     """Write an adapter and its original as one ONNX file in which samples exit early; checked against the model."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        _say(f"wrote {branched.export(out, layout='stages' if stages else 'file')}")
+        held_out = None if calibrate is None else _images(branched, calibrate, unlabelled)
+        layout = "stages" if stages else "file"
+        _say(f"wrote {branched.export(out, layout=layout, quantize=quantize, calibrate=held_out)}")
 
 
 @app.command(epilog="Example: ee-surgery card runs/adapter --license apache-2.0 --dataset cifar10")

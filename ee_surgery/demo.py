@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import ee_surgery as ee
 from ee_surgery.errors import SurgeryError
-from ee_surgery.evaluation.latency import measure
+from ee_surgery.evaluation.bench import measure
 
 EPOCHS = 12
 

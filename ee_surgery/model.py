@@ -17,8 +17,10 @@ from ee_surgery.backbone.inputs import Arguments, Inputs
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.checks import instance, names
+from ee_surgery.data.batches import Data
+from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError, OperatingPointError
-from ee_surgery.export.onnx_file import Layout, export
+from ee_surgery.export.onnx_file import Layout, Precision, export
 from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.placement import ExitPlan, place
@@ -270,9 +272,19 @@ class EarlyExitModel(SharedModel):
         compilation = Compilation(options, freeze)
         self.engine.compilation = None if disable else compilation
 
-    def export(self, path: str | os.PathLike[str], *, layout: Layout = "file", check: bool = True) -> Path:
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        layout: Layout = "file",
+        check: bool = True,
+        quantize: Precision | None = None,
+        calibrate: Data | None = None,
+        class_map: ClassMap | None = None,
+    ) -> Path:
         """Write ONNX in which each sample leaves on its own; arguments as of `ee_surgery.export.onnx_file.export`."""
-        return export(self.engine, self.state, path, layout=layout, check=check)
+        how = {"layout": layout, "check": check, "quantize": quantize, "calibrate": calibrate, "class_map": class_map}
+        return export(self.engine, self.state, path, **how)
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
-from ee_surgery.evaluation.latency import environment, interleave, measure
+from ee_surgery.evaluation.bench import measure
+from ee_surgery.evaluation.latency import environment, interleave
 from recipes import data
 from recipes.networks import CifarResNet
 

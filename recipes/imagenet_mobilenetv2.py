@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
-from ee_surgery.evaluation.latency import environment, measure
+from ee_surgery.evaluation.bench import measure
+from ee_surgery.evaluation.latency import environment
 from recipes import data
 
 CLASSES = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ee_surgery as ee
 from benchmarks.memory import kinds
 from ee_surgery.errors import OUT_OF_MEMORY
-from ee_surgery.evaluation.latency import measure
+from ee_surgery.evaluation.bench import measure
 from ee_surgery.files import atomic_write
 from ee_surgery.runtime import engine
 from ee_surgery.share.card import update_card

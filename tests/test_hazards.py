@@ -30,7 +30,7 @@ import ee_surgery as ee
 from ee_surgery.calibration.records import replay_point
 from ee_surgery.calibration.search import search
 from ee_surgery.cli import app
-from ee_surgery.evaluation.latency import measure
+from ee_surgery.evaluation.bench import measure
 from ee_surgery.policies.policy import certainty
 
 NAN, INF = math.nan, math.inf

@@ -19,8 +19,8 @@ PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
     "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
-    "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "onnx", "export",
-    "model", "attachment", "data", "training", "evaluation", "search",
+    "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
+    "export", "model", "attachment", "training", "evaluation", "search",
     "presets", "pipeline", "integrations", "demo", "cli",
 ]  # fmt: skip
 

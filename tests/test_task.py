@@ -241,7 +241,7 @@ REFUSED: dict[str, Callable[[ee.EarlyExitModel], Any]] = {
     "eenet_scheduler": lambda b: ee.eenet_scheduler(ee.record(b, _batches()), 0.5),
     "objective recursive": lambda b: ee.train(b, _batches(), replace_config(objective="recursive")),
     "cutmix": lambda b: ee.train(b, _batches(), replace_config(cutmix=1.0)),
-    "class_map": lambda b: Labels(b, list(range(C))),
+    "class_map": lambda b: Labels(b.engine, list(range(C))),
     "accuracy_gap": _risk("accuracy_gap"),
     "brier_gap": _risk("brier_gap"),
 }

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 _NONE: frozenset[str] = frozenset()
 _BASE = frozenset(vars(nn.Module()))  # tables, hooks and flags that every module has
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-# Attributes of configuration objects that do not affect the computation.
-_LABELS = frozenset({"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id"})
+# Attributes of configuration objects that do not affect the computation; `save_pretrained` writes several of them.
+_LABELS = frozenset(
+    {"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id", "dtype"}
+)
 # Attributes of torch modules that follow from their parameters, or that only `repr` reads.
 _DESCRIPTIVE: dict[type, frozenset[str]] = {
     **dict.fromkeys(

@@ -239,6 +239,11 @@ class ExitRecords:
             rows.append(torch.nan_to_num(sound(value, logits[k]), nan=-torch.inf))
         return torch.stack(rows)
 
+    def keep_scores(self, which: str | FittedScore, scores: Tensor) -> None:
+        """Scores as another engine worked them out, (K - 1, N): it rounds differently, and thresholds are for it."""
+        _check_rows("scores", scores, len(self.exits), len(self))
+        self._scores[which] = torch.nan_to_num(scores, nan=-torch.inf)
+
     def replay(self, policy: ThresholdPolicy) -> Replay:
         """Decide on the records as a routed run would: same exits, nothing recomputed.
 

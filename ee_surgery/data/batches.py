@@ -30,11 +30,20 @@ def halves(data: Data, batch_size: int) -> tuple[Half, Half]:
     Raises:
         DataError: the data can be read only once, or gives other samples or another order when read again.
     """
-    if isinstance(data, Iterator):
-        raise DataError("An iterator can be read only once, but several passes are needed: give a Dataset or a list.")
-    batches = loader(data, batch_size)
+    batches = loader(rereadable(data), batch_size)
     known: list[int] = []
     return Half(batches, 0, known), Half(batches, 1, known)
+
+
+def rereadable(data: Data) -> Data:
+    """The data, if it can be read more than once.
+
+    Raises:
+        DataError: it is an iterator.
+    """
+    if isinstance(data, Iterator):
+        raise DataError("An iterator can be read only once, but several passes are needed: give a Dataset or a list.")
+    return data
 
 
 class Half:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ee_surgery.backbone.base import Backbone
 from ee_surgery.errors import ConfigError, DataError, SurgeryWarning
-from ee_surgery.model import EarlyExitModel
+from ee_surgery.runtime.engine import Engine
 from ee_surgery.task import CLASSIFICATION, IGNORED
 
 ClassMap: TypeAlias = Sequence[int | str] | Mapping[int, int | str]
@@ -46,14 +46,14 @@ class Labels:
         ConfigError: the map names an unknown or ambiguous class, or labels of the model's task are not class numbers.
     """
 
-    def __init__(self, branched: EarlyExitModel, class_map: ClassMap | None = None) -> None:
-        self.backbone: Backbone = branched.engine.backbone
-        self.classes, self.task = branched.num_classes, branched.task
+    def __init__(self, engine: Engine, class_map: ClassMap | None = None) -> None:
+        self.backbone: Backbone = engine.backbone
+        self.classes, self.task = engine.backbone.num_classes, engine.backbone.task
         if class_map is not None and not self.task.class_numbers:
             raise ConfigError(f"class_map= maps class numbers, and labels of the task {self.task.name!r} are none.")
         self.table = None if class_map is None else class_numbers(class_map, self.backbone)
         # a new head knows what it has learned so far
-        self.compares = branched.branches.head is None and self.task.class_numbers
+        self.compares = engine.branches.head is None and self.task.class_numbers
         self.warned = False
         self.answers: list[Tensor] = []
         self.truth: list[Tensor] = []

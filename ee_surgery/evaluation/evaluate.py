@@ -14,7 +14,8 @@ from ee_surgery.checks import instance
 from ee_surgery.data.batches import Data, loader, place
 from ee_surgery.data.distributed import ShardedBatches
 from ee_surgery.data.labels import ClassMap, Labels
-from ee_surgery.evaluation.record import all_or_none, home, labelled_rows, processes
+from ee_surgery.data.recording import all_or_none, home, labelled_rows
+from ee_surgery.evaluation.record import processes
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating_point import describe
 from ee_surgery.task import Task
@@ -85,8 +86,8 @@ def evaluate(
     whole: list[tuple[Tensor, Tensor, Tensor]] = []  # logits, routed and of the original, and labels: for `measures`
     labelled = 0
     working = processes(branched, accelerator)
-    where = home(branched)
-    known = Labels(branched, class_map)
+    where = home(branched.engine)
+    known = Labels(branched.engine, class_map)
     for shard in ShardedBatches(loader(data, batch_size), working, known):
         x = place(shard.inputs, *where)
         output = branched.predict(x)

@@ -98,7 +98,7 @@ def verdict(
     records = record(branched, data, batch_size=batch_size, class_map=class_map)
     if records.labels is None:
         raise DataError("Comparing accuracy needs labels: give labelled data.")
-    known, found = Labels(branched, class_map), []
+    known, found = Labels(branched.engine, class_map), []
     for name, other in alternatives.items():
         accuracy, cost = other if isinstance(other, tuple) else _measure(branched, other, data, batch_size, known)
         point = branched.frontier.at(max_accuracy_drop=min(1.0, max(0.0, records.base_accuracy - accuracy)))

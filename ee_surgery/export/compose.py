@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect as inspecting
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -54,8 +54,14 @@ class Block:
         return helper.make_graph(self.nodes, self.name, [], infos, self.weights)
 
 
-def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> ModelProto:
-    """A piece as an ONNX model over these names; everything inside is prefixed.
+Quantize: TypeAlias = Callable[[ModelProto, Piece], ModelProto]
+"""A piece in another precision."""
+
+
+def to_onnx(
+    piece: Piece, inputs: Sequence[str], outputs: Sequence[str], quantize: Quantize | None = None
+) -> ModelProto:
+    """A piece as an ONNX model over these names; everything inside is prefixed with the piece's.
 
     Raises:
         CaptureError: torch.onnx cannot export it.
@@ -71,10 +77,13 @@ def to_onnx(piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix:
                 input_names=[*inputs], output_names=[*outputs], verbose=False, optimize=True,
             )  # fmt: skip
     except Exception as error:
-        raise CaptureError(f"torch.onnx cannot export {prefix.strip('/')}: {type(error).__name__}: {error}") from error
+        raise CaptureError(f"torch.onnx cannot export {piece.name}: {type(error).__name__}: {error}") from error
     assert program is not None
-    model = onnx.compose.add_prefix(program.model_proto, prefix, rename_inputs=False, rename_outputs=False)
-    model.graph.name = prefix
+    model, prefix = program.model_proto, f"{piece.name}/"
+    if quantize is not None:
+        model = quantize(model, piece)
+    model = onnx.compose.add_prefix(model, prefix, rename_inputs=False, rename_outputs=False)
+    model.graph.name = piece.name
     for info, wanted in zip(model.graph.output, outputs, strict=True):
         if info.name != wanted:  # one value is given twice, and has a single name
             model.graph.node.append(helper.make_node("Identity", [info.name], [wanted], name=f"{prefix}{wanted}"))
@@ -89,6 +98,16 @@ def _dynamic(axis: Axis | None, batch: Any) -> dict[int, Any] | None:
     return {axis.dim: times * batch if times > 1 else batch}
 
 
+def set_default(graph: GraphProto, thresholds: Sequence[float]) -> None:
+    """Give the input `thresholds` a default, in place of the one it has."""
+    default = numpy_helper.from_array(np.array(thresholds, np.float32), THRESHOLDS)
+    for weight in graph.initializer:
+        if weight.name == THRESHOLDS:
+            weight.CopyFrom(default)
+            return
+    graph.initializer.append(default)
+
+
 def element_type(dtype: torch.dtype) -> int:
     """The ONNX element type of a torch dtype."""
     return helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=dtype).numpy().dtype)
@@ -97,15 +116,14 @@ def element_type(dtype: torch.dtype) -> int:
 class Composer:
     """Builds the graph from the last exit inwards: the body of each `If` holds all that comes after."""
 
-    def __init__(self, pieces: Pieces, classes: int) -> None:
-        self.pieces, self.classes = pieces, classes
+    def __init__(self, pieces: Pieces, classes: int, quantize: Quantize | None = None) -> None:
+        self.pieces, self.classes, self.quantize = pieces, classes, quantize
         self.logits_type = pieces.end.outputs[0].dtype
 
-    def graph(self, thresholds: Sequence[float], names: Sequence[str]) -> GraphProto:
-        """The main graph.
+    def graph(self, names: Sequence[str]) -> GraphProto:
+        """The main graph; `set_default` gives its input `thresholds` a default.
 
         Args:
-            thresholds: the default of the input `thresholds`.
             names: of the original's inputs.
         """
         main = Block("main")
@@ -119,16 +137,15 @@ class Composer:
         results = self._level(main, 0, [*names], rows, [], ())
         for result, name in zip(results, OUTPUTS, strict=True):
             main.op("Identity", [result], name)
-        default = numpy_helper.from_array(np.array(thresholds, np.float32), THRESHOLDS)
         inputs = [_info(name, tensor, axis) for name, tensor, axis in zip(names, first.inputs, first.axes, strict=True)]
-        inputs.append(helper.make_tensor_value_info(THRESHOLDS, TensorProto.FLOAT, [len(thresholds)]))
+        inputs.append(helper.make_tensor_value_info(THRESHOLDS, TensorProto.FLOAT, [len(self.pieces.exits)]))
         kind = element_type(self.logits_type)
         outputs = [
             helper.make_tensor_value_info("logits", kind, ["batch", self.classes]),
             helper.make_tensor_value_info("exit_index", TensorProto.INT64, ["batch"]),
             helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
         ]
-        return helper.make_graph(main.nodes, "early_exit", inputs, outputs, [*main.weights, default])
+        return helper.make_graph(main.nodes, "early_exit", inputs, outputs, main.weights)
 
     @property
     def result_types(self) -> tuple[int, int, int]:
@@ -148,7 +165,7 @@ class Composer:
             return self._end(block, live, rows, carried, before)
         part = self.pieces.exits[k]
         made = [f"stage{k}_{i}" for i in range(len(part.stage.outputs))]
-        self._add(block, part.stage, live, made, f"stage{k}/")
+        self._add(block, part.stage, live, made)
         answer = self._ask(block, k, made, carried, rows)
         index = self._filled(block, rows, _INDEX, k, f"exit{k}")
         results = self._write(block, before, rows, [answer[0], index, answer[1]], k)
@@ -176,8 +193,8 @@ class Composer:
         )  # fmt: skip
         return names
 
-    def _add(self, block: Block, piece: Piece, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> None:
-        graph = to_onnx(piece, inputs, outputs, prefix).graph
+    def _add(self, block: Block, piece: Piece, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        graph = to_onnx(piece, inputs, outputs, self.quantize).graph
         block.nodes.extend(graph.node)
         block.weights.extend(graph.initializer)
 
@@ -188,7 +205,7 @@ class Composer:
         taken = carried or [self._filled(block, rows, t, torch.nan, f"unset{k}_{i}") for i, t in enumerate(first)]
         outputs = [f"branch{k}_{i}" for i in range(len(piece.outputs))]
         asks = Block(f"branch{k}")
-        self._add(asks, piece, [*live, *taken], outputs, f"branch{k}/")
+        self._add(asks, piece, [*live, *taken], outputs)
         tau = asks.op("Gather", [THRESHOLDS, asks.constant(np.array(k), f"index{k}")], f"tau{k}", axis=0)
         leaves = asks.op("GreaterOrEqual", [outputs[2], tau], f"leaves{k}")
         given = [outputs[0], outputs[1], leaves, *outputs[3:]]
@@ -219,7 +236,7 @@ class Composer:
         k = len(self.pieces.exits)
         piece = self.pieces.end
         best = carried[len(carried) - (len(piece.inputs) - len(live)) :] if len(piece.inputs) > len(live) else []
-        self._add(block, piece, [*live, *best], ["last"], "end/")
+        self._add(block, piece, [*live, *best], ["last"])
         index = self._filled(block, rows, _INDEX, k, f"exit{k}")
         score = self._filled(block, rows, _SCORE, torch.nan, "unasked")
         return self._write(block, before, rows, ["last", index, score], k)

@@ -6,7 +6,7 @@ Every piece takes and returns plain tensors with a symbolic batch, so that compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ee_surgery.backbone.inputs import tensors
+from ee_surgery.backbone.inputs import Batch, tensors
 from ee_surgery.graph.backends.base import Run
 from ee_surgery.graph.batch_axes import Axis
 from ee_surgery.policies.policy import ThresholdPolicy
@@ -68,6 +68,8 @@ class EndPart(nn.Module):
 class Piece:
     """A module with inputs to export it by."""
 
+    name: str
+    """`stage_0`, `branch_0`, `stage_1`, ...; the last stage is the end."""
     module: nn.Module
     inputs: tuple[Tensor, ...]
     axes: tuple[Axis | None, ...]
@@ -101,10 +103,17 @@ class Pieces:
     closes_alone: bool
     """Whether a closed exit's branch is skipped even where later ones are open."""
 
+    def __iter__(self) -> Iterator[Piece]:
+        for part in self.exits:
+            yield part.stage
+            yield part.branch
+        yield self.end
 
-def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
-    """Take a branched model apart, running its sample through to know every shape."""
-    batch, branches = engine.backbone.own_batch(), engine.branches
+
+def pieces(engine: Engine, policy: ThresholdPolicy, batch: Batch | None = None) -> Pieces:
+    """Take a branched model apart; a batch runs through, its sample by default, so that each piece knows its inputs."""
+    batch = engine.backbone.own_batch() if batch is None else batch
+    branches = engine.branches
     program = engine.entry(batch).program
     names, live = tuple(tensors(batch.arguments)), batch.tensors
     axes = tuple(None if (dim := batch.dims[name]) is None else Axis(dim) for name in names)
@@ -116,24 +125,49 @@ def pieces(engine: Engine, policy: ThresholdPolicy) -> Pieces:
     exits: list[ExitPieces] = []
     with torch.no_grad():
         for k, branch in enumerate(branches):
-            stage = _piece(StagePart(program.stages[k]), live, axes)
+            stage = _piece(f"stage_{k}", StagePart(program.stages[k]), live, axes)
             live, axes = stage.outputs, tuple(program.segments[k + 1].axes)
             ask = AskBranch(branch, program.readers[k], k, chained, task)
             part = BranchPart(ask, score, len(live), carried)
-            asked = _piece(part, (*live, *carried.tensors), (*axes, *(Axis(0) for _ in carried.tensors)))
+            asked = _piece(f"branch_{k}", part, (*live, *carried.tensors), (*axes, *(Axis(0) for _ in carried.tensors)))
             exits.append(ExitPieces(stage, asked, carried))
             rest = asked.outputs[3:]
             m = len(rest) - len(carried.best)
             states = m - (1 if chained else 0)
             carried = Carried(rest[:states], rest[states:m], rest[m:])
         last = EndPart(program.stages[-1], AskEnd(program.head, branches.head, task), len(live))
-        end = _piece(last, (*live, *carried.best), (*axes, *(Axis(0) for _ in carried.best)))
+        end = _piece(f"stage_{len(exits)}", last, (*live, *carried.best), (*axes, *(Axis(0) for _ in carried.best)))
     return Pieces(names, exits, end, not (chained or score.stateful))
 
 
-def _piece(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axis | None, ...]) -> Piece:
+class Whole(nn.Module):
+    """The original: all stages, one after the other."""
+
+    def __init__(self, stages: Sequence[Run], end: AskEnd) -> None:
+        super().__init__()
+        self.stages, self.end = stages, end
+
+    def forward(self, *live: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        for stage in self.stages:
+            live = tuple(stage(*live))
+        return self.end(live, ())
+
+
+def whole(engine: Engine) -> tuple[tuple[str, ...], Piece]:
+    """The original as one piece, and the names of its inputs."""
+    batch = engine.backbone.own_batch()
+    program = engine.entry(batch).program
+    names = tuple(tensors(batch.arguments))
+    axes = tuple(None if (dim := batch.dims[name]) is None else Axis(dim) for name in names)
+    end = AskEnd(program.head, engine.branches.head, engine.backbone.task)
+    with torch.no_grad():
+        return names, _piece("original", Whole(program.stages, end), batch.tensors, axes)
+
+
+def _piece(name: str, module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Axis | None, ...]) -> Piece:
     outputs = module(*inputs)
-    return Piece(_Part(module), inputs, axes, outputs if isinstance(outputs, tuple) else (outputs,))
+    return Piece(name, _Part(module), inputs, axes, outputs if isinstance(outputs, tuple) else (outputs,))
 
 
 class _FourDimensions(TorchFunctionMode):

@@ -162,7 +162,7 @@ class _Run:
                 "Pass a Dataset, a DataLoader or a list of batches."
             )
         self.batch_size = getattr(batches, "batch_size", None)
-        labels = Labels(branched, class_map)
+        labels = Labels(branched.engine, class_map)
         read = _unread if config.teach == "original" else labels
         self.batches = ShardedBatches(batches, self.processes, read)
         self.steps = None if self.batches.length is None else math.ceil(self.batches.length / config.accumulate)
@@ -223,7 +223,7 @@ class _Run:
             if folder and state is not None:
                 self._restore(folder, state)
             self.processes.agree(f"checkpoint in {folder}, which all must see,", (self.epoch, self.step))
-            self._check_validation(Labels(self.branched, self.class_map))
+            self._check_validation(Labels(self.branched.engine, self.class_map))
             start_trackers(self.accelerator, self.settings)
             if self.config.mixed_precision == "auto":
                 device, precision = self.accelerator.device.type, self.accelerator.mixed_precision

@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 import ee_surgery as ee
 from ee_surgery.backbone.signature import Signature
 from ee_surgery.backbone.twin import twin
+from tests.zoo import BY_NAME
 
 
 class Block(nn.Module):
@@ -170,6 +172,20 @@ class Counting(nn.Module):
         self.calls += 1
         self.last = x.detach()
         return x + self.scale * self.linear(x)
+
+
+def test_saving_the_original_is_no_change_of_function(tmp_path: Path) -> None:
+    entry = BY_NAME["hf-ViT"]
+    model = entry.make().eval()
+    branched = ee.augment(model, 2, sample=entry.sample())
+    model.config.dtype = None
+    branched.predict(entry.sample())
+    known = len(branched.engine.programs)
+    model.save_pretrained(tmp_path)  # transformers writes several attributes of the configuration
+    assert model.config.dtype is not None
+    branched.predict(entry.sample())
+    assert branched.receipt().unchanged
+    assert len(branched.engine.programs) == known
 
 
 def test_attributes_that_a_call_itself_sets_are_no_change() -> None:

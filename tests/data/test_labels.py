@@ -314,7 +314,7 @@ def test_a_class_map_is_by_number_name_or_wordnet_id() -> None:
 
 
 def test_probabilities_over_the_datas_classes_are_mapped_too() -> None:
-    known = Labels(coded(6), [4, 5, 4])
+    known = Labels(coded(6).engine, [4, 5, 4])
     mapped = known(torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), 2)
     assert mapped.tolist() == [[0, 0, 0, 0, 0.75, 0.25], [0, 0, 0, 0, 0, 1]]
     assert hard(mapped).tolist() == [4, 5]

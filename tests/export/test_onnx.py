@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tests.zoo import BY_NAME, POLICIES, SPECIAL, two_exits
 onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
 
-from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, StagedModel  # noqa: E402
+from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, OpenVinoModel, StagedModel, on_openvino  # noqa: E402
 
 INF = math.inf
 
@@ -54,6 +55,26 @@ def test_stages_routed_in_numpy_are_the_file(
     file, folder = OnnxModel(made[1], threads=1), StagedModel(staged)
     for one, other in zip(file.run(x, thresholds), folder.run(x, thresholds), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@given(st.sampled_from([1, 2, 5, 33]), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2))
+def test_openvino_runs_the_file_and_the_stages(
+    made: tuple[ee.EarlyExitModel, Path], staged: Path, in_openvino: OpenVinoModel, batch: int, thresholds: list[float]
+) -> None:
+    x = torch.randn(batch, 3, 16, 16).numpy()
+    file, folder = OnnxModel(made[1], threads=1), StagedModel(staged, partial(on_openvino, threads=1))
+    expected = file.run(x, thresholds)
+    for other in (in_openvino.run(x, thresholds), folder.run(x, thresholds)):
+        for one, theirs in zip(expected, other, strict=True):
+            np.testing.assert_allclose(one, theirs, atol=1e-5)
+    assert in_openvino.about == file.about
+    np.testing.assert_allclose(in_openvino.run(x).logits, file.run(x).logits, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def in_openvino(made: tuple[ee.EarlyExitModel, Path]) -> OpenVinoModel:
+    pytest.importorskip("openvino", reason="needs ee-surgery[openvino]")
+    return OpenVinoModel(made[1], threads=1)
 
 
 @given(st.integers(1, 70), st.lists(st.floats(0.1, 0.3) | st.just(INF), min_size=2, max_size=2), st.integers(0, 99))

@@ -1,28 +1,20 @@
-"""Run an exported file without torch: load it, run it, move the knob, read its frontier. numpy and onnxruntime alone.
-
-from ee_surgery.onnx import OnnxModel
-
-model = OnnxModel("resnet.onnx")
-model.operate(max_accuracy_drop=0.01)
-answer = model.run(pixels)          # logits, exit_index, score, macs of each sample
-"""
+"""What every export has: metadata, a frontier, a knob, and the cost of each sample."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FORMAT_VERSION = 1
 METADATA = "ee_surgery"
 ROUTER = "router.json"
-_LIMIT = 4 << 20  # characters of metadata
+METADATA_LIMIT = 4 << 20  # characters of metadata
 
 
 class OnnxError(ValueError):
@@ -59,7 +51,7 @@ class OnnxPoint:
         return f"{self.macs_fraction:.1%} of the MACs ({self.expected_accuracy:.2%} expected{time})"
 
 
-class _Exported:
+class Exported:
     """What a file and a folder of stages have in common: the metadata and the knob."""
 
     def __init__(self, text: str | None, path: object) -> None:
@@ -147,157 +139,9 @@ class _Exported:
         return np.array([t + p for t, p in zip(self.about["trunk_macs"], [*paid, paid[-1]], strict=True)])
 
 
-class OnnxModel(_Exported):
-    """A file that `branched.export` wrote.
-
-    Args:
-        path: the file.
-        providers: of onnxruntime, in order; the processor by default.
-        threads: of onnxruntime; its own choice by default.
-    Raises:
-        OnnxError: no such file, or none of ours.
-        ImportError: onnxruntime is not installed.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0
-    ) -> None:
-        self.session, self.threads = _session(path, providers, threads), threads
-        self.engine = f"onnxruntime {self.session.get_providers()[0]}"
-        """What runs it."""
-        super().__init__(self.session.get_modelmeta().custom_metadata_map.get(METADATA), path)
-        self.inputs = [one.name for one in self.session.get_inputs()]
-        """Names of the inputs, the main one first."""
-
-    def run(
-        self, inputs: np.ndarray | Mapping[str, np.ndarray], thresholds: Sequence[float] | None = None
-    ) -> OnnxOutput:
-        """Run a batch.
-
-        Args:
-            inputs: the original's one input, (B, ...), or several by name.
-            thresholds: for this call alone.
-        Raises:
-            OnnxError: inputs of other names, or onnxruntime's refusal.
-        """
-        named = dict(inputs) if isinstance(inputs, Mapping) else {self.inputs[0]: inputs}
-        taus = self.thresholds if thresholds is None else self._checked(thresholds)
-        feeds = named if taus is None else {**named, "thresholds": np.array(taus, np.float32)}
-        try:
-            results = self.session.run(["logits", "exit_index", "score"], feeds)
-        except Exception as error:
-            raise OnnxError(f"The file cannot run inputs {_shapes(named)}: {error}") from error
-        return self._output(results, taus)
-
-
-Runner: TypeAlias = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
-"""A stage on some engine: its inputs in order, to its outputs in order."""
-
-
-class StagedModel(_Exported):
-    """A folder that `branched.export(folder, layout="stages")` wrote: stages for engines without `If`, routed in numpy.
-
-    Args:
-        folder: with `router.json`.
-        load: makes a stage from its file, by default with onnxruntime; docs/deploy.md has one for OpenVINO.
-    Raises:
-        OnnxError: no such folder, or none of ours.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], load: Callable[[str], Runner] | None = None) -> None:
-        path = os.path.join(folder, ROUTER)
-        if not os.path.isfile(path):  # a fifo would wait for ever
-            raise OnnxError(f"No such file: {path}.")
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read(_LIMIT + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise OnnxError(f"Cannot read {path}: {error}") from error
-        super().__init__(text, path)
-        if not self.about.keys() >= {"inputs", "batch_dim", "axes", "unset"}:
-            raise OnnxError(f"{path} has damaged metadata: it does not say how its stages are joined.")
-        self.inputs: list[str] = self.about["inputs"]
-        """Names of the inputs, the main one first."""
-        self.engine, self.threads = "onnxruntime" if load is None else "another engine", 0
-        make = _on_onnxruntime if load is None else load
-        count = len(self.exits) - 1
-        self._stages = [make(os.path.join(folder, f"stage_{k}.onnx")) for k in range(count + 1)]
-        self._branches = [make(os.path.join(folder, f"branch_{k}.onnx")) for k in range(count)]
-
-    def run(
-        self, inputs: np.ndarray | Mapping[str, np.ndarray], thresholds: Sequence[float] | None = None
-    ) -> OnnxOutput:
-        """Run a batch; see `OnnxModel.run`."""
-        live = [inputs[name] for name in self.inputs] if isinstance(inputs, Mapping) else [inputs]
-        taus = self.thresholds if thresholds is None else self._checked(thresholds)
-        taus = self.about["thresholds"] if taus is None else taus
-        rows = np.arange(live[0].shape[self.about["batch_dim"]])
-        results: list[np.ndarray] = []
-        # between exits: the state of the score, log-probabilities of a chain, and last the best answer so far
-        carried = [np.full((len(rows), classes), np.nan, kind) for classes, kind in self.about["unset"]]
-        best = len(carried)
-        for k, seen in enumerate(self._visits(taus)):
-            live = [*self._stages[k](live)]
-            if not seen:
-                continue
-            logits, score, sound, *carried = self._branches[k]([*live, *carried])
-            results = _written(results, rows, (logits, np.full(len(rows), k), score))
-            stays = np.flatnonzero(~(sound >= np.float32(taus[k])))
-            if not len(stays):
-                return self._output(results, taus)
-            if len(stays) < len(rows):
-                live = [_taken(array, stays, axis) for array, axis in zip(live, self.about["axes"][k], strict=True)]
-                carried, rows = [array[stays] for array in carried], rows[stays]
-        (logits,) = self._stages[-1]([*live, *carried[len(carried) - best :]])
-        last = (logits, np.full(len(rows), len(self.exits) - 1), np.full(len(rows), np.nan, np.float32))
-        results = _written(results, rows, last)
-        return self._output(results, taus)
-
-
-def _written(before: Sequence[np.ndarray], rows: np.ndarray, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Answers of the samples in flight over those of all; samples that stay are written over again later."""
-    if not before:
-        return [np.array(value) for value in values]
-    for old, new in zip(before, values, strict=True):
-        old[rows] = new
-    return [*before]
-
-
-def _taken(array: np.ndarray, keep: np.ndarray, axis: Sequence[int] | None) -> np.ndarray:
-    """The samples `keep` of a live tensor whose dimension `dim` counts before x B x after."""
-    if axis is None:
-        return array
-    dim, before, after = axis
-    if before * after == 1:
-        return array.take(keep, dim)
-    shape = array.shape
-    apart = array.reshape(*shape[:dim], before, -1, after, *shape[dim + 1 :])
-    return apart.take(keep, dim + 1).reshape(*shape[:dim], -1, *shape[dim + 1 :])
-
-
-def _session(path: str | os.PathLike[str], providers: Sequence[str], threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # that `thresholds` can be overridden is meant
-    if not os.path.isfile(path):
-        raise OnnxError(f"No such file: {path}.")
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=[*providers])
-    except Exception as error:  # onnxruntime's own errors derive from Exception alone
-        raise OnnxError(f"onnxruntime cannot load {path}: {error}") from error
-
-
-def _on_onnxruntime(path: str) -> Runner:
-    session = _session(path, ("CPUExecutionProvider",), 0)
-    names = [one.name for one in session.get_inputs()]
-    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
-
-
 def _metadata(text: str | None, path: object) -> dict[str, Any]:
     """The metadata, checked: a file may come from anyone."""
-    if text is None or len(text) > _LIMIT:
+    if text is None or len(text) > METADATA_LIMIT:
         raise OnnxError(f"{path} was not written by ee_surgery: it has no metadata {METADATA!r}.")
     try:
         about = json.loads(text)
@@ -322,9 +166,3 @@ def _point(data: Mapping[str, Any]) -> OnnxPoint:
     names = ("accuracy", "expected_accuracy", "macs_fraction", "latency_ms")
     numbers = {name: math.nan if data.get(name) is None else float(data[name]) for name in names}
     return OnnxPoint(tuple(float(tau) for tau in data["thresholds"]), samples=int(data["samples"]), **numbers)
-
-
-def _shapes(inputs: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: f"{getattr(value, 'dtype', type(value).__name__)} {np.shape(value)}" for name, value in inputs.items()
-    }
