@@ -13,7 +13,6 @@ from torch import Tensor
 from ee_surgery.backbone.inputs import Inputs, tensors
 from ee_surgery.data.batches import count
 from ee_surgery.errors import SurgeryError
-from ee_surgery.export.onnx_file import export_original
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.onnx import OnnxModel, OpenVinoModel, Runner, on_onnxruntime, on_openvino
 from ee_surgery.registry import Registry
@@ -97,9 +96,11 @@ def _exported(branched: EarlyExitModel, folder: Path) -> Path:
 
 
 def _original(branched: EarlyExitModel, folder: Path, load: Callable[..., Runner]) -> Call:
+    from ee_surgery.export.writers import write_original  # needs onnx
+
     path = folder / "original.onnx"
     if not path.exists():
-        export_original(branched.engine, path)
+        write_original(branched.engine, path)
     run, names = load(str(path), threads=torch.get_num_threads()), branched.engine.backbone.own_batch().arguments
 
     def original(batch: Inputs) -> object:

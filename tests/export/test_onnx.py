@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from tests.zoo import BY_NAME, POLICIES, SPECIAL, two_exits
 onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
 
+from ee_surgery.export import writers  # noqa: E402
 from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, OpenVinoModel, StagedModel, on_openvino  # noqa: E402
 
 INF = math.inf
@@ -91,6 +94,35 @@ def test_every_sample_leaves_where_the_routed_run_lets_it(
     if not found.ties:
         assert np.array_equal(theirs.macs, own.macs.numpy())
         np.testing.assert_allclose(theirs.score, own.score.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["file", "stages"])
+def test_weights_beyond_one_file_are_beside_it(
+    made: tuple[ee.EarlyExitModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(writers, "_EMBEDDED", 0)
+    model, inside = made
+    model.operate(budget=0.9)
+    x = torch.randn(9, 3, 16, 16).numpy()
+    path = tmp_path / "model.onnx"
+    for _ in range(2 if layout == "file" else 1):  # the second takes the place of the first
+        model.export(path, layout=layout)
+        own = OnnxModel(path) if layout == "file" else StagedModel(path)
+        expected = OnnxModel(inside).run(x, own.about["thresholds"])
+        np.testing.assert_allclose(own.run(x).logits, expected.logits, atol=1e-5)
+    files = sorted(each.name for each in (tmp_path if layout == "file" else path).iterdir())
+    if layout == "stages":
+        assert files.count("stage_0.onnx") == files.count("stage_0.weights") == 1
+        return
+    assert re.fullmatch(r"model.onnx model.onnx.[0-9a-f]{8}.weights", " ".join(files))
+    with monkeypatch.context() as context:
+        context.setattr(writers.os, "fsync", Mock(side_effect=OSError("full")))
+        with pytest.raises(ee.WriteError, match="full"):
+            model.export(path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == files  # nothing of a failed export is left
+    monkeypatch.undo()
+    model.export(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_the_operating_point_is_the_default_of_the_input_and_the_frontier_goes_along(
