@@ -1,13 +1,14 @@
-"""What exits save on the engines that people serve with: PyTorch, torch.compile and ONNX Runtime, the original beside
-its exits.
+"""What exits save on the engines that people serve with, the original beside its exits.
 
     MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python -m benchmarks.engines
+    ... python -m benchmarks.engines --adapter runs/cifar10_shortcuts/adapter     and the recipe's own exits
 
 Random weights, two exits with `pool` branches at a third and two thirds of the MACs, one thread. Thresholds are set so
 that half of the batch leaves at the first exit and half of the rest at the second; at batch 1, the sample leaves at the
-second. All calls of a network and batch are made in turn; times are medians. The ideal is what stages and branches take
-alone on the same engine, on the samples that reach them, without routing and compaction: in PyTorch as functions; under
-torch.compile each stage with its branch as one program; in ONNX Runtime each as a file of its own. `compile, frozen`
+second. An adapter of `recipes.cifar10_shortcuts` runs at its own operating point, on test images. All calls of a
+network and batch are made in turn; times are medians. The ideal is what stages and branches take alone on the same
+engine, on the samples that reach them, without routing and compaction: in PyTorch as functions; under torch.compile
+each stage with its branch as one program; in ONNX Runtime and OpenVINO each as a file of its own. `compile, frozen`
 packs copies of the weights, those of the original as well.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,15 +26,17 @@ import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import ee_surgery as ee
 from benchmarks.releases import CASES, compare
+from ee_surgery.evaluation.engines import served
 from ee_surgery.evaluation.latency import parts
-from ee_surgery.onnx import OnnxModel
-from ee_surgery.runtime.compilation import Compilation
+from ee_surgery.onnx import Runner, on_onnxruntime, on_openvino
 from ee_surgery.runtime.compiled import CompiledRouter
 from ee_surgery.runtime.router import InFlight
+from recipes import data
+from recipes.cifar10_resnet56 import network
 
 BATCHES = {
     "CIFAR ResNet-56": (1, 32),
@@ -40,16 +44,9 @@ BATCHES = {
     "ResNet-50 160 px": (1, 32),
     "ViT-S/16": (1, 8),
 }
-ENGINES = ("torch", "onnx")
-
-
-def session(path: Path) -> Callable[..., Any]:
-    """One file of a staged export on one thread; called with its inputs in order."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in made.get_inputs()]
-    return lambda *inputs: made.run(None, dict(zip(names, inputs, strict=True)))
+ENGINES = {"eager": "PyTorch", "compile": "compile", "frozen": "compile, frozen", "onnx": "ONNX Runtime",
+           "openvino": "OpenVINO"}  # fmt: skip
+Calls: TypeAlias = dict[str, Callable[[], object]]
 
 
 def thresholds(scores: Tensor) -> list[float]:
@@ -62,17 +59,17 @@ def thresholds(scores: Tensor) -> list[float]:
     return [tau, rest.median().item()]
 
 
-def stages_alone(folder: Path, x: np.ndarray, exit_index: np.ndarray) -> dict[str, Callable[[], object]]:
+def stages_alone(folder: Path, x: np.ndarray, exit_index: np.ndarray, load: Callable[[str], Runner]) -> Calls:
     """Each stage and branch on the samples that reach it."""
-    calls: dict[str, Callable[[], object]] = {}
-    live, rows = [x], np.arange(len(x))
-    for k in range(3):
-        stage = session(folder / f"stage_{k}.onnx")
-        calls[f"stage {k}"] = lambda stage=stage, live=live: stage(*live)
-        live = stage(*live)
-        if k < 2:
-            branch = session(folder / f"branch_{k}.onnx")
-            calls[f"branch {k}"] = lambda branch=branch, live=live: branch(*live)
+    calls: Calls = {}
+    live, rows, exits = [x], np.arange(len(x)), len([*folder.glob("branch_*.onnx")])
+    for k in range(exits + 1):
+        stage = load(str(folder / f"stage_{k}.onnx"))
+        calls[f"stage {k}"] = partial(stage, live)
+        live = [*stage(live)]
+        if k < exits:
+            branch = load(str(folder / f"branch_{k}.onnx"))
+            calls[f"branch {k}"] = partial(branch, live)
             stays = np.flatnonzero(exit_index[rows] > k)
             live, rows = [tensor[stays] for tensor in live], rows[stays]
             if not len(rows):
@@ -80,14 +77,14 @@ def stages_alone(folder: Path, x: np.ndarray, exit_index: np.ndarray) -> dict[st
     return calls
 
 
-def compiled_alone(branched: ee.EarlyExitModel, x: Tensor, exit_index: Tensor) -> dict[str, Callable[[], object]]:
+def compiled_alone(branched: ee.EarlyExitModel, x: Tensor, exit_index: Tensor) -> Calls:
     """Each compiled part on the samples that reach it."""
     point, engine = branched.operating_point, branched.engine
     assert point is not None
     router = engine.entry(engine.backbone.batch(x)).router(point.policy, engine.compilation)
     assert isinstance(router, CompiledRouter)
     router([x], len(x))
-    calls: dict[str, Callable[[], object]] = {}
+    calls: Calls = {}
     flight, rows = InFlight((x,)), torch.arange(len(x))
     for k, part in enumerate(router.parts):
         calls[f"part {k}"] = lambda part=part, flight=flight: part.run(flight, router.score)
@@ -101,57 +98,59 @@ def compiled_alone(branched: ee.EarlyExitModel, x: Tensor, exit_index: Tensor) -
     return calls
 
 
-Calls: TypeAlias = dict[str, Callable[[], object]]
-
-
-def in_torch(model: nn.Module, branched: ee.EarlyExitModel, x: Tensor, quick: bool) -> dict[str, Calls]:
-    """The original, the exits and the parts alone, on each engine within PyTorch.
+def calls_of(branched: ee.EarlyExitModel, x: Tensor, engine: str, folder: Path, quick: bool) -> Calls:
+    """The original, the exits and the parts alone, on one engine.
 
     Args:
         quick: trace only, and compile nothing.
     """
-    exit_index, engines = branched.predict(x).exit_index, {}
-    engines["PyTorch"] = {"original": lambda: model(x), "exits": lambda: branched(x), **parts(branched, x)}
-    for freeze in (False,) if quick else (False, True):
-        compiled, how = branched.copy(), Compilation({"backend": "aot_eager"} if quick else {}, freeze)
-        compiled.engine.compilation = how
-        alone = compiled_alone(compiled, x, exit_index)
-        marked = x.clone()
-        original = how.apply(model.forward)
-        if len(x) > 1:
-            torch._dynamo.mark_dynamic(marked, 0)
-        with how.compiling():
-            original(marked)
-        calls: Calls = {"original": lambda original=original: original(x), "exits": lambda c=compiled: c(x)}
-        engines["compile, frozen" if freeze else "compile"] = {**calls, **alone}
-    return engines
+    exit_index, subject = branched.predict(x).exit_index, branched.copy()
+    if engine in ("compile", "frozen"):
+        options: dict[str, Any] = {"backend": "aot_eager"} if quick else {"freeze": engine == "frozen"}
+        subject.compile(**options)
+    both = served(subject, "compile" if engine == "frozen" else engine, folder)
+    if engine == "eager":
+        alone = parts(branched, x)
+    elif engine in ("compile", "frozen"):
+        assert isinstance(both.exits, ee.EarlyExitModel)
+        alone = compiled_alone(both.exits, x, exit_index)
+    else:
+        stages = folder / "stages"
+        if not stages.exists():
+            branched.export(stages, layout="stages")
+        load = partial(on_onnxruntime if engine == "onnx" else on_openvino, threads=1)
+        alone = stages_alone(stages, x.numpy(), exit_index.numpy(), load)
+    return {"original": partial(both.original, x), "exits": partial(both.exits, x), **alone}
 
 
-def in_onnx(model: nn.Module, branched: ee.EarlyExitModel, x: Tensor, folder: Path) -> Calls:
-    """The same in ONNX Runtime."""
-    branched.export(folder / "model.onnx")
-    branched.export(folder / "stages", layout="stages")
-    torch.onnx.export(model, (torch.randn(4, *x.shape[1:]),), folder / "original.onnx", dynamo=True, verbose=False,
-                      dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=20)  # fmt: skip
-    file, original, pixels = OnnxModel(folder / "model.onnx", threads=1), session(folder / "original.onnx"), x.numpy()
-    point = branched.operating_point
-    assert point is not None
-    alone = stages_alone(folder / "stages", pixels, branched.predict(x).exit_index.numpy())
-    return {"original": lambda: original(pixels), "exits": lambda: file.run(pixels, point.thresholds), **alone}
-
-
-def rows(name: str, batch: int, seconds: float, folder: Path, engines: Sequence[str]) -> list[list[str]]:
-    """Measure one network at one batch size, a row per engine."""
+def random_subject(name: str, batch: int) -> tuple[ee.EarlyExitModel, Tensor]:
+    """A network with random weights, and a batch of which half leaves at each exit."""
     make, size, _ = next(case for label, case in CASES.items() if label.startswith(name))
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(batch, 3, size, size)
     branched = ee.augment(model, 2, branch="pool", sample=torch.randn(4, 3, size, size))
     branched.operate(thresholds=thresholds(branched.all_exits(x).softmax(-1).amax(-1)[:2]))
+    return branched, x
+
+
+def recipe_subject(adapter: Path, batch: int) -> tuple[ee.EarlyExitModel, Tensor]:
+    """The network of a recipe, and test images; a single one leaves at the second exit."""
+    branched = ee.from_pretrained(adapter, network(56))
+    _, mean, std = data.weights("cifar10_resnet56")
+    x = (data.cifar10("test")[0][:256].float() / 255 - mean) / std
+    if batch == 1:
+        at = branched.predict(x).exit_index
+        x = x[at == 1]
+    return branched, x[:batch]
+
+
+def rows(
+    name: str, branched: ee.EarlyExitModel, x: Tensor, seconds: float, folder: Path, engines: Sequence[str]
+) -> list[list[str]]:
+    """Measure one network on one batch, a row per engine."""
     share = branched.predict(x).macs_fraction.mean().item()
     with torch.no_grad():
-        measured = in_torch(model, branched, x, quick=seconds < 1) if "torch" in engines else {}
-        if "onnx" in engines:
-            measured["ONNX Runtime"] = in_onnx(model, branched, x, folder)
+        measured = {ENGINES[one]: calls_of(branched, x, one, folder, quick=seconds < 1) for one in engines}
         calls = {f"{engine}: {call}": run for engine, every in measured.items() for call, run in every.items()}
         times = compare(calls, seconds)
     found: list[list[str]] = []
@@ -159,7 +158,7 @@ def rows(name: str, batch: int, seconds: float, folder: Path, engines: Sequence[
         own = {call: times[f"{engine}: {call}"] for call in every}
         original, exits = own.pop("original"), own.pop("exits")
         ideal = sum(own.values())
-        found.append([f"{name}, batch {batch}", f"{share:.2f}", engine, f"{1e3 * original:.2f}", f"{1e3 * exits:.2f}",
+        found.append([f"{name}, batch {len(x)}", f"{share:.2f}", engine, f"{1e3 * original:.2f}", f"{1e3 * exits:.2f}",
                       f"{original / exits:.2f}x", f"{ideal / exits:.0%}"])  # fmt: skip
     return found
 
@@ -169,7 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=15, help="per network and batch")
     parser.add_argument("--only", choices=list(BATCHES), action="append", help="only these networks")
-    parser.add_argument("--engine", choices=ENGINES, action="append", help="only these")
+    parser.add_argument("--engine", choices=list(ENGINES), action="append", help="only these")
+    parser.add_argument("--adapter", type=Path, help="of recipes.cifar10_shortcuts, measured as well")
     parser.add_argument("--smoke", action="store_true", help="the smallest row, for a moment")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,12 +177,16 @@ def main() -> None:
     table = Table(title=title)
     for head in ("network", "MACs", "engine", "original", "with exits", "speed-up", "of the ideal"):
         table.add_column(head, justify="left" if head in ("network", "engine") else "right")
-    for name in ["CIFAR ResNet-56"] if options.smoke else options.only or list(BATCHES):
-        for batch in BATCHES[name][:1] if options.smoke else BATCHES[name]:
-            with tempfile.TemporaryDirectory() as folder:
-                seconds = 0.2 if options.smoke else options.seconds
-                for row in rows(name, batch, seconds, Path(folder), options.engine or ENGINES):
-                    table.add_row(*row)
+    names = ["CIFAR ResNet-56"] if options.smoke else options.only or list(BATCHES)
+    cases = [(name, batch, partial(random_subject, name)) for name in names for batch in BATCHES[name]]
+    if options.adapter is not None:
+        cases += [("ResNet-56, recipe", batch, partial(recipe_subject, options.adapter)) for batch in (1, 32)]
+    engines = options.engine or (["eager", "compile", "onnx"] if options.smoke else [*ENGINES])
+    for name, batch, make in cases[:1] if options.smoke else cases:
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = 0.2 if options.smoke else options.seconds
+            for row in rows(name, *make(batch), seconds, Path(folder), engines):
+                table.add_row(*row)
     Console(width=150).print(table)
 
 

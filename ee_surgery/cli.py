@@ -24,6 +24,7 @@ from ee_surgery.backbone.base import Backbone, make_model
 from ee_surgery.checks import accuracy_drop, count, positive, renamed
 from ee_surgery.data.labels import class_numbers
 from ee_surgery.evaluation.engines import ENGINES
+from ee_surgery.export.onnx_file import Precision
 from ee_surgery.files import atomic_write
 from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
@@ -228,7 +229,7 @@ def export(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(help="ONNX file to write, or folder of stages.")],
     stages: Annotated[bool, typer.Option("--stages", help="A folder of stages, for engines without `If`.")] = False,
-    quantize: Annotated[Optional[str], typer.Option(help="int8: 8-bit integers; needs --calibrate.")] = None,  # noqa: UP045
+    quantize: Annotated[Optional[Precision], typer.Option(help="8-bit integers; needs --calibrate.")] = None,  # noqa: UP045
     calibrate: Annotated[
         Optional[Path], typer.Option(help="Held-out images for --quantize, one sub-folder per class.")  # noqa: UP045
     ] = None,

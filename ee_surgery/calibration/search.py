@@ -18,6 +18,7 @@ from ee_surgery.calibration.threshold_search import Floats, Ranks, ThresholdSear
 from ee_surgery.checks import accuracy_drop, choice, count, instance, names
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import Fallback
+from ee_surgery.policies.scores import FittedScore
 
 How = Literal["shared", "induction", "ascent"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -29,8 +30,8 @@ FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)
 class Candidate:
     """A method to choose thresholds on records."""
 
-    score: str
-    """A registered name, or `chance`: the fitted probability of being correct."""
+    score: str | FittedScore
+    """A registered name, a fitted score, or `chance`: the fitted probability of being correct."""
     how: How
     """How its thresholds are chosen."""
     fallback: Fallback
@@ -40,7 +41,7 @@ class Candidate:
         return getattr(search, self.how)(prices)
 
 
-def fit(records: ExitRecords, score: str) -> ThresholdSearch:
+def fit(records: ExitRecords, score: str | FittedScore) -> ThresholdSearch:
     """A search over the records, with outcomes replaced by estimated probabilities of being correct if logits exist."""
     if records.logits is None:
         return ThresholdSearch(records, score)
@@ -94,7 +95,7 @@ def cross_validate(
 
 def search(
     records: ExitRecords,
-    score: str = "max_prob",
+    score: str | FittedScore = "max_prob",
     *,
     fallbacks: Sequence[Fallback] = FALLBACKS,
     prices: int = 64,
@@ -129,7 +130,7 @@ _FOLDS = 5
 
 def best_of(
     records: ExitRecords,
-    scores: Sequence[str],
+    scores: Sequence[str | FittedScore],
     rule: str,
     fallbacks: Sequence[Fallback] = FALLBACKS,
     prices: int = 64,

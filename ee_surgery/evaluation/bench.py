@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class Bench(Sequence[Measurement]):
     def __rich_console__(self, console: object, options: object):
         yield self.table()
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Plain data, two rows per measurement, by the names of timm's benchmark script where it has them."""
         return [
             {

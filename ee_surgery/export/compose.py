@@ -55,7 +55,7 @@ class Block:
 
 
 Quantize: TypeAlias = Callable[[ModelProto, Piece], ModelProto]
-"""A piece in another precision."""
+"""A piece in another precision, or with its weights elsewhere."""
 
 
 def to_onnx(

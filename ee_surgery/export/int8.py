@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ee_surgery.backbone.inputs import Batch, Inputs, tensors
 from ee_surgery.calibration.frontier import Frontier
+from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.calibration.search import search
 from ee_surgery.data.batches import Data, batches, rereadable
 from ee_surgery.data.labels import ClassMap, Labels
@@ -26,7 +27,7 @@ from ee_surgery.export.parts import Piece, pieces
 from ee_surgery.onnx import OnnxModel, StagedModel
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER
-from ee_surgery.policies.scores import ScoreOf
+from ee_surgery.policies.scores import FittedScore, ScoreOf
 from ee_surgery.runtime.engine import Engine
 
 _RANGES = 256
@@ -77,6 +78,7 @@ class Int8:
                 quantize_static(
                     prepared, quantized, reader, per_channel=True, reduce_range=True, op_types_to_quantize=_OPERATORS,
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                    nodes_to_exclude=_beside_logits(onnx.load(prepared)) if piece.name.startswith("branch") else [],
                     extra_options={"MatMulConstBOnly": True},
                 )  # fmt: skip
             except Exception as error:
@@ -88,7 +90,8 @@ class Int8:
         """What a piece is given as the samples run through the model."""
         for batch in self.inputs:
             piece = next(one for one in pieces(self.engine, self.policy, batch) if one.name == name)
-            yield [tensor.cpu().numpy() for tensor in piece.inputs]
+            # NaN stands for no answer yet; ranges of it are wanted by none, and the quantizer does not take it
+            yield [np.nan_to_num(tensor.cpu().numpy()) for tensor in piece.inputs]
 
     def calibrated(self, file: OnnxModel | StagedModel) -> tuple[Frontier, OperatingPoint, float]:
         """The quantized file's own frontier, its operating point, and how often its original agrees with the float one.
@@ -96,27 +99,37 @@ class Int8:
         Raises:
             CaptureError: they agree on less than half of the samples.
         """
-        known = Labels(self.engine, self.class_map)
-        known.compares = False  # this is no question of the labels any more
-        records = recorded(self.engine, self.data, known, _ask(file), batch_size=_BATCH)
-        scores = records.confidence
-        assert scores is not None
-        learned = self.point.score == "learned"
-        records = replace(records, confidence=scores.logit(1e-7) if learned else None)
-        records.keep_scores(self.point.score, scores)
-        task, (ours, theirs) = self.engine.backbone.task, (records.logits[-1], self.float.logits[-1])
+        records = file_records(self.engine, file, self.data, self.point.score, self.class_map)
+        task, ours, theirs = self.engine.backbone.task, records.recorded_logits()[-1], self.float.recorded_logits()[-1]
         agreement = task.outcome(ours, task.labels_from(theirs)).mean().item()
         if agreement < _HALF:
             raise CaptureError(
                 f"The 8-bit original agrees with the float one on only {agreement:.1%} of the samples: this "
                 "model needs float. Nothing was written."
             )
-        points = [one for one in search(records, self.point.score) if one.fallback == self.point.fallback]
-        frontier = Frontier.of(records, points)
+        frontier = Frontier.of(records, search(records, self.point.score, fallbacks=(self.point.fallback,)))
         if all(tau == NEVER for tau in self.point.thresholds):
             return frontier, self.point, agreement
         lost = self.float.base_accuracy - self.float.replay(self.policy).outcome.mean().item()
         return frontier, frontier.at(max_accuracy_drop=max(lost, 0.0)), agreement
+
+
+def file_records(
+    engine: Engine,
+    file: OnnxModel | StagedModel,
+    data: Data,
+    score: str | FittedScore,
+    class_map: ClassMap | None = None,
+) -> ExitRecords:
+    """The answers of a file's exits as records, with the file's own values of its score."""
+    known = Labels(engine, class_map)
+    known.compares = False  # that is a question of the original in float
+    records = recorded(engine, data, known, _ask(file), batch_size=_BATCH)
+    scores = records.confidence
+    assert scores is not None
+    records = replace(records, confidence=scores.logit(1e-7) if score == "learned" else None)
+    records.keep_scores(score, scores)
+    return records
 
 
 def _ask(file: OnnxModel | StagedModel) -> Ask:
@@ -141,13 +154,24 @@ def _named(file: OnnxModel | StagedModel, inputs: Inputs) -> dict[str, object]:
     return {file.inputs[0]: inputs} if isinstance(inputs, Tensor) else dict(inputs)
 
 
+def _beside_logits(branch: ModelProto) -> list[str]:
+    """Names of the nodes that work out the score, which stays in float: those that the logits do not come from."""
+    wanted, beside = {branch.graph.output[0].name}, []
+    for node in reversed(branch.graph.node):  # sorted, as ONNX demands
+        if wanted.isdisjoint(node.output):
+            beside.append(node.name)
+        else:
+            wanted.update(node.input)
+    return beside
+
+
 class _Reader(CalibrationDataReader):
     """Batches by the names of a piece's inputs, for onnxruntime."""
 
     def __init__(self, names: list[str], given: Iterator[list[np.ndarray]]) -> None:
         self.names, self.given = names, given
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The next batch, until there is none."""
         arrays = next(self.given, None)
         return None if arrays is None else dict(zip(self.names, arrays, strict=True))

@@ -8,14 +8,17 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from google.protobuf.message import EncodeError
 from onnx import ModelProto, helper, save_model
+from onnx.external_data_helper import set_external_data
+from torch import Tensor
 
 from ee_surgery.export.compose import OPSET, Composer, Quantize, set_default, to_onnx
-from ee_surgery.export.parts import Pieces, whole
+from ee_surgery.export.parts import Piece, Pieces, whole
 from ee_surgery.onnx import METADATA, ROUTER, OnnxModel, StagedModel
 from ee_surgery.runtime.engine import Engine
 
@@ -23,25 +26,27 @@ Plain: TypeAlias = dict[str, Any]
 _IR_VERSION = 10  # what onnxruntime 1.18 and newer read
 _EMBEDDED = 1_900_000_000
 """Bytes of a file that has its weights inside; a protobuf message ends at 2 GiB."""
+_SMALL, _PAGE = 1024, 4096  # bytes of a weight that stays inside; engines map whole pages
 
 
 class OneFile:
     """One file with everything."""
 
     def __init__(self, path: Path, engine: Engine, parts: Pieces, quantize: Quantize | None) -> None:
-        self.path = path
-        graph = Composer(parts, engine.backbone.num_classes, quantize).graph(parts.names)
+        self.path, self.weights = path, None
+        finish = quantize
+        if sum(tensor.nbytes for tensor in _weights(engine)) > _EMBEDDED:
+            self.weights = path.with_name(f"{path.name}.{secrets.token_hex(4)}.weights")
+            finish = partial(_outside, self.weights, quantize)
+        graph = Composer(parts, engine.backbone.num_classes, finish).graph(parts.names)
         opsets = [helper.make_opsetid("", OPSET)]
         self.model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="ee_surgery")
-        self.weights: Path | None = None
-        """The second file, where there is one."""
 
     def describe(self, about: Plain) -> None:
         """Write it, with this metadata, and the thresholds in it as the default."""
         set_default(self.model.graph, [*map(float, about["thresholds"])])
         helper.set_model_props(self.model, {METADATA: json.dumps(about)})
-        name = f"{self.path.name}.{secrets.token_hex(4)}.weights"
-        self.weights = _save(self.model, self.path, name) or self.weights
+        save_model(self.model, self.path)
 
     def load(self) -> OnnxModel:
         """What was written, ready to run."""
@@ -59,8 +64,7 @@ class Stages:
         for piece in parts:
             given = [f"in_{i}" for i in range(len(piece.inputs))]
             made = [f"out_{i}" for i in range(len(piece.outputs))]
-            model = to_onnx(piece, given, made, quantize)
-            _save(model, folder / f"{piece.name}.onnx", f"{piece.name}.weights")
+            _save(to_onnx(piece, given, made, quantize), folder / f"{piece.name}.onnx")
         self.routing = _routing(parts)
 
     def describe(self, about: Plain) -> None:
@@ -91,23 +95,35 @@ def write_original(engine: Engine, path: Path) -> None:
         CaptureError: torch.onnx cannot export it.
     """
     names, piece = whole(engine)
-    _save(to_onnx(piece, names, ["logits"]), path, f"{path.name}.weights")
+    _save(to_onnx(piece, names, ["logits"]), path)
 
 
-def _save(model: ModelProto, path: Path, weights: str) -> Path | None:
-    """Write a model; where it is too large for one file, its weights into a second one beside it, which is returned."""
-    if _fits(model):
-        save_model(model, path)
-        return None
-    save_model(model, path, save_as_external_data=True, location=weights)
-    return path.with_name(weights)
+def _weights(engine: Engine) -> Iterator[Tensor]:
+    """Of the original and the branches."""
+    yield from (tensor for _, tensor in engine.backbone.tensors())
+    yield from engine.branches.parameters()
 
 
-def _fits(model: ModelProto) -> bool:
+def _outside(path: Path, quantize: Quantize | None, model: ModelProto, piece: Piece) -> ModelProto:
+    """A piece whose weights are in a file: protobuf cannot even nest graphs of more than 2 GiB."""
+    model = model if quantize is None else quantize(model, piece)
+    with path.open("ab") as file:
+        for weight in model.graph.initializer:
+            if len(weight.raw_data) >= _SMALL:
+                file.write(bytes(-file.tell() % _PAGE))
+                set_external_data(weight, path.name, file.tell(), len(weight.raw_data))
+                file.write(weight.raw_data)
+                weight.ClearField("raw_data")
+    return model
+
+
+def _save(model: ModelProto, path: Path) -> None:
+    """Write a model; where it is too large for one file, its weights into a second one beside it."""
     try:
-        return model.ByteSize() <= _EMBEDDED
+        inside = model.ByteSize() <= _EMBEDDED
     except EncodeError:  # beyond what protobuf counts
-        return False
+        inside = False
+    save_model(model, path, save_as_external_data=not inside, location=f"{path.stem}.weights")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_points_of_the_file_are_what_its_own_answers_give(
     known: tuple[ee.EarlyExitModel, list[tuple[Tensor, Tensor]]], tmp_path: Path, score: str, layout: str
 ) -> None:
     branched, held_out = known
+    assert branched.frontier is not None
     point = next(one for one in branched.frontier if one.score == score and one.macs_fraction < 0.9)
     branched.operate(score=score, thresholds=point.thresholds)
     path = branched.export(tmp_path / "int8", layout=layout, quantize="int8", calibrate=held_out)
@@ -94,7 +96,7 @@ def _all_quantized(path: Path, least: int) -> None:
     """Every convolution, behind an exit as well, has 8-bit inputs and weights."""
     made: list[set[str]] = []
 
-    def walk(graph: onnx.GraphProto) -> None:
+    def walk(graph: Any) -> None:
         source = {name: node.op_type for node in graph.node for name in node.output}
         for node in graph.node:
             if node.op_type == "Conv":
