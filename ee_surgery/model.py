@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,29 +14,25 @@ from ee_surgery.backbone.base import Output
 from ee_surgery.backbone.inputs import Arguments, Inputs
 from ee_surgery.branches import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
+from ee_surgery.calibration.choosing import UNSAID, chosen
 from ee_surgery.checks import instance, names
-from ee_surgery.data.batches import Data
-from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError, OperatingPointError
-from ee_surgery.export.onnx_file import Layout, Precision, export
-from ee_surgery.graph.exit_points import ModelGraph
+from ee_surgery.export.served import ServedModel
+from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
-from ee_surgery.runtime.compilation import Compilation
 from ee_surgery.runtime.engine import Engine
 from ee_surgery.runtime.router import ExitOutput
-from ee_surgery.share.save_load import SharedModel
 from ee_surgery.share.state import AdapterState
 from ee_surgery.task import Task
 
-_UNSAID: Any = object()  # beside None, which means never leaving
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
 
-class EarlyExitModel(SharedModel):
+class EarlyExitModel(ServedModel):
     """A pretrained model with branches. Built by `attach`, `augment` or `from_pretrained`.
 
     The original is held by reference: `.to(device)` moves it along, and nothing here ever changes its parameters,
@@ -94,11 +88,8 @@ class EarlyExitModel(SharedModel):
         classes = mine.num_classes if mine.headless else None
         known = {"opaque": mine.opaque, "num_classes": classes, "output": mine.output, "task": mine.task}
         graph = inspect(deepcopy(self.backbone), mine.sample, **known)
-        plan = ExitPlan(self.plan.model_id, self.plan.rule, tuple(graph[name] for name in self.exits))
-        other = EarlyExitModel(graph, plan, self.specs, deepcopy(self.branches), self.engine.backend)
-        other.state, other.engine.observers = self.state.copy(), self.engine.observers
-        other.engine.compilation = self.engine.compilation
-        return other
+        points = tuple(graph[name] for name in self.exits)
+        return self._alike(graph, points, self.specs, deepcopy(self.branches), self.state.copy())
 
     def with_exits(self, exits: Sequence[str]) -> EarlyExitModel:
         """A model on the same original that has some of these branches only, the very same ones.
@@ -118,19 +109,27 @@ class EarlyExitModel(SharedModel):
         if missing:
             raise ExitPointError(f"No exits at {missing}, only at {self.exits}.")
         kept = [self.exits.index(point.name) for point in points]
-        plan = ExitPlan(self.plan.model_id, self.plan.rule, points)
         bank = BranchBank([self.branches[k] for k in kept], self.branches.head)
-        other = EarlyExitModel(graph, plan, [self.specs[k] for k in kept], bank, self.engine.backend)
-        other.state, other.engine.observers = self.state.unmeasured(), self.engine.observers
-        other.engine.compilation = self.engine.compilation
+        other = self._alike(graph, points, [self.specs[k] for k in kept], bank, self.state.unmeasured())
         other._before = self._before
+        return other
+
+    def _alike(
+        self, graph: ModelGraph, points: tuple[ExitPoint, ...], specs: Sequence[BranchSpec], branches: BranchBank,
+        state: AdapterState,
+    ) -> EarlyExitModel:  # fmt: skip
+        """Another model that runs in the same way."""
+        plan = ExitPlan(self.plan.model_id, self.plan.rule, points)
+        other = EarlyExitModel(graph, plan, specs, branches, self.engine.backend)
+        other.state, other.engine.observers = state, self.engine.observers
+        other.engine.compilation = self.engine.compilation
         return other
 
     # --- when to leave
 
     def operate(
         self,
-        point: OperatingPoint | None = _UNSAID,
+        point: OperatingPoint | None = UNSAID,
         *,
         max_accuracy_drop: float | None = None,
         budget: float | None = None,
@@ -161,28 +160,11 @@ class EarlyExitModel(SharedModel):
             ConfigError: the score needs confidence units that the branches do not have.
         """
         wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "latency_ms": latency_ms, "risk": risk}
-        requests = {**wanted, "thresholds": thresholds, "point": point}
-        asked = [name for name, value in requests.items() if value is not None and value is not _UNSAID]
-        if len(asked) > 1 or (not asked and point is _UNSAID):
-            choices = "max_accuracy_drop=, budget=, latency_ms=, risk=, thresholds="
-            seen = f"got {asked or 'none'}. operate(None): never leave early."
-            raise OperatingPointError(f"Give exactly one of {choices}; {seen}")
-        for name, value, owner, given in (
-            ("score", score, "thresholds", thresholds),
-            ("risk_of", risk_of, "risk", risk),
-        ):
-            if value is not None and given is None:
-                raise OperatingPointError(f"{name}= goes with {owner}=, which was not given.")
-        if thresholds is not None:
-            score = "max_prob" if score is None else score
-            return self._set(OperatingPoint.by_hand(thresholds, score, len(self.branches)))
-        if asked and asked != ["point"]:
-            if self.frontier is None:
-                raise OperatingPointError("No frontier to choose from: run ee.calibrate(branched, held_out) first.")
-            point = self.frontier.at(**wanted, risk_of="disagreement" if risk_of is None else risk_of)
-            if latency_ms is not None and self.frontier.profile is not None:
-                self.frontier.profile.check_device(next(self.branches.parameters()).device)
-        return self._set(point)
+        by_hand = {"thresholds": thresholds, "score": score}
+        found = chosen(self.frontier, len(self.branches), point, **wanted, risk_of=risk_of, **by_hand)
+        if latency_ms is not None and self.frontier is not None and self.frontier.profile is not None:
+            self.frontier.profile.check_device(next(self.branches.parameters()).device)
+        return self._set(found)
 
     def _set(self, point: OperatingPoint | None) -> OperatingPoint | None:
         if point is not None:
@@ -258,33 +240,6 @@ class EarlyExitModel(SharedModel):
         """Logits of every exit for every sample, (K, B, C), the original's last; no sample leaves."""
         answers, logits = self.engine.answers(*inputs, **named)
         return torch.stack([*(answer.logits for answer in answers), logits])
-
-    def compile(self, *, freeze: bool = False, disable: bool = False, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Compile routed runs, in place, on first use: each stage with its branch and score; see `Compilation`.
-
-        Args:
-            freeze: pack copies of all weights; taken again when the weights change.
-            disable: run without torch.compile again.
-            options: of torch.compile: `backend`, `mode`, `options`.
-        Raises:
-            ConfigError: torch.compile does not take them.
-        """
-        compilation = Compilation(options, freeze)
-        self.engine.compilation = None if disable else compilation
-
-    def export(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        layout: Layout = "file",
-        check: bool = True,
-        quantize: Precision | None = None,
-        calibrate: Data | None = None,
-        class_map: ClassMap | None = None,
-    ) -> Path:
-        """Write ONNX in which each sample leaves on its own; arguments as of `ee_surgery.export.onnx_file.export`."""
-        how = {"layout": layout, "check": check, "quantize": quantize, "calibrate": calibrate, "class_map": class_map}
-        return export(self.engine, self.state, path, **how)
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""

@@ -1,0 +1,44 @@
+"""The part of EarlyExitModel that hands it to other engines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ee_surgery.data.batches import Data
+from ee_surgery.data.labels import ClassMap
+from ee_surgery.export.onnx_file import Layout, Precision, export
+from ee_surgery.runtime.compilation import Compilation
+from ee_surgery.share.save_load import SharedModel
+
+
+class ServedModel(SharedModel):
+    """Compiling and exporting."""
+
+    def compile(self, *, freeze: bool = False, disable: bool = False, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compile routed runs, in place, on first use: each stage with its branch and score; see `Compilation`.
+
+        Args:
+            freeze: pack copies of all weights; taken again when the weights change.
+            disable: run without torch.compile again.
+            options: of torch.compile: `backend`, `mode`, `options`.
+        Raises:
+            ConfigError: torch.compile does not take them.
+        """
+        compilation = Compilation(options, freeze)
+        self.engine.compilation = None if disable else compilation
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        layout: Layout = "file",
+        check: bool = True,
+        quantize: Precision | None = None,
+        calibrate: Data | None = None,
+        class_map: ClassMap | None = None,
+    ) -> Path:
+        """Write ONNX in which each sample leaves on its own; arguments as of `ee_surgery.export.onnx_file.export`."""
+        how: dict[str, Any] = {"quantize": quantize, "calibrate": calibrate, "class_map": class_map}
+        return export(self.engine, self.state, path, layout=layout, check=check, **how)
