@@ -61,16 +61,20 @@ def needs(*packages: str) -> None:
 LIVE = ROOT / "docs" / "live" / "model.onnx"
 
 
-@pytest.fixture(scope="module", params=[pytest.param("live"), pytest.param("made now", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["live", *(pytest.param(name, marks=pytest.mark.slow) for name in ("made now", "int8"))]
+)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The live page's file, and one by the exporter as it is now."""
+    """The live page's file, and two by the exporter as it is now."""
     if request.param == "live":
         return LIVE
     model = two_exits()
     times = ee.Profile("python", processor(torch.device("cpu")), 1, 1, (1,), ((1.0, 2.0, 9.0),), ((0.1, 0.1),))
-    ee.calibrate(model, [(torch.randn(64, 3, 16, 16), torch.randint(10, (64,)))], profile=times)
+    held_out = [(torch.randn(64, 3, 16, 16), torch.randint(10, (64,)))]
+    ee.calibrate(model, held_out, profile=times)
     model.operate(latency_ms=5.0)
-    return model.export(tmp_path_factory.mktemp("javascript") / "model.onnx")
+    quantized = {"quantize": "int8", "calibrate": held_out} if request.param == "int8" else {}
+    return model.export(tmp_path_factory.mktemp("javascript") / "model.onnx", **quantized)
 
 
 @pytest.fixture(scope="module")
