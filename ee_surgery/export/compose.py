@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxscript import opset20 as opset
 from torch import Tensor
 
 from ee_surgery.errors import CaptureError
@@ -75,6 +76,7 @@ def to_onnx(
             program = torch.onnx.export(
                 piece.module, piece.inputs, dynamo=True, dynamic_shapes={name: shapes}, opset_version=OPSET,
                 input_names=[*inputs], output_names=[*outputs], verbose=False, optimize=True,
+                custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
             )  # fmt: skip
     except Exception as error:
         raise CaptureError(f"torch.onnx cannot export {piece.name}: {type(error).__name__}: {error}") from error
@@ -89,6 +91,12 @@ def to_onnx(
             model.graph.node.append(helper.make_node("Identity", [info.name], [wanted], name=f"{prefix}{wanted}"))
             info.name = wanted
     return model
+
+
+def _all_true(self: Any) -> Any:
+    """What torch.onnx lacks: whether all of a tensor is true; masks are checked with it."""
+    lowest = opset.ReduceMin(opset.Cast(self, to=TensorProto.INT32), keepdims=0)
+    return opset.Cast(lowest, to=TensorProto.BOOL)
 
 
 def _dynamic(axis: Axis | None, batch: Any) -> dict[int, Any] | None:

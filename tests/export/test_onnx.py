@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import ee_surgery as ee
 from ee_surgery import check_export
@@ -31,7 +32,10 @@ onnx = pytest.importorskip("onnx", reason="needs ee-surgery[onnx]")
 pytest.importorskip("onnxruntime", reason="needs ee-surgery[onnx]")
 
 from ee_surgery.export import writers  # noqa: E402
-from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, OpenVinoModel, StagedModel, on_openvino  # noqa: E402
+from ee_surgery.export.compose import to_onnx  # noqa: E402
+from ee_surgery.export.parts import Piece  # noqa: E402
+from ee_surgery.graph.batch_axes import Axis  # noqa: E402
+from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, OpenVinoModel, StagedModel, on_onnxruntime, on_openvino  # noqa: E402
 
 INF = math.inf
 
@@ -367,3 +371,18 @@ def test_attention_over_other_dimensions_than_four_is_folded(tmp_path: Path) -> 
     model.operate(thresholds=model.all_exits(x)[0].softmax(1).amax(1).median().item())
     found = check_export(model.export(tmp_path / "model.onnx"), model, [x])
     assert (found.samples, found.exits) == (9, 0)
+
+
+class _Masked(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return tensors[0] * torch.ops.aten._is_all_true(torch.ones(3) > 0) + torch.ops.aten._is_all_true(tensors[1])
+
+
+def test_a_check_of_masks_that_torch_onnx_lacks_is_translated(tmp_path: Path) -> None:
+    x, mask = torch.randn(4, 3), torch.ones(3, dtype=torch.bool)
+    piece = Piece("stage_0", _Masked(), (x, mask), (Axis(0), None), (x,))
+    onnx.save_model(to_onnx(piece, ["x", "mask"], ["y"]), tmp_path / "model.onnx")
+    run = on_onnxruntime(str(tmp_path / "model.onnx"))
+    for seen in (mask, torch.tensor([True, False, True])):
+        (y,) = run([x.numpy(), seen.numpy()])
+        np.testing.assert_allclose(y, x + float(seen.all()))
