@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnxscript import opset20 as opset
+from onnxscript import opset20
 from torch import Tensor
 
 from ee_surgery.errors import CaptureError
@@ -95,8 +95,8 @@ def to_onnx(
 
 def _all_true(self: Any) -> Any:
     """What torch.onnx lacks: whether all of a tensor is true; masks are checked with it."""
-    lowest = opset.ReduceMin(opset.Cast(self, to=TensorProto.INT32), keepdims=0)
-    return opset.Cast(lowest, to=TensorProto.BOOL)
+    ops: Any = opset20
+    return ops.Cast(ops.ReduceMin(ops.Cast(self, to=TensorProto.INT32), keepdims=0), to=TensorProto.BOOL)
 
 
 def _dynamic(axis: Axis | None, batch: Any) -> dict[int, Any] | None:
