@@ -71,8 +71,9 @@ its own: `python -m benchmarks.coverage --export` (resumable; results in `benchm
 
 A model passes when file and routed run let every sample leave at the same exit, in batches of 1 and 5 at ten random
 settings of the thresholds, unless its score is within 1e-5 of a threshold (*ties*), and logits differ by less than
-0.1 % of the largest. Untrained branches give neighbouring scores, so that ties are many. Other processes shared the two
-cores: seconds are upper bounds. Models of that list that are missing here have not been run yet.
+0.1 % of the largest. Logits of untrained branches are centered and scaled up, a hundredfold at most, so that samples
+score differently; rows with more than 30 ties were made without that. Other processes shared the two cores: seconds are
+upper bounds.
 
 """
 

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnxruntime
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,7 +32,7 @@ from torch import Tensor
 import ee_surgery as ee
 from benchmarks.releases import CASES, compare
 from ee_surgery.evaluation.engines import served
-from ee_surgery.evaluation.latency import parts
+from ee_surgery.evaluation.latency import environment, parts
 from ee_surgery.onnx import Runner, on_onnxruntime, on_openvino
 from ee_surgery.runtime.compiled import CompiledRouter
 from ee_surgery.runtime.router import InFlight
@@ -144,23 +145,21 @@ def recipe_subject(adapter: Path, batch: int) -> tuple[ee.EarlyExitModel, Tensor
     return branched, x[:batch]
 
 
-def rows(
+def row(
     name: str, branched: ee.EarlyExitModel, x: Tensor, seconds: float, folder: Path, engines: Sequence[str]
-) -> list[list[str]]:
-    """Measure one network on one batch, a row per engine."""
+) -> list[str]:
+    """Measure one network on one batch, a cell per engine."""
     share = branched.predict(x).macs_fraction.mean().item()
     with torch.no_grad():
-        measured = {ENGINES[one]: calls_of(branched, x, one, folder, quick=seconds < 1) for one in engines}
+        measured = {one: calls_of(branched, x, one, folder, quick=seconds < 1) for one in engines}
         calls = {f"{engine}: {call}": run for engine, every in measured.items() for call, run in every.items()}
         times = compare(calls, seconds)
-    found: list[list[str]] = []
+    cells = [f"{name}, batch {len(x)}", f"{share:.2f}"]
     for engine, every in measured.items():
-        own = {call: times[f"{engine}: {call}"] for call in every}
+        own = {call: 1e3 * times[f"{engine}: {call}"] for call in every}
         original, exits = own.pop("original"), own.pop("exits")
-        ideal = sum(own.values())
-        found.append([f"{name}, batch {len(x)}", f"{share:.2f}", engine, f"{1e3 * original:.2f}", f"{1e3 * exits:.2f}",
-                      f"{original / exits:.2f}x", f"{ideal / exits:.0%}"])  # fmt: skip
-    return found
+        cells.append(f"{original:.2f} to {exits:.2f}, {original / exits:.2f}x, {sum(own.values()) / exits:.0%}")
+    return cells
 
 
 def main() -> None:
@@ -173,21 +172,22 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the smallest row, for a moment")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    title = f"ms per batch, one thread; torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    table = Table(title=title)
-    for head in ("network", "MACs", "engine", "original", "with exits", "speed-up", "of the ideal"):
-        table.add_column(head, justify="left" if head in ("network", "engine") else "right")
     names = ["CIFAR ResNet-56"] if options.smoke else options.only or list(BATCHES)
     cases = [(name, batch, partial(random_subject, name)) for name in names for batch in BATCHES[name]]
     if options.adapter is not None:
         cases += [("ResNet-56, recipe", batch, partial(recipe_subject, options.adapter)) for batch in (1, 32)]
     engines = options.engine or (["eager", "compile", "onnx"] if options.smoke else [*ENGINES])
+    table = Table(box=box.MARKDOWN)
+    for head in ("network", "MACs", *(ENGINES[engine] for engine in engines)):
+        table.add_column(head, justify="left" if head == "network" else "right")
     for name, batch, make in cases[:1] if options.smoke else cases:
         with tempfile.TemporaryDirectory() as folder:
             seconds = 0.2 if options.smoke else options.seconds
-            for row in rows(name, *make(batch), seconds, Path(folder), engines):
-                table.add_row(*row)
-    Console(width=150).print(table)
+            table.add_row(*row(name, *make(batch), seconds, Path(folder), engines))
+    console = Console(width=200)
+    console.print("ms per batch, original to exits; speed-up; share of the ideal")
+    console.print(table)
+    console.print(f"{environment(torch.device('cpu'))}, onnxruntime {onnxruntime.__version__}")
 
 
 if __name__ == "__main__":

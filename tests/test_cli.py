@@ -52,6 +52,23 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
     assert "of its MACs, 6 samples" in _run("evaluate", adapter, "--data", pictures, "--save", *weights)
     assert "## Measured" in (tmp_path / "adapter" / "README.md").read_text()
     assert "interleaved rounds" in _run("bench", adapter, "--data", pictures, "--samples", "2", *weights)
+    results = tmp_path / "bench.csv"
+    _run(
+        "bench",
+        adapter,
+        "--data",
+        pictures,
+        "--samples",
+        "4",
+        "--batch-size",
+        "1,2",
+        "--results",
+        str(results),
+        *weights,
+    )
+    assert [line.split(",")[5] for line in results.read_text().splitlines()[1:]] == ["1", "1", "2", "2"]
+    out = _run("export", adapter, str(tmp_path / "int8.onnx"), "--quantize", "int8", *weights, code=1)
+    assert "calibrate=, held-out data, together" in " ".join(out.split())
     assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ee_surgery.onnx.exported import METADATA, Exported, OnnxError, OnnxOutput
-from ee_surgery.onnx.sessions import openvino_model, ort_session
+from ee_surgery.onnx.sessions import openvino_model, openvino_version, ort_session
 
 _OUTPUTS = ("logits", "exit_index", "score")
 _DEFAULT, _APART = b"\x42\x0athresholds", b"\x42\x0athresholdz"  # the name of the default, as the file has it
@@ -80,11 +80,13 @@ class OpenVinoModel(_File):
         path: the file; its weights inside it.
         threads: OpenVINO's own choice by default.
     Raises:
-        OnnxError: no such file, or none of ours.
+        OnnxError: no such file, or none of ours; or OpenVINO before 2026.2, whose `If` gives wrong rows.
         ImportError: openvino is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 0) -> None:
+        if (version := openvino_version()) < (2026, 2):
+            raise OnnxError(f"OpenVINO {version[0]}.{version[1]} gives wrong rows of an `If`: use 2026.2.1 or newer.")
         self.model, about = openvino_model(path, threads, lambda raw: raw.replace(_DEFAULT, _APART))
         self.threads = threads
         self.engine = "openvino CPU"

@@ -59,6 +59,14 @@ def openvino_model(
         raise OnnxError(f"OpenVINO cannot load {path}: {error}") from error
 
 
+def openvino_version() -> tuple[int, int]:
+    """Year and release of the OpenVINO that is installed."""
+    import openvino
+
+    year, release = openvino.__version__.split(".")[:2]
+    return int(year), int(release)
+
+
 def on_onnxruntime(path: str, threads: int = 0) -> Runner:
     """A stage on ONNX Runtime; `threads` 0 leaves their number to it."""
     session = ort_session(path, ("CPUExecutionProvider",), threads)

@@ -35,7 +35,16 @@ from ee_surgery.export import writers  # noqa: E402
 from ee_surgery.export.compose import to_onnx  # noqa: E402
 from ee_surgery.export.parts import Piece  # noqa: E402
 from ee_surgery.graph.batch_axes import Axis  # noqa: E402
-from ee_surgery.onnx import METADATA, OnnxError, OnnxModel, OpenVinoModel, StagedModel, on_onnxruntime, on_openvino  # noqa: E402
+from ee_surgery.onnx import (  # noqa: E402
+    METADATA,
+    OnnxError,
+    OnnxModel,
+    OpenVinoModel,
+    StagedModel,
+    on_onnxruntime,
+    on_openvino,
+    one_file,
+)
 
 INF = math.inf
 
@@ -76,6 +85,14 @@ def test_openvino_runs_the_file_and_the_stages(
             np.testing.assert_allclose(one, theirs, atol=1e-5)
     assert in_openvino.about == file.about
     np.testing.assert_allclose(in_openvino.run(x).logits, file.run(x).logits, atol=1e-5)
+
+
+def test_an_openvino_that_gives_wrong_rows_is_refused(
+    made: tuple[ee.EarlyExitModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_file, "openvino_version", lambda: (2026, 0))
+    with pytest.raises(OnnxError, match=r"2026\.0 gives wrong rows"):
+        OpenVinoModel(made[1])
 
 
 @pytest.fixture(scope="module")
