@@ -43,19 +43,22 @@ class Int8:
     Args:
         point: in force: the quantized file gets thresholds that lose as much accuracy against its own original.
         data: held out, as for `calibrate`.
+        reduced: weights in 7 bits, with which no processor overflows.
     Raises:
         ConfigError: a score or branches that look back: their answers cannot be recorded one exit at a time.
         DataError: as for `record`; or the data can be read only once.
     """
 
-    def __init__(self, engine: Engine, point: OperatingPoint, data: Data, class_map: ClassMap | None) -> None:
+    def __init__(
+        self, engine: Engine, point: OperatingPoint, data: Data, class_map: ClassMap | None, reduced: bool = False
+    ) -> None:
         self.engine, self.point, self.policy = engine, point, point.policy_for(engine.backbone.task)
         if engine.branches.chained or ScoreOf(point.score, engine.backbone.task).stateful:
             raise ConfigError(
                 "quantize='int8' needs exits that decide one by one: neither chained branches nor a score that looks "
                 "back, such as 'patience'. Pick another operating point, or export in float."
             )
-        self.data, self.class_map = rereadable(data), class_map
+        self.data, self.class_map, self.reduced = rereadable(data), class_map, reduced
         self.float = recorded(engine, data, Labels(engine, class_map), ask_engine(engine), batch_size=_BATCH)
         self.inputs: list[Batch] = []
         for inputs, _ in batches(data, _BATCH, *home(engine)):
@@ -64,7 +67,7 @@ class Int8:
                 break
 
     def quantize(self, model: ModelProto, piece: Piece) -> ModelProto:
-        """The piece with 8-bit operators: weights per channel in 7 bits, which no processor overflows with.
+        """The piece with 8-bit operators, weights per channel.
 
         Raises:
             CaptureError: onnxruntime cannot quantize it.
@@ -76,8 +79,8 @@ class Int8:
             try:
                 quant_pre_process(given, prepared, skip_symbolic_shape=True)
                 quantize_static(
-                    prepared, quantized, reader, per_channel=True, reduce_range=True, op_types_to_quantize=_OPERATORS,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                    prepared, quantized, reader, op_types_to_quantize=_OPERATORS, per_channel=True,
+                    reduce_range=self.reduced, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                     nodes_to_exclude=_beside_logits(onnx.load(prepared)) if piece.name.startswith("branch") else [],
                     extra_options={"MatMulConstBOnly": True},
                 )  # fmt: skip

@@ -26,7 +26,7 @@ from ee_surgery.share.state import AdapterState
 
 Plain: TypeAlias = dict[str, Any]
 Layout = Literal["file", "stages"]
-Precision = Literal["int8"]
+Precision = Literal["int8", "int8_reduced"]
 
 
 def export(
@@ -59,6 +59,7 @@ def export(
         quantize: `int8`: original and branches in 8-bit integers, by onnxruntime's static quantizer. Thresholds and
             frontier are those of the quantized answers: at its operating point the file loses as much accuracy against
             its own original as the model does. The metadata's `quantized` says how often the two originals agree.
+            `int8_reduced`: weights in 7 bits, for x86 processors without VNNI, where sums of 8-bit products overflow.
         calibrate: held-out data for `quantize`, as for `ee_surgery.calibrate`; 256 samples set the ranges of
             activations, all of them the thresholds.
         class_map: of its labels, as for `ee_surgery.calibrate`.
@@ -90,7 +91,7 @@ def export(
     with eval_mode(list(engine.branches.modules())), weights_beside(path) as publish, atomic_write(path) as partial:
         parts = pieces(engine, point.policy_for(engine.backbone.task))
         about = _metadata(engine, state.preprocessing, state.frontier, point, parts)
-        int8 = None if calibrate is None else Int8(engine, point, calibrate, class_map)
+        int8 = None if calibrate is None else Int8(engine, point, calibrate, class_map, quantize == "int8_reduced")
         made = WRITERS[layout](partial, engine, parts, None if int8 is None else int8.quantize)
         made.describe(about)
         if int8 is not None:
