@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,6 @@ from typing import Any, TypeAlias
 from google.protobuf.message import EncodeError
 from onnx import ModelProto, helper, save_model
 from onnx.external_data_helper import set_external_data
-from torch import Tensor
 
 from ee_surgery.export.compose import OPSET, Composer, Quantize, set_default, to_onnx
 from ee_surgery.export.parts import Piece, Pieces, whole
@@ -35,9 +35,9 @@ class OneFile:
     def __init__(self, path: Path, engine: Engine, parts: Pieces, quantize: Quantize | None) -> None:
         self.path, self.weights = path, None
         finish = quantize
-        if sum(tensor.nbytes for tensor in _weights(engine)) > _EMBEDDED:
+        if _bytes(engine) > _EMBEDDED:
             self.weights = path.with_name(f"{path.name}.{secrets.token_hex(4)}.weights")
-            finish = partial(_outside, self.weights, quantize)
+            finish = partial(_outside, self.weights, {}, quantize)
         graph = Composer(parts, engine.backbone.num_classes, finish).graph(parts.names)
         opsets = [helper.make_opsetid("", OPSET)]
         self.model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="ee_surgery")
@@ -98,21 +98,27 @@ def write_original(engine: Engine, path: Path) -> None:
     _save(to_onnx(piece, names, ["logits"]), path)
 
 
-def _weights(engine: Engine) -> Iterator[Tensor]:
-    """Of the original and the branches."""
-    yield from (tensor for _, tensor in engine.backbone.tensors())
-    yield from engine.branches.parameters()
+def _bytes(engine: Engine) -> int:
+    """Of the weights of all pieces; layers that share theirs have them in every piece."""
+    known = {name: tensor.nbytes for name, tensor in engine.backbone.tensors()}
+    segments = engine.entry(engine.backbone.own_batch()).program.segments
+    trunk = sum(known.get(name, 0) for segment in segments for name in segment.weights.values())
+    return trunk + sum(parameter.nbytes for parameter in engine.branches.parameters())
 
 
-def _outside(path: Path, quantize: Quantize | None, model: ModelProto, piece: Piece) -> ModelProto:
-    """A piece whose weights are in a file: protobuf cannot even nest graphs of more than 2 GiB."""
+def _outside(
+    path: Path, places: dict[bytes, int], quantize: Quantize | None, model: ModelProto, piece: Piece
+) -> ModelProto:
+    """A piece whose weights are in a file, equal ones once: protobuf cannot even nest graphs of more than 2 GiB."""
     model = model if quantize is None else quantize(model, piece)
     with path.open("ab") as file:
         for weight in model.graph.initializer:
             if len(weight.raw_data) >= _SMALL:
-                file.write(bytes(-file.tell() % _PAGE))
-                set_external_data(weight, path.name, file.tell(), len(weight.raw_data))
-                file.write(weight.raw_data)
+                digest = hashlib.sha256(weight.raw_data).digest()
+                if digest not in places:
+                    places[digest] = file.tell() + -file.tell() % _PAGE
+                    file.write(bytes(-file.tell() % _PAGE) + weight.raw_data)
+                set_external_data(weight, path.name, places[digest], len(weight.raw_data))
                 weight.ClearField("raw_data")
     return model
 

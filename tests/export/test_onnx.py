@@ -136,6 +136,7 @@ def test_weights_beyond_one_file_are_beside_it(
         assert files.count("stage_0.onnx") == files.count("stage_0.weights") == 1
         return
     assert re.fullmatch(r"model.onnx model.onnx.[0-9a-f]{8}.weights", " ".join(files))
+    assert writers._bytes(model.engine) == sum(t.nbytes for t in model.state_dict().values() if t.is_floating_point())
     with monkeypatch.context() as context:
         context.setattr(writers.os, "fsync", Mock(side_effect=OSError("full")))
         with pytest.raises(ee.WriteError, match="full"):
