@@ -127,7 +127,7 @@ def file_records(
     """The answers of a file's exits as records, with the file's own values of its score."""
     known = Labels(engine, class_map)
     known.compares = False  # that is a question of the original in float
-    records = recorded(engine, data, known, _ask(file), batch_size=_BATCH)
+    records = recorded(engine, data, known, _ask(engine, file), batch_size=_BATCH)
     scores = records.confidence
     assert scores is not None
     records = replace(records, confidence=scores.logit(1e-7) if score == "learned" else None)
@@ -135,12 +135,13 @@ def file_records(
     return records
 
 
-def _ask(file: OnnxModel | StagedModel) -> Ask:
+def _ask(engine: Engine, file: OnnxModel | StagedModel) -> Ask:
     """The answers and scores of a file's exits: one run for each, with that exit alone open."""
     count = len(file.exits) - 1
 
     def ask(inputs: Inputs) -> Answers:
-        given = {name: tensor.cpu().numpy() for name, tensor in tensors(_named(file, inputs)).items()}
+        named = tensors(engine.backbone.batch(inputs).arguments)
+        given = {name: tensor.cpu().numpy() for name, tensor in named.items()}
         logits: list[Tensor] = []
         scores: list[Tensor] = []
         for k in range(count + 1):
@@ -151,10 +152,6 @@ def _ask(file: OnnxModel | StagedModel) -> Ask:
         return Answers(torch.stack(logits, 1), torch.stack(scores[:-1], 1))
 
     return ask
-
-
-def _named(file: OnnxModel | StagedModel, inputs: Inputs) -> dict[str, object]:
-    return {file.inputs[0]: inputs} if isinstance(inputs, Tensor) else dict(inputs)
 
 
 def _beside_logits(branch: ModelProto) -> list[str]:
