@@ -27,7 +27,7 @@ from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.presets import PRESETS, Preset
-from ee_surgery.search.exit_search import TRIED, prune_exits, search_exits
+from ee_surgery.search.exit_search import TRIED, Cost, prune_exits, search_exits, timed
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load
 from ee_surgery.task import Task
@@ -57,6 +57,7 @@ def augment(
     calibrate: Data | None = None,
     config: TrainConfig | None = None,
     max_accuracy_drop: float = 0.01,
+    cost: Cost = "macs",
     seed: int = 0,
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
@@ -88,6 +89,8 @@ def augment(
         config: of the training.
         max_accuracy_drop: with `exits="auto"`: the accuracy drop at which to minimize the cost; `operate` may later
             ask for any other.
+        cost: with `exits="auto"`: what to minimize, MACs or time; see `search_exits`. With time, the frontier has
+            latencies.
         seed: of the branches' initial weights.
         accelerator: your own, as for `train`; each process runs its shard.
         class_map: the model's class for each label of `train` and `calibrate`, if they differ; see `train`.
@@ -119,7 +122,18 @@ def augment(
             )
         kinds = branch or (TRIED if method is None else method.branch)
         return _by_search(
-            graph, kinds, train, calibrate, config, calibrator, joint, max_accuracy_drop, seed, accelerator, class_map
+            graph,
+            kinds,
+            train,
+            calibrate,
+            config,
+            calibrator,
+            joint,
+            max_accuracy_drop,
+            cost,
+            seed,
+            accelerator,
+            class_map,
         )
     plan = _plan(graph, exits, placement, method)
     if branch is None:
@@ -154,6 +168,7 @@ def _by_search(
     calibrator: str,
     joint: bool,
     drop: float,
+    cost: Cost,
     seed: int,
     accelerator: Accelerator | None,
     class_map: ClassMap | None,
@@ -171,15 +186,18 @@ def _by_search(
         config=config,
         seed=seed,
         max_accuracy_drop=drop,
+        cost=cost,
         **shared,
     )
     branched = attach(graph, found.plan, found.branches, seed=seed)
     branched = train_branches(branched, train, config, joint=joint, **shared).model
     records = record(branched, searching, batch_size=size, **shared)
-    branched = prune_exits(branched, records, drop)
+    measured = timed(branched, cost, searching, size)
+    branched = prune_exits(branched, records if measured is None else measured.in_time(records), drop)
     left = [name for name in found.plan.names if name not in branched.exits]
     branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    frontier = calibrate_exits(branched, thresholds, method=calibrator, batch_size=size, **shared)
+    measured = timed(branched, cost, searching, size)
+    frontier = calibrate_exits(branched, thresholds, method=calibrator, batch_size=size, profile=measured, **shared)
     if config.progress and accelerator.is_main_process:
         print(found)
         if left:

@@ -34,6 +34,7 @@ def profile(
     inputs: Inputs | Mapping[str, Any] | None = None,
     *,
     batch_size: int = 1,
+    sizes: Sequence[int] | None = None,
     seconds: float = 20.0,
 ) -> Profile:
     """Time every stage and branch of a model on the engine that runs it, here and now.
@@ -46,12 +47,15 @@ def profile(
             asked by the score and fallback of its operating point, or by `max_prob`.
         inputs: a batch of any size, repeated as needed; by default what a branched model was augmented with.
         batch_size: samples per call in production.
+        sizes: numbers of samples still in flight to time besides `batch_size`, at most that; by default 1, a quarter
+            and a half of it. Times between them are interpolated.
         seconds: about how long to take.
     Raises:
         DataError: no inputs for an exported file, or none at all.
         ConfigError: another object, or an invalid number.
     """
     batch_size, seconds = count("batch_size", batch_size), positive("seconds", seconds)
+    fewer = [max(1, batch_size // part) for part in (2, 4, batch_size)] if sizes is None else sizes
     if isinstance(served, EarlyExitModel):
         run_of, exits = _routed(served, inputs), len(served.exits)
         device, engine = next(served.branches.parameters()).device, served.engine.backend
@@ -63,13 +67,13 @@ def profile(
         engine, threads = served.engine, served.threads
     else:
         refuse("served", "an EarlyExitModel or an exported file", served)
-    sizes = sorted({max(1, batch_size // part) for part in (1, 2, 4, batch_size)})
-    calls = {f"{n} {name}": call for n in sizes for name, call in _calls(run_of(n), exits).items()}
+    ladder = sorted({*(count("sizes", n, high=batch_size) for n in fewer), batch_size})
+    calls = {f"{n} {name}": call for n in ladder for name, call in _calls(run_of(n), exits).items()}
     once = sum(spent for (spent,) in interleave(calls, device, rounds=1, warmup=2).values())
     rounds = min(max(int(seconds / once), _ROUNDS[0]), _ROUNDS[-1])
     times = interleave(calls, device, rounds=rounds)
-    trunk, branches = zip(*(_split(times, n, exits) for n in sizes), strict=True)
-    return Profile(engine, processor(device), threads, batch_size, tuple(sizes), trunk, branches)
+    trunk, branches = zip(*(_split(times, n, exits) for n in ladder), strict=True)
+    return Profile(engine, processor(device), threads, batch_size, tuple(ladder), trunk, branches)
 
 
 def _calls(run: Run, exits: int) -> dict[str, Callable[[], object]]:

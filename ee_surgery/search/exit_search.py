@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from ee_surgery.attachment import attach
 from ee_surgery.backbone.base import Sample
-from ee_surgery.backbone.inputs import Inputs, tensors
 from ee_surgery.branches import BranchSpec, known, resolve
+from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain
 from ee_surgery.data.batches import Data, batches, loader
+from ee_surgery.data.batches import count as rows
 from ee_surgery.data.distributed import Processes
 from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import BranchError, ConfigError, DataError, ExitPointError
-from ee_surgery.evaluation.latency import interleave, parts
+from ee_surgery.evaluation.profile import profile
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.inspection import inspect
@@ -44,8 +44,10 @@ TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget
 _STEPS = (100, 300)  # default range of the training steps of a probe
 _SHARE = 4  # a probe is trained for 1 / _SHARE of the training's steps
 _WIDER = (4, 16)  # times the accepted drop
-_ROUNDS = 10
-Cost: TypeAlias = Literal["macs", "time"]
+_SECONDS = 5.0  # to time a group of branches
+_Counted: TypeAlias = Literal["macs", "time"]
+Cost: TypeAlias = _Counted | Callable[[EarlyExitModel], Profile]
+"""MACs; time in PyTorch here; or time by a function that profiles a branched model on the engine that will serve."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def search_exits(
         points: number of blocks to try, denser near the input, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: largest number of exits at one drop.
-        cost: what to minimize: MACs, or the measured time of stages and branches on this machine, for batches such
-            as the first of `held_out`.
+        cost: what to minimize: `macs`; `time`, measured in PyTorch on this machine for batches such as the first of
+            `held_out`; or a function that makes the profile of a branched model, `ee.profile` of a file exported from
+            it for example. It is called once for every group of branches trained together.
         config: of the training that will follow; probes use it too, for `probe_steps` steps.
         probe_steps: by default a quarter of that training, but 100 to 300 steps if it has as many.
         sample: see `inspect`.
@@ -150,7 +153,8 @@ def search_exits(
         ConfigError: chained branches.
         DataError: `train` or `held_out` is an iterator, which can be read only once.
     """
-    choice("cost", cost, get_args(Cost))
+    if not callable(cost):
+        choice("cost", cost, get_args(_Counted))
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
     specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
@@ -259,7 +263,7 @@ def _try(
     train: Data,
     held_out: Data,
     short: TrainConfig,
-    cost: str,
+    cost: Cost,
     seed: int,
     accelerator: Accelerator,
     class_map: ClassMap | None,
@@ -270,9 +274,8 @@ def _try(
     train_branches(branched, train, short, accelerator=accelerator, class_map=class_map)
     size = short.batch_size
     records = record(branched, held_out, batch_size=size, accelerator=accelerator, class_map=class_map)
-    if cost == "time":
-        inputs, _ = next(iter(batches(held_out, short.batch_size, accelerator.device)))
-        records = _in_time(records, branched, inputs)
+    measured = timed(branched, cost, held_out, size)
+    records = records if measured is None else measured.in_time(records)
     return [_Probe(each.point, each.branch, records.keep([k])) for k, each in enumerate(fitting)]
 
 
@@ -341,19 +344,15 @@ def _groups(graph: ModelGraph, fitting: Sequence[_Fitting]) -> list[list[_Fittin
     return groups
 
 
-def _in_time(records: ExitRecords, branched: EarlyExitModel, inputs: Inputs) -> ExitRecords:
-    """The same records, with nanoseconds per batch instead of MACs."""
-    branched.operate(thresholds=2.0)  # above any probability: every branch runs, and no sample leaves
-    main = inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values()))
-    times = interleave(parts(branched, inputs), main.device, rounds=_ROUNDS)
-    branched.operate(None)
-    nanoseconds = {name: round(1e9 * statistics.median(values)) for name, values in times.items()}
-    k = len(branched.branches)
-    return replace(
-        records,
-        trunk_macs=tuple(accumulate(nanoseconds[f"stage {i}"] for i in range(k + 1))),
-        branch_macs=tuple(nanoseconds[f"branch {i}"] for i in range(k)),
-    )
+def timed(branched: EarlyExitModel, cost: Cost, data: Data, batch_size: int) -> Profile | None:
+    """The profile of a branched model by which its exits are chosen; None if MACs count."""
+    if cost == "macs":
+        return None
+    if cost == "time":
+        inputs, _ = next(iter(batches(data, batch_size)))
+        n = rows(inputs)
+        return profile(branched, inputs, batch_size=n, sizes=[n], seconds=_SECONDS)
+    return instance("the result of cost=", cost(branched), Profile)
 
 
 def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:

@@ -268,6 +268,32 @@ def test_time_may_be_what_counts() -> None:
     assert "candidate exits" in str(found)
 
 
+def test_exits_are_chosen_by_the_profile_of_the_engine_that_will_serve() -> None:
+    """An engine on which only the branch at 1 is cheap: MACs alone would choose others."""
+    model, data = learnt()
+    seen: list[list[str]] = []
+
+    def served(branched: ee.EarlyExitModel) -> ee.Profile:
+        seen.append(branched.exits)
+        trunk = tuple(float(position[name]) for name in branched.exits)
+        branches = tuple(0.1 if name == "1" else 50.0 for name in branched.exits)
+        return ee.Profile("mine", "here", 1, 4, (4,), ((*trunk, 10.0),), (branches,))
+
+    sample = torch.randn(2, 3, 8, 8)
+    position = {point.name: 1 + k for k, point in enumerate(ee.inspect(model, sample))}
+    options = {"sample": sample, "config": CONFIG, "max_accuracy_drop": 0.3}
+    found = ee.search_exits(model, data, data, branch="pool", points=["1", "3"], probe_steps=40, cost=served, **options)
+    assert found.plan.names == ["1"]
+    assert seen == [["1", "3"]]
+    branched = ee.augment(model, "auto", branch="pool", train=data, calibrate=data, cost=served, **options)
+    assert branched.exits == ["1"]
+    assert branched.frontier is not None
+    assert branched.frontier.profile is not None
+    assert branched.frontier.profile.engine == "mine"
+    with pytest.raises(ee.ConfigError, match="the result of cost= must be a Profile, got 1"):
+        ee.search_exits(model, data, data, branch="pool", probe_steps=1, cost=lambda _: 1, **options)  # pyright: ignore
+
+
 def test_a_branch_that_costs_more_than_it_saves_is_left_out() -> None:
     model, data = learnt()
     branched = ee.augment(model, ["1", "3"], branch="pool", sample=torch.randn(2, 3, 8, 8))
