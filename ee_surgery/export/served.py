@@ -16,17 +16,20 @@ from ee_surgery.share.save_load import SharedModel
 class ServedModel(SharedModel):
     """Compiling and exporting."""
 
-    def compile(self, *, freeze: bool = False, disable: bool = False, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *, freeze: bool = False, pad: bool | None = None, disable: bool = False, **options: Any
+    ) -> None:
         """Compile routed runs, in place, on first use: each stage with its branch and score; see `Compilation`.
 
         Args:
             freeze: pack copies of all weights; taken again when the weights change.
+            pad: pad samples in flight to the next power of two; by default with CUDA graphs alone.
             disable: run without torch.compile again.
             options: of torch.compile: `backend`, `mode`, `options`.
         Raises:
             ConfigError: torch.compile does not take them.
         """
-        compilation = Compilation(options, freeze)
+        compilation = Compilation(options, freeze, pad)
         self.engine.compilation = None if disable else compilation
 
     def export(

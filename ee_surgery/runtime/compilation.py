@@ -1,7 +1,8 @@
 """How routed runs are compiled, and one compiled part: a stage with its branch and score.
 
 A part has a program for a batch of one, which the compiler specialises, and one or two whose batch is a symbol.
-Measured on a CPU, a symbolic batch is as fast as a fixed one, so that nothing is padded.
+Measured on a CPU, a symbolic batch is as fast as a fixed one, so that nothing is padded there. A CUDA graph is of one
+size: batches are padded to powers of two, so that there are few.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_surgery.checks import flag
+from ee_surgery.checks import flag, optional
 from ee_surgery.errors import ConfigError
 from ee_surgery.graph.backends.base import BoundWeights
 from ee_surgery.graph.backends.graph_module import BoundStage
@@ -29,6 +30,7 @@ from ee_surgery.runtime.router import InFlight
 
 SIZES = (1, 2, 16)
 """The smallest batches of programs of their own: compilers specialise 1, and torch picks convolutions by 16 or more."""
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record them
 _ONE_GRAPH = "Each part is one graph with a symbolic batch: leave it out."
 
 
@@ -39,15 +41,19 @@ class Compilation:
     Args:
         options: `backend`, `mode`, `options`, and whatever else torch.compile takes.
         freeze: make constants of all weights, packed for the processor, with BatchNorm folded into convolutions.
+        pad: pad the samples in flight to the next power of two, so that a part runs at few sizes; None: with CUDA
+            graphs alone.
     Raises:
         ConfigError: torch.compile does not take them.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     freeze: bool = False
+    pad: bool | None = None
 
     def __post_init__(self) -> None:
         flag("freeze", self.freeze)
+        optional(flag)("pad", self.pad)
         known = [*inspect.signature(torch.compile).parameters][1:]
         for name, value in self.options.items():
             if name not in known:
@@ -60,6 +66,11 @@ class Compilation:
             self.apply(lambda: None)
         except Exception as error:
             raise ConfigError(f"torch.compile does not take {dict(self.options)}: {error}") from error
+
+    def pads(self, device: torch.device) -> bool:
+        """Whether batches on this device are padded."""
+        graphs = device.type == "cuda" and self.options.get("mode") in _CUDA_GRAPHS
+        return graphs if self.pad is None else self.pad
 
     def apply(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Hand a function to torch.compile, by a code object of its own: programs are kept, and counted, by code."""
@@ -133,8 +144,7 @@ class Part(nn.Module):
         for stage in self._bound:
             stage.bind()
         self._thaw()
-        index, dim, times = self._batch_source
-        size = size_class(flight.live[index].shape[dim] // times)
+        size = size_class(self.rows(flight))
         # In one layout, and never the caller's own tensors: these get marks.
         live = [tensor.detach().contiguous() for tensor in flight.live]
         log_probs, best = (() if tensor is None else (tensor,) for tensor in (flight.log_probs, flight.best))
@@ -156,6 +166,11 @@ class Part(nn.Module):
             self._frozen = frozen
         log_probs, best = (tensors[0] if tensors else None for tensors in (carried.log_probs, carried.best))
         return InFlight(out, flight.rows, carried.state, log_probs, best, asked)
+
+    def rows(self, flight: InFlight) -> int:
+        """Samples in flight at its input."""
+        index, dim, times = self._batch_source
+        return flight.live[index].shape[dim] // times
 
     def without(self) -> None:
         """Leave what is asked to eager mode; of a stage alone, all of it."""

@@ -41,6 +41,7 @@ class CompiledRouter(Router):
         super().__init__(*arguments)
         self.parts = parts
         self.score = ScoreOf(self.policy.score, self.policy.task)
+        self.pads = parts[0].compilation.pads(self._unasked.device)
         self._prepared: set[int] = set()
 
     def __call__(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer] = ()) -> ExitOutput:
@@ -58,7 +59,17 @@ class CompiledRouter(Router):
             return super()._advance(k, flight._replace(asked=()))
         if not self.program.unchanged[k]():
             raise Altered
-        return self.parts[k].run(flight, self.score)
+        rows = self.parts[k].rows(flight)
+        padded = 1 << (rows - 1).bit_length()  # the next power of two
+        if not self.pads or padded == rows:
+            return self.parts[k].run(flight, self.score)
+        repeated = torch.arange(padded, device=self._unasked.device).clamp_max_(rows - 1)
+        behind = self.parts[k].run(flight.keep(repeated, self.axes[k]), self.score)
+        if k == self.last:
+            kept = behind._replace(live=tuple(tensor[:rows] for tensor in behind.live))
+        else:
+            kept = behind.keep(repeated[:rows], self.axes[k + 1])
+        return kept._replace(rows=flight.rows, asked=tuple(tensor[:rows] for tensor in behind.asked))
 
     def _ask(self, k: int, flight: InFlight) -> tuple[Tensor, Tensor, Tensor, InFlight]:
         if not flight.asked:

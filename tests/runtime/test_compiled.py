@@ -68,16 +68,44 @@ def test_a_compiled_run_answers_as_an_eager_one_at_every_batch_size(name: str, b
             agree(model, x, expected, rows)
 
 
+@pytest.mark.parametrize(("name", "branch"), [("cifar-resnet20", "shortcut"), ("hf-Swin", "pool")])
+def test_padded_batches_answer_alike_and_run_at_powers_of_two(name: str, branch: str) -> None:
+    """CUDA graphs are of one size: there are few sizes to record, and the samples that pad change nothing."""
+    model, x = ee.attach(graph(name), ee.place(graph(name), 2), branch), BY_NAME[name].sample(8)
+    split(model, x)
+    expected = model.predict(x)
+    sizes: list[int] = []
+
+    def backend(module: Any, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            sizes.extend({value for value in values if isinstance(value, int)})
+            return module.forward(*values)
+
+        return run
+
+    model.compile(backend=backend, pad=True)
+    agree(model, x, expected)
+    sizes.clear()
+    with once_compiled():
+        for rows in (slice(1), slice(5), slice(1, 4), slice(2, 8)):
+            agree(model, x, expected, rows)
+    assert {2, 4, 8} <= set(sizes)
+    assert not {3, 5, 6, 7} & set(sizes)
+
+
 @pytest.mark.parametrize(
     ("branch", "score", "fallback", "confidence"),
     POLICIES,
 )
-def test_scores_with_state_chains_and_fallbacks(branch: str, score: str, fallback: str, confidence: bool) -> None:
+@pytest.mark.parametrize("pad", [False, True])
+def test_scores_with_state_chains_and_fallbacks(
+    branch: str, score: str, fallback: str, confidence: bool, pad: bool
+) -> None:
     model, x = two_exits(branch, confidence), torch.randn(12, 3, 16, 16)
     point = OperatingPoint.by_hand([INF, INF], score, 2)
     rows = ee.record(model, [x], batch_size=12).scores(score)
     middle = [(row.sort().values[5] + 1e-6).item() for row in rows]
-    model.compile(backend="eager")
+    model.compile(backend="eager", pad=pad)
     for thresholds in ((middle[0], INF), (INF, middle[1]), tuple(middle), (-INF, INF)):
         model.operate(replace(point, thresholds=thresholds, fallback=fallback))
         found = [model.predict(x[:1]), model.predict(x)]
