@@ -13,7 +13,7 @@ from ee_surgery.training.precision import AskedPrecision
 
 Teacher: TypeAlias = Literal["labels", "original"]
 Optimizer: TypeAlias = Literal["adamw", "adam", "sgd"]
-Schedule: TypeAlias = Literal["cosine", "linear", "step", "constant"]
+Schedule: TypeAlias = Literal["cosine", "linear", "step", "constant", "wsd"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +71,11 @@ class TrainConfig:
     momentum: float = 0.9
     """Of SGD (Nesterov)."""
     schedule: Schedule = "cosine"
-    """`step` divides by ten at each of the `milestones`."""
+    """`step` divides by ten at each of the `milestones`; `wsd` is constant and falls to 0 over the last `decay`."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Fractions of the training, in [0, 1]."""
+    decay: float = 0.25
+    """Fraction of the training, in (0, 1], over which the rate falls to 0 linearly with `wsd`."""
     warmup: float = 0.05
     """Fraction of all steps over which the rate rises from 0."""
     clip_grad: float | None = 1.0
@@ -81,8 +83,8 @@ class TrainConfig:
     ensemble_epochs: int = 500
     """Passes over recorded logits to fit the ensembles of `ztw` branches, after training; 0 for none."""
     mixed_precision: AskedPrecision = "no"
-    """`auto`: bfloat16 if the device supports it natively, else float32 (`no`); training prints which. The default is
-    the same on every machine."""
+    """`auto`: bfloat16 if the device supports it natively and is faster with it, else float32 (`no`); training prints
+    which. The default is the same on every machine."""
     validation: float = 0.1
     """Fraction of a map-style training set held out to report each exit's accuracy; 0 for none."""
     num_workers: int = 0
@@ -141,6 +143,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "momentum": partial(number, low=0, below=1),
     "schedule": partial(choice, known=get_args(Schedule)),
     "milestones": partial(numbers, low=0, high=1, hint="Fractions of the training."),
+    "decay": partial(number, above=0, high=1),
     "warmup": _SHARE,
     "clip_grad": optional(partial(number, above=0, hint="None for no clipping.")),
     "ensemble_epochs": partial(count, low=0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
@@ -41,6 +41,7 @@ from ee_surgery.training.objectives import OBJECTIVES
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.precision import resolve_precision
 from ee_surgery.training.report import Epoch, TrainReport, describe, start_trackers
+from ee_surgery.training.speed import StopWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +58,7 @@ def train(
     accelerator: Accelerator | None = None,
     joint: bool = False,
     class_map: ClassMap | None = None,
+    watch: Callable[[EarlyExitModel], bool] | None = None,
 ) -> TrainReport:
     """Train the branches. The original runs in eval mode without gradients and keeps every bit.
 
@@ -87,6 +89,9 @@ def train(
             training mode, modules that are in eval mode stay in it.
         class_map: which class of the model each label of the data is, where they are not the same: a list or dict of
             class numbers, names or WordNet ids.
+        watch: called after every epoch, in all processes, with the weights that training would end with (averaged, with
+            `ema`). Once it returns True, the learning rate decays (`schedule="wsd"`) and training ends, or it ends at
+            once (other schedules).
     Raises:
         ConfigError: an objective or a mixing that is not for the model's task; `joint` with answers of the original as
             labels, or an original that is frozen as a whole; an accelerator that splits models up (FSDP, DeepSpeed),
@@ -111,7 +116,7 @@ def train(
         branched = branched.copy()
     try:
         accelerator = accelerator or make_accelerator(config)
-        return _Run(branched, data, config, validation, accelerator, joint, class_map).run()
+        return _Run(branched, data, config, validation, accelerator, joint, class_map, watch).run()
     finally:
         branched.eval()
         checkpoint.set_random_state(before)
@@ -141,8 +146,9 @@ class _Run:
         accelerator: Accelerator,
         joint: bool,
         class_map: ClassMap | None,
+        watch: Callable[[EarlyExitModel], bool] | None,
     ) -> None:
-        self.processes = Processes(accelerator)
+        self.processes, self.watch = Processes(accelerator), watch
         if accelerator.gradient_accumulation_steps not in (1, config.accumulate):
             raise ConfigError(
                 f"The accelerator adds up gradients over {accelerator.gradient_accumulation_steps} batches, "
@@ -173,7 +179,10 @@ class _Run:
             )
         lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
         self.total = min((length for length in lengths if length is not None), default=0)
-        """Steps of the whole training; 0 if unknown."""
+        """Steps of the whole training; 0 if unknown. Fewer once `watch` has had enough."""
+        self.last_step = config.max_steps
+        """None: epochs alone end it."""
+        self.stopwatch = StopWatch(accelerator.device)
         self.validation = None
         if validation is not None:
             self.validation = ShardedBatches(loader(validation, config.batch_size), self.processes, read)
@@ -245,7 +254,7 @@ class _Run:
         return self.report
 
     def _one_epoch(self, folder: Path | None, resumed: dict[str, Any] | None) -> None:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.samples
         done = self.step * self.config.accumulate
         state = None
         if resumed is not None and done and len(resumed["random"]) == self.processes.number:
@@ -256,8 +265,9 @@ class _Run:
             task = bar.add_task(
                 f"epoch {self.epoch + 1}/{self.config.epochs}", total=self.steps, completed=self.step, loss=math.nan
             )
-            while not self._at_the_end() and (group := list(islice(batches, self.config.accumulate))):
-                self._one_step(group)
+            while not self._at_the_end() and (group := self._next(batches)):
+                with self.stopwatch.timing("step"):
+                    self._one_step(group)
                 self.step, self.all_steps = self.step + 1, self.all_steps + 1
                 bar.update(task, advance=1, loss=self.loss_sum / max(1, self.taken))
                 if folder and self.step % self.config.checkpoint_steps == 0:
@@ -268,9 +278,11 @@ class _Run:
             raise DataError(f"No sample of the training data has a label: all are {IGNORED}, which is ignored.")
         self.learner.eval()
         mean = self.loss_sum / self.taken if self.taken else math.nan
+        speed = self.stopwatch.read(self.samples - before)
         with self._as_it_will_run():
             accuracies = self._validate()
-        epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped)
+            self._look()
+        epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped, speed)
         self.report.epochs.append(epoch)
         self._say(describe(epoch))
         self.accelerator.log(
@@ -286,6 +298,21 @@ class _Run:
         self.epoch, self.step, self.taken, self.skipped, self.loss_sum = self.epoch + 1, 0, 0, 0, 0.0
         if folder:
             self._save(folder)
+
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        with self.stopwatch.timing("data"):
+            return list(islice(batches, self.config.accumulate))
+
+    def _look(self) -> None:
+        """Ask `watch` whether this is enough, unless the end is near already."""
+        left = self.config.decay if self.config.schedule == "wsd" else 0.0
+        if self.watch is None or (self.total and self._progress() > 1 - left):
+            return
+        before = checkpoint.random_state()
+        enough = bool(self.watch(self.branched))
+        if self.processes.of_main(lambda: enough):
+            self.total = self.last_step = round(self.all_steps / (1 - min(left, 0.99)))
+        checkpoint.set_random_state(before)
 
     def _one_step(self, batches: list[Batch]) -> None:
         """One step on all of these. All processes see the same loss and gradient, and so take or skip it alike."""
@@ -339,7 +366,9 @@ class _Run:
 
     def _loss(self, batch: Batch) -> Tensor:
         """Of the whole batch, in every process; its gradient here is the part of the samples here."""
-        branch_batch = self.source.branch_batch(batch, needs_original(self.config, self.branched, self._progress()))
+        with self.stopwatch.timing("original"):
+            reads_original = needs_original(self.config, self.branched, self._progress())
+            branch_batch = self.source.branch_batch(batch, reads_original)
         require_labels(branch_batch.labels, self.config, self.branched.branches.head is not None)
         exits, original = self._answers(branch_batch)
         return batch_loss(
@@ -387,7 +416,7 @@ class _Run:
         return self.all_steps / self.total if self.total else 0.0
 
     def _at_the_end(self) -> bool:
-        return self.config.max_steps is not None and self.all_steps >= self.config.max_steps
+        return self.last_step is not None and self.all_steps >= self.last_step
 
     def _fit_ensembles(self) -> None:
         """On the validation split where there is one: answers to what the branches learned from are too sure."""
@@ -537,8 +566,7 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
-        history = [Epoch(**{**epoch, "accuracies": tuple(epoch["accuracies"])}) for epoch in state["history"]]
-        self.report.epochs.extend(history)
+        self.report.epochs.extend(map(Epoch.from_dict, state["history"]))
         if not all(found.keys() >= checkpoint.random_state().keys() for found in state["random"]):
             raise KeyError("random")
 
@@ -577,4 +605,4 @@ def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, iden
 
 _ENSEMBLE_SAMPLES = 10_000  # tens of parameters per head need no more
 _NUMBERS = {"no": "float32", "bf16": "bfloat16"}
-_COUNTERS = ("epoch", "step", "all_steps", "taken", "skipped", "in_a_row", "samples", "loss_sum")
+_COUNTERS = ("epoch", "step", "all_steps", "total", "last_step", "taken", "skipped", "in_a_row", "samples", "loss_sum")

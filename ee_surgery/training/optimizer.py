@@ -26,6 +26,9 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> t
 def learning_rate(config: TrainConfig, progress: float, steps: int) -> float:
     """The rate of one step.
 
+    `wsd`, warmup-stable-decay, is constant up to the decay, so that the end need not be known before.
+    Source: Hu et al., MiniCPM, 2024 (arXiv 2404.06395).
+
     Args:
         progress: fraction of the training that is done, in [0, 1).
         steps: of the whole training; 0 if unknown, for a constant rate.
@@ -38,5 +41,6 @@ def learning_rate(config: TrainConfig, progress: float, steps: int) -> float:
         "linear": 1 - progress,
         "step": 0.1 ** sum(progress >= share for share in config.milestones),
         "constant": 1.0,
+        "wsd": min(1.0, (1 - progress) / config.decay),
     }[config.schedule]
     return config.lr * rise * shape

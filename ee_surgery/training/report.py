@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.training.speed import Speed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +25,14 @@ class Epoch:
     seconds: float
     skipped: int
     """Steps skipped because their loss or gradient was not finite."""
+    speed: Speed | None = None
+    """None if the epoch was resumed at its very end."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Epoch:
+        """The inverse of `asdict`."""
+        speed = data["speed"] and Speed(**data["speed"])
+        return cls(**{**data, "accuracies": tuple(data["accuracies"]), "speed": speed})
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ def describe(epoch: Epoch) -> str:
     accuracies = " ".join(f"{accuracy:.2%}" for accuracy in epoch.accuracies)
     skipped = f", {epoch.skipped} steps skipped" if epoch.skipped else ""
     shown = f", validation accuracy by exit {accuracies}" if accuracies else ""
-    return f"epoch {epoch.epoch + 1}: loss {epoch.loss:.4f}{shown}, {epoch.seconds:.0f} s{skipped}"
+    speed = f", {epoch.speed}" if epoch.speed else ""
+    return f"epoch {epoch.epoch + 1}: loss {epoch.loss:.4f}{shown}, {epoch.seconds:.0f} s{skipped}{speed}"
 
 
 def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:

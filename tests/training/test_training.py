@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ee_surgery as ee
-from ee_surgery.training import checkpoint, features
+from ee_surgery.training import checkpoint, features, precision
+from ee_surgery.training.optimizer import learning_rate
 from ee_surgery.training.precision import resolve_precision
 from tests import ROOT
 
@@ -172,14 +173,14 @@ def test_a_loss_that_stays_not_finite_stops_training() -> None:
 
 def test_mixed_precision_and_sgd_train() -> None:
     branched = small()
-    for precision in ("bf16", "no"):
+    for numbers in ("bf16", "no"):
         config = ee.TrainConfig(
             epochs=2,
             batch_size=32,
             optimizer="sgd",
             lr=0.05,
             schedule="step",
-            mixed_precision=precision,
+            mixed_precision=numbers,
             progress=False,
         )
         report = ee.train(branched, blobs(), config)
@@ -191,19 +192,25 @@ _X86 = {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_b
 
 
 @pytest.mark.parametrize(
-    ("has", "expected"),
+    ("has", "ratio", "expected"),
     [
-        (_X86, "no"),
-        ({**_X86, "avx512_bf16": True}, "bf16"),
-        ({"architecture": "aarch64", "neon": True, "bf16": False}, "no"),
-        ({"architecture": "aarch64", "neon": True, "bf16": True}, "bf16"),
-        ({}, "no"),
+        (_X86, 0.5, "no"),
+        ({**_X86, "avx512_bf16": True}, 0.5, "bf16"),
+        ({**_X86, "avx512_bf16": True}, 1.8, "no"),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, 0.5, "no"),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, 0.5, "bf16"),
+        ({}, 0.5, "no"),
     ],
 )
-def test_auto_precision_is_bfloat16_where_the_processor_has_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has: dict[str, Any], expected: str
+def test_auto_precision_is_bfloat16_where_the_processor_is_faster_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has: dict[str, Any],
+    ratio: float,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(precision, "_speed_ratio", lambda: ratio)
     config = replace(QUICK, epochs=1, mixed_precision="auto")
     report = ee.train(small(), blobs(32), config)
     assert report.model.provenance["training"]["mixed_precision"] == expected
@@ -211,6 +218,12 @@ def test_auto_precision_is_bfloat16_where_the_processor_has_it(
     ee.train(small(), blobs(32), replace(config, progress=True))
     number = {"no": "float32", "bf16": "bfloat16"}[expected]
     assert capsys.readouterr().out.count(f"mixed_precision='auto' on this cpu: {number}\n") == 1
+
+
+def test_the_speed_of_bfloat16_is_measured_without_a_trace() -> None:
+    before = torch.random.get_rng_state()
+    assert 0.01 < precision._speed_ratio() < 100
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -229,6 +242,7 @@ def test_a_checkpoint_of_auto_precision_goes_on_in_the_same_precision_only(
 ) -> None:
     config = replace(QUICK, epochs=1, checkpoint_dir=str(tmp_path))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(precision, "_speed_ratio", lambda: 0.5)
     ee.train(small(), blobs(32), replace(config, mixed_precision="auto"))
     ee.train(small(), blobs(32), replace(config, mixed_precision="bf16"))  # the same by another name
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
@@ -589,3 +603,52 @@ def test_a_last_batch_of_one_sample_is_learned_from(objective: str, joint: bool)
     for name in before:
         if "running" in name:  # one value has no variance: they stay
             assert torch.equal(before[name], one[name]), name
+
+
+def test_training_ends_early_once_it_is_watched_to_be_enough() -> None:
+    """With `wsd`, the rate decays from there: a third more steps at a decay of 1/4."""
+    rates: list[list[float]] = []
+    for schedule in ("wsd", "constant"):
+        seen: list[tuple[bool, Tensor]] = []
+
+        def watch(branched: ee.EarlyExitModel, seen: list[tuple[bool, Tensor]] = seen) -> bool:
+            torch.rand(3)  # random numbers here change nothing of the training
+            seen.append((branched.branches.training, next(branched.branches.parameters()).clone()))
+            return len(seen) == 3
+
+        config = replace(QUICK, epochs=50, schedule=schedule, ema=0.5)
+        branched = small()
+        report = ee.train(branched, blobs(32), config, watch=watch)
+        assert len(seen) == 3
+        assert not any(training for training, _ in seen)
+        assert len(report.epochs) == (4 if schedule == "wsd" else 3)
+        if schedule == "constant":
+            assert torch.equal(seen[-1][1], next(branched.branches.parameters()))  # the average, and so the end
+    for decay in (0.25, 1.0):
+        config = replace(QUICK, schedule="wsd", warmup=0.0, decay=decay)
+        rates.append([learning_rate(config, step / 8, 8) / config.lr for step in range(8)])
+    assert rates == [pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.5]), pytest.approx([1 - step / 8 for step in range(8)])]
+
+
+def test_an_early_end_survives_a_kill(tmp_path: Path) -> None:
+    config = replace(QUICK, epochs=50, schedule="wsd")
+    whole = ee.train(small(), blobs(32), config, watch=lambda _: True).model
+    config = replace(config, checkpoint_dir=str(tmp_path))
+
+    def killed(_: ee.EarlyExitModel) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ee.train(small(), blobs(32), config, watch=killed)
+    again = ee.train(small(), blobs(32), config, watch=lambda _: True).model
+    for a, b in zip(whole.branches.parameters(), again.branches.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_report_says_how_fast_training_was_and_on_what_time_was_spent() -> None:
+    report = ee.train(small(), blobs(64), replace(QUICK, epochs=1))
+    speed = report.epochs[0].speed
+    assert speed is not None
+    assert 64 / speed.images_per_second < report.epochs[0].seconds
+    assert speed.data >= 0 < speed.original < 1 - speed.data
+    assert f"{speed.images_per_second:,.0f} images/s (original" in str(report)
