@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from ee_surgery.backbone.base import Sample
 from ee_surgery.branches import BranchSpec, known
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
-from ee_surgery.checks import count, flag, instance
+from ee_surgery.checks import choice, count, flag, instance, optional, positive
 from ee_surgery.data.batches import Data, halves
 from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import AdapterError, ConfigError
@@ -27,13 +28,12 @@ from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.presets import PRESETS, Preset
-from ee_surgery.search.exit_search import TRIED, Cost, prune_exits, search_exits, timed
+from ee_surgery.search.effort import EffortName, Setting, affordable, fit, make_setting, note
+from ee_surgery.search.exit_search import TRIED, Cost, prune_exits, search_exits
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load
 from ee_surgery.task import Task
-from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.loop import make_accelerator
 from ee_surgery.training.loop import train as train_branches
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def augment(
     config: TrainConfig | None = None,
     max_accuracy_drop: float = 0.01,
     cost: Cost = "macs",
+    effort: EffortName | None = None,
+    time_budget: float | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     class_map: ClassMap | None = None,
@@ -101,10 +103,15 @@ def augment(
     """
     joint, seed = flag("joint", joint), count("seed", seed, low=0)
     max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
+    effort = optional(partial(choice, known=get_args(EffortName)))("effort", effort)
+    time_budget = optional(positive)("time_budget", time_budget)
     config = None if config is None else instance("config", config, TrainConfig)
+    by_effort = effort is not None or time_budget is not None
     if joint and train is None:
         raise ConfigError("joint=True also trains the original, but there is no training data: give train=.")
     method = None if preset is None else PRESETS[preset]
+    if method is not None and by_effort:
+        raise ConfigError(f"The preset {preset!r} has its own training: leave out effort= and time_budget=.")
     searched = isinstance(exits, str) and exits == "auto"
     if exits is not None and not searched and not isinstance(exits, ExitPlan):
         exits = check_exits(exits)  # before capturing the model, which may take a minute
@@ -113,28 +120,37 @@ def augment(
     if branch is not None:
         known(branch)
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
-    config = config or (TrainConfig() if method is None else method.config)
     calibrator = "search" if method is None else method.method
-    if searched:
-        if train is None or calibrate is None or placement is not None:
+    simple = all(given is None for given in (exits, placement, branch, preset, config))
+    if searched or by_effort or (simple and train is not None and calibrate is not None):
+        if train is None or calibrate is None or (searched and placement is not None):
             raise ConfigError(
-                'exits="auto" trains and compares branches at many points: give train= and calibrate=, no placement=.'
+                'exits="auto", effort= and time_budget= train and compare branches: give train= and calibrate=, and no '
+                'placement= with exits="auto".'
             )
-        kinds = branch or (TRIED if method is None else method.branch)
-        return _by_search(
+        size = 128 if config is None else config.batch_size
+        searching, thresholds = halves(calibrate, size)
+        setting = make_setting(
             graph,
-            kinds,
             train,
-            calibrate,
-            config,
-            calibrator,
-            joint,
-            max_accuracy_drop,
-            cost,
-            seed,
-            accelerator,
-            class_map,
+            searching,
+            config=config,
+            accelerator=accelerator,
+            drop=max_accuracy_drop,
+            cost=cost,
+            seed=seed,
+            batch_size=size,
+            class_map=class_map,
         )
+        if by_effort or (config is None and method is None):
+            name = effort or ("standard" if time_budget is None else affordable(graph, time_budget))
+            plan = None if searched or (exits is None and placement is None) else _plan(graph, exits, placement, method)
+            branched = fit(setting, name, plan=plan, branches=branch, config=config, joint=joint, minutes=time_budget)
+        else:
+            config = config or (TrainConfig() if method is None else method.config)
+            branched = _by_search(setting, branch or (TRIED if method is None else method.branch), config, joint)
+        return _calibrated(setting, branched, thresholds, calibrator)
+    config = config or (TrainConfig() if method is None else method.config)
     plan = _plan(graph, exits, placement, method)
     if branch is None:
         branch = "auto" if method is None else method.branches(plan.points)
@@ -160,49 +176,34 @@ def _plan(
 
 
 def _by_search(
-    graph: ModelGraph,
-    kinds: str | BranchSpec | Sequence[str | BranchSpec],
-    train: Data,
-    held_out: Data,
-    config: TrainConfig,
-    calibrator: str,
-    joint: bool,
-    drop: float,
-    cost: Cost,
-    seed: int,
-    accelerator: Accelerator | None,
-    class_map: ClassMap | None,
+    setting: Setting, kinds: str | BranchSpec | Sequence[str | BranchSpec], config: TrainConfig, joint: bool
 ) -> EarlyExitModel:
-    """`augment(exits="auto")`: exits and thresholds are chosen on different samples."""
-    searching, thresholds = halves(held_out, config.batch_size)
-    accelerator = accelerator or make_accelerator(config)
-    shared = {"accelerator": accelerator, "class_map": class_map}
-    size = config.batch_size
+    """Exits by a search, trained as `config` says."""
     found = search_exits(
-        graph,
-        train,
-        searching,
+        setting.graph,
+        setting.train,
+        setting.searching,
         branch=kinds,
         config=config,
-        seed=seed,
-        max_accuracy_drop=drop,
-        cost=cost,
-        **shared,
+        seed=setting.seed,
+        max_accuracy_drop=setting.drop,
+        cost=setting.cost,
+        **setting.shared,
     )
-    branched = attach(graph, found.plan, found.branches, seed=seed)
-    branched = train_branches(branched, train, config, joint=joint, **shared).model
-    records = record(branched, searching, batch_size=size, **shared)
-    measured = timed(branched, cost, searching, size)
-    branched = prune_exits(branched, records if measured is None else measured.in_time(records), drop)
-    left = [name for name in found.plan.names if name not in branched.exits]
-    branched.provenance["placement"] = {**found.to_dict(), "left_out": left}
-    measured = timed(branched, cost, searching, size)
-    frontier = calibrate_exits(branched, thresholds, method=calibrator, batch_size=size, profile=measured, **shared)
-    if config.progress and accelerator.is_main_process:
-        print(found)
-        if left:
-            print(f"left out after training, since they cost more than they save: {', '.join(map(visible, left))}")
-        print(_outcome(frontier.at(max_accuracy_drop=drop), records, drop))
+    setting.say(str(found))
+    branched = attach(setting.graph, found.plan, found.branches, seed=setting.seed)
+    branched = train_branches(branched, setting.train, config, joint=joint, **setting.shared).model
+    branched = prune_exits(branched, setting.record(branched), setting.drop)
+    note(setting, branched, found.plan, found)
+    return branched
+
+
+def _calibrated(setting: Setting, branched: EarlyExitModel, data: Data, method: str) -> EarlyExitModel:
+    """With thresholds from data that has chosen no exits."""
+    profile, size = setting.profile(branched), setting.batch_size
+    frontier = calibrate_exits(branched, data, method=method, batch_size=size, profile=profile, **setting.shared)
+    records = record(branched, setting.searching, batch_size=size, **setting.shared)
+    setting.say(_outcome(frontier.at(max_accuracy_drop=setting.drop), records, setting.drop))
     return branched
 
 

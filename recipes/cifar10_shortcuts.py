@@ -10,6 +10,7 @@ chosen on 5,000 test images and reported on the other 5,000, and the other way r
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,14 @@ from recipes.cifar10_resnet56 import Requests, arguments, network, pictures, rep
 EXITS = {"layer1.0": "layer2 layer3", "layer1.1": "layer2.4 layer2 layer3.4 layer3"}
 """Blocks that each branch keeps, besides those that change the size of the maps."""
 SIZE = 128  # of a batch
+CONFIG = ee.TrainConfig(
+    lr=3e-3,
+    weight_decay=5e-3,
+    distill_from=0.7,  # from there on, the whole original runs
+    cutmix=1.0,
+    mixed_precision="auto",
+    validation=0,
+)
 REQUESTS: Requests = {
     "drop 0.3 points": {"max_accuracy_drop": 0.003},
     "drop 0.5 points": {"max_accuracy_drop": 0.005},
@@ -67,17 +76,8 @@ def main() -> None:
     original = network(56).to(memory_format=torch.channels_last)
     branches = [ee.BranchSpec("shortcut", options={"blocks": blocks}) for blocks in EXITS.values()]
     branched = ee.augment(original, list(EXITS), branch=branches, sample=torch.zeros(2, 3, 32, 32), seed=options.seed)
-    config = ee.TrainConfig(
-        epochs=options.epochs,
-        lr=3e-3,
-        weight_decay=5e-3,
-        distill_from=0.7,  # from there on, the whole original runs
-        cutmix=1.0,
-        mixed_precision="auto",
-        validation=0,
-        seed=options.seed,
-        checkpoint_dir=str(options.out / "training"),
-    )
+    folder = str(options.out / "training")
+    config = replace(CONFIG, epochs=options.epochs, seed=options.seed, checkpoint_dir=folder)
     trained = ee.train(branched, Batches(*images, mean, std), config)
     trained.model.to(memory_format=torch.contiguous_format)  # like the networks it is compared with
     report(trained, REQUESTS, options)

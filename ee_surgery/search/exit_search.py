@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -16,7 +18,7 @@ from ee_surgery.backbone.base import Sample
 from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.records import ExitRecords
-from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain
+from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain, positive
 from ee_surgery.data.batches import Data, batches, loader
 from ee_surgery.data.batches import count as rows
 from ee_surgery.data.distributed import Processes
@@ -113,6 +115,7 @@ def search_exits(
     points: int | Sequence[str] = POINTS,
     max_accuracy_drop: float = 0.01,
     most: int = 6,
+    load: float | None = None,
     cost: Cost = "macs",
     config: TrainConfig | None = None,
     probe_steps: int | None = None,
@@ -138,6 +141,8 @@ def search_exits(
         points: number of blocks to try, denser near the input, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: largest number of exits at one drop.
+        load: largest cost of the chosen branches together, which is what training them takes, as a fraction of the
+            original's; None for no limit.
         cost: what to minimize: `macs`; `time`, measured in PyTorch on this machine for batches such as the first of
             `held_out`; or a function that makes the profile of a branched model, `ee.profile` of a file exported from
             it for example. It is called once for every group of branches trained together.
@@ -156,6 +161,7 @@ def search_exits(
     if not callable(cost):
         choice("cost", cost, get_args(_Counted))
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
+    load = optional(positive)("load", load)
     specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
     config = instance("config", config or TrainConfig(), TrainConfig)
@@ -181,7 +187,7 @@ def search_exits(
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
     processes = Processes(accelerator)  # measured times differ between processes, records do not
-    chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most))
+    chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most, load))
     if not chosen:
         raise ExitPointError(
             f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
@@ -279,17 +285,25 @@ def _try(
     return [_Probe(each.point, each.branch, records.keep([k])) for k, each in enumerate(fitting)]
 
 
-def shortlist(records: ExitRecords, drop: float, most: int) -> tuple[list[int], float]:
+def shortlist(records: ExitRecords, drop: float, most: int, load: float | None = None) -> tuple[list[int], float]:
     """The candidates worth training, and the cost of the best subset at the accepted drop.
 
-    Probes are worse than fully trained branches, early ones most of all: the choices for larger drops are trained too.
+    Probes are worse than fully trained branches, early ones most of all: the choices for larger drops are trained too,
+    and come first where a load is given.
     """
     first = cheapest_exits(records, drop, most=most)
-    chosen = list(first.exits)
-    for wider in _WIDER:
-        taken = {records.trunk_macs[k] for k in chosen}
-        more = cheapest_exits(records, min(1.0, wider * drop), most=most).exits
-        chosen += [k for k in more if records.trunk_macs[k] not in taken]
+    choices = [first.exits, *(cheapest_exits(records, min(1.0, wider * drop), most=most).exits for wider in _WIDER)]
+    if load is not None:
+        choices = [*choices[1:], first.exits]
+    left = math.inf if load is None else load * records.base_macs
+    chosen: list[int] = []
+    for k in itertools.chain(*choices):
+        if (
+            records.trunk_macs[k] not in {records.trunk_macs[other] for other in chosen}
+            and records.branch_macs[k] <= left
+        ):
+            chosen.append(k)
+            left -= records.branch_macs[k]
     return sorted(chosen), first.cost
 
 

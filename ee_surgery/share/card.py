@@ -366,6 +366,7 @@ def _render(
         frontier=None if frontier is None else text.trade_offs(frontier, PLOT if plot else None) | said(CALIBRATION),
         exits=text.exits(config, frontier),
         point=text.operating_point(config.operating_point, frontier) | said(CALIBRATION),
+        search=None if (search := text.search(config.provenance)) is None else search | said(TRAINING),
         training=None if training is None else {"table": training} | said(TRAINING),
         original=text.original(config, receipt),
         limits=text.limits(config, frontier),

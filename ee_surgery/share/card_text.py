@@ -250,6 +250,40 @@ def settings(training: object) -> str | None:
     return _table(["setting", "value"], rows[:_SETTINGS]) if rows else None
 
 
+def search(provenance: Mapping[str, Any]) -> dict[str, str | None] | None:
+    """How exits were found and how long branches were trained: what was tried, what came of it and why."""
+    effort, found = settings(provenance.get("effort")), provenance.get("placement")
+    candidates = found.get("candidates") if isinstance(found, Mapping) else None
+    tried = candidates[:_SETTINGS] if isinstance(candidates, list) else []
+    rows = [row for each in tried if (row := _tried(each, found)) is not None]
+    if not rows and effort is None:
+        return None
+    head = ["exit", "branch", "accuracy of a short training alone", "cost of leaving there", ""]
+    return {"effort": effort, "table": _table(head, rows) if rows else None}
+
+
+def _tried(candidate: object, found: Mapping[str, Any]) -> list[str] | None:
+    """A row about one candidate; None if it is damaged."""
+    if not isinstance(candidate, Mapping):
+        return None
+    name, options, left_out = candidate.get("exit"), candidate.get("options"), found.get("left_out")
+    numbers = [candidate.get(key) for key in ("accuracy", "cost")]
+    if not isinstance(name, str) or not all(isinstance(number, float) for number in numbers):
+        return None
+    dropped = isinstance(left_out, list) and name in left_out
+    end = "left out after training: costs more than it saves" if dropped else "trained"
+    branch = f"{candidate.get('branch')} {_plain_options(options)}".strip()
+    shown = [f"{number:.1%}" for number in numbers]
+    return [code(name), code(branch), *shown, end if candidate.get("chosen") is True else "not chosen"]
+
+
+def _plain_options(options: object) -> str:
+    """Options of a branch in a few words."""
+    if not isinstance(options, Mapping):
+        return ""
+    return " ".join(f"{name}={value}" for name, value in options.items() if value not in ("", None))
+
+
 def statement(provenance: Mapping[str, Any], part: str) -> str | None:
     """Who stated a part of the provenance, if it was loaded and not redone."""
     found = provenance.get(part)

@@ -281,10 +281,10 @@ class _Run:
         speed = self.stopwatch.read(self.samples - before)
         with self._as_it_will_run():
             accuracies = self._validate()
+            epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped, speed)
+            self.report.epochs.append(epoch)
+            self._say(describe(epoch))
             self._look()
-        epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped, speed)
-        self.report.epochs.append(epoch)
-        self._say(describe(epoch))
         self.accelerator.log(
             {
                 **({"loss": mean} if self.taken else {}),

@@ -16,6 +16,7 @@ class Speed:
 
     images_per_second: float
     """Samples of the steps, over all processes, by the time of whole steps."""
+    seconds_per_step: float
     data: float
     """Fraction of that time spent waiting for the next batch, augmentation included."""
     original: float
@@ -32,7 +33,7 @@ class StopWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {}
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -43,12 +44,13 @@ class StopWatch:
         finally:
             if self._cuda:
                 torch.cuda.synchronize()
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+            self.seconds.setdefault(what, []).append(time.perf_counter() - started)
 
     def read(self, samples: int) -> Speed | None:
         """The speed since the last reading; None where nothing was timed."""
         found, self.seconds = self.seconds, {}
-        steps = sum(found.get(name, 0.0) for name in ("data", "step"))
-        if not steps or not samples:
+        if not samples or "step" not in found:
             return None
-        return Speed(samples / steps, found.get("data", 0.0) / steps, found.get("original", 0.0) / steps)
+        data, original, steps = (sum(found.get(name, ())) for name in ("data", "original", "step"))
+        whole = data + steps
+        return Speed(samples / whole, whole / len(found["step"]), data / whole, original / whole)
