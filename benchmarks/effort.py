@@ -28,7 +28,7 @@ from ee_surgery.calibration.profile import processor
 from ee_surgery.data.batches import halves
 from ee_surgery.search.effort import EFFORTS, EffortName
 from recipes.cifar10_resnet56 import network, pictures
-from recipes.cifar10_shortcuts import CONFIG, EXITS, SIZE, Batches
+from recipes.cifar10_shortcuts import CONFIG, EXITS, SIZE
 
 RESULTS = Path("benchmarks/results/effort.jsonl")
 PAGE = Path("docs/effort.md")
@@ -79,7 +79,11 @@ def recipe_minutes(steps: int = 12) -> float:
     seconds = []
     for start in (0.0, 1.0):  # the teacher runs for all steps, or for none
         config = replace(CONFIG, epochs=1, max_steps=steps, distill_from=start, progress=False)
-        speed = ee.train(branched, Batches(*images, mean, std), config).epochs[0].speed
+        speed = (
+            ee.train(branched, ee.AugmentedBatches(*images, mean=mean, std=std, batch_size=SIZE), config)
+            .epochs[0]
+            .speed
+        )
         assert speed is not None
         seconds.append(speed.seconds_per_step)
     with_teacher, without = seconds

@@ -32,7 +32,7 @@ from benchmarks.methods_compare import GRID, LOW, append, read, realised
 from benchmarks.tables import table
 from ee_surgery.search.exit_search import TRIED
 from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
-from recipes.cifar10_shortcuts import EXITS, Batches
+from recipes.cifar10_shortcuts import EXITS, SIZE
 
 RUNS = Path("runs/frontier")
 RESULTS = Path("benchmarks/results/frontier.jsonl")
@@ -75,7 +75,7 @@ def _cifar(
     test = (test.float() / 255 - mean) / std
     common: dict[str, Any] = {"lr": 3e-3, "weight_decay": 5e-3, "mixed_precision": "auto", "validation": 0}
     settings = ee.TrainConfig(**{**common, **config})
-    train, smaller = Batches(*images, mean, std), partial(_smaller, others)
+    train, smaller = ee.AugmentedBatches(*images, mean=mean, std=std, batch_size=SIZE), partial(_smaller, others)
     return Setup(model, torch.zeros(2, 3, 32, 32), train, test, labels, branches, settings, smaller)
 
 

@@ -26,7 +26,7 @@ import ee_surgery as ee
 from benchmarks.methods_compare import DROPS, append, measure, read
 from benchmarks.tables import table
 from recipes.cifar10_resnet56 import network, pictures
-from recipes.cifar10_shortcuts import EXITS, SIZE, Batches
+from recipes.cifar10_shortcuts import EXITS, SIZE
 
 RESULTS = Path("benchmarks/results/training.jsonl")
 PAGE = Path("docs/training.md")
@@ -62,7 +62,7 @@ SETTINGS = {
 }
 
 
-class Augmented(Batches):
+class Augmented(ee.AugmentedBatches):
     """With RandAugment before the images are shifted."""
 
     change = staticmethod(rand_augment_transform("rand-m9-n2", {}))
@@ -97,7 +97,8 @@ def run(name: str, epochs: int, few: int | None) -> dict[str, Any]:
             **setting.config,
         }
     )
-    batches = (Augmented if setting.rand_augment else Batches)(images, labels, mean, std, steps)
+    kind = Augmented if setting.rand_augment else ee.AugmentedBatches
+    batches = kind(images, labels, mean=mean, std=std, batch_size=SIZE, steps=steps)
     started = time.perf_counter()
     ee.train(branched, batches, config)
     seconds = time.perf_counter() - started

@@ -19,7 +19,7 @@ from rich.table import Table
 import ee_surgery as ee
 from ee_surgery.evaluation.latency import environment
 from recipes.cifar10_resnet56 import network, pictures
-from recipes.cifar10_shortcuts import EXITS, Batches
+from recipes.cifar10_shortcuts import EXITS, SIZE
 
 KINDS = {
     "6 exits, auto": (6, "auto"),
@@ -44,7 +44,8 @@ def main() -> None:
         for cache_gb in (0.0, 10.0):
             branched = ee.augment(network(56), exits, branch=branch, sample=torch.zeros(2, 3, 32, 32))
             config = ee.TrainConfig(epochs=5, views=1, cache_gb=cache_gb, lr=3e-3, validation=0)
-            report = ee.train(branched, Batches(*images, mean, std), config)
+            train = ee.AugmentedBatches(*images, mean=mean, std=std, batch_size=SIZE)
+            report = ee.train(branched, train, config)
             seconds[cache_gb] = statistics.median(epoch.seconds for epoch in report.epochs[1:])
             weights.append(list(branched.branches.parameters()))
         if not all(torch.equal(a, b) for a, b in zip(*weights, strict=True)):

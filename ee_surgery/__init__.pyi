@@ -13,6 +13,7 @@ from .calibration.records import ExitRecords
 from .calibration.risk import RISKS, check_certificate, risk_control
 from .calibration.search import realised_drop
 from .calibration.temperature import scale_temperatures
+from .data.augmented import AugmentedBatches
 from .data.batches import batches, unlabelled
 from .errors import (
     AdapterError,
@@ -51,6 +52,7 @@ from .policies.scores import FITTED_SCORES, SCORES, FittedScore
 from .presets import PRESETS, Preset
 from .receipt import Receipt
 from .runtime.router import ExitOutput
+from .search.effort import EFFORTS, Effort
 from .search.exit_search import ExitSearch, prune_exits, search_exits
 from .search.exit_subset import Subset, cheapest_exits
 from .task import TASKS, Classification, MultiLabel, Task
@@ -63,6 +65,7 @@ __version__: str
 __all__ = [
     "BRANCHES",
     "CALIBRATORS",
+    "EFFORTS",
     "ENGINES",
     "FITTED_SCORES",
     "OBJECTIVES",
@@ -72,6 +75,7 @@ __all__ = [
     "SCORES",
     "TASKS",
     "AdapterError",
+    "AugmentedBatches",
     "Bench",
     "Branch",
     "BranchError",
@@ -82,6 +86,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EarlyExitModel",
+    "Effort",
     "Evaluation",
     "ExitLogits",
     "ExitOutput",

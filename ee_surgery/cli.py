@@ -26,6 +26,7 @@ from ee_surgery.data.labels import class_numbers
 from ee_surgery.evaluation.engines import ENGINES
 from ee_surgery.export.onnx_file import Precision
 from ee_surgery.files import atomic_write
+from ee_surgery.search.effort import EffortName
 from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
@@ -104,9 +105,16 @@ def augment(
     ] = None,
     train: MaybeImages = None,
     calibrate: MaybeImages = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images; without it, see --effort.")
+    ] = None,
+    effort: Annotated[
+        EffortName | None,
+        typer.Option(help="How much to try, and how long to train; standard if only data is given."),
+    ] = None,
+    time_budget: Annotated[float | None, typer.Option(help="Minutes for search and training, instead.")] = None,
     max_accuracy_drop: Annotated[
-        float, typer.Option(help="Accuracy drop for `--exits auto`; 0.01 is one percentage point.")
+        float, typer.Option(help="Accuracy drop at which the search minimizes the cost; 0.01 is one percentage point.")
     ] = 0.01,
     batch_size: BatchSize = 64,
     unlabelled: Unlabelled = False,
@@ -117,14 +125,23 @@ def augment(
     with _errors():
         if out.exists() and not out.is_dir():
             raise ee.ConfigError(f"--out {out} is a file: give an existing folder, or the name of a new one.")
-        config = replace(
-            ee.TrainConfig() if preset is None else ee.PRESETS[preset].config,
-            epochs=epochs,
-            batch_size=batch_size,
-            teach="original" if unlabelled else "labels",
-        )
         base = _model(model, checkpoint, random_weights)
         training = out.with_name(f"{out.name}.training")  # a killed run resumes from here when started again
+        by_effort = effort is not None or time_budget is not None
+        simple = all(given is None for given in (preset, placement, epochs)) and (
+            exits == "auto" or (exits is None and branch is None)
+        )
+        if by_effort and epochs is not None:
+            raise ee.ConfigError("--effort and --time-budget decide how long to train: leave out --epochs.")
+        config = None
+        if not by_effort and not (simple and train is not None and calibrate is not None):
+            config = replace(
+                ee.TrainConfig() if preset is None else ee.PRESETS[preset].config,
+                epochs=5 if epochs is None else epochs,
+                batch_size=batch_size,
+                teach="original" if unlabelled else "labels",
+                checkpoint_dir=str(training),
+            )
         branched = ee.augment(
             base,
             _exits(exits),
@@ -133,7 +150,9 @@ def augment(
             preset=preset,
             train=None if train is None else _images(base, train, unlabelled),
             calibrate=None if calibrate is None else _images(base, calibrate, unlabelled),
-            config=replace(config, checkpoint_dir=str(training)),
+            config=config,
+            effort=effort,
+            time_budget=time_budget,
             max_accuracy_drop=max_accuracy_drop,
         )
         branched.save_pretrained(out)

@@ -9,13 +9,10 @@ chosen on 5,000 test images and reported on the other 5,000, and the other way r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 import ee_surgery as ee
 from recipes.cifar10_resnet56 import Requests, arguments, network, pictures, report
@@ -44,31 +41,6 @@ REQUESTS: Requests = {
 """Including the drops of the static ResNet-32 and ResNet-20."""
 
 
-class Batches:
-    """Training images, shifted and mirrored a whole batch at a time: one by one would take as long as the steps."""
-
-    def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, steps: int | None = None) -> None:
-        self.images, self.labels, self.mean, self.std = images, labels, mean, std
-        self.steps = steps or len(images) // SIZE
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(self.images)).split(SIZE)[: self.steps]:
-            yield self.vary(self.images[rows]), self.labels[rows]
-
-    def vary(self, images: Tensor) -> Tensor:
-        """Integer images (B, 3, 32, 32) -> augmented and normalized."""
-        n, side = len(images), torch.arange(32)
-        down, right = torch.randint(0, 9, (n,)), torch.randint(0, 9, (n,))
-        ys, xs = down[:, None] + side, right[:, None] + side
-        xs = torch.where((torch.rand(n) < 0.5)[:, None], xs.flip(1), xs)
-        padded = F.pad(images, (4, 4, 4, 4))
-        picked = padded[torch.arange(n)[:, None, None], :, ys[:, :, None], xs[:, None]]  # (n, 32, 32, 3)
-        return (picked.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-
-
 def main() -> None:
     """Train, record, report."""
     options = arguments(__doc__, Path("runs/cifar10_shortcuts"), epochs=36)
@@ -78,7 +50,7 @@ def main() -> None:
     branched = ee.augment(original, list(EXITS), branch=branches, sample=torch.zeros(2, 3, 32, 32), seed=options.seed)
     folder = str(options.out / "training")
     config = replace(CONFIG, epochs=options.epochs, seed=options.seed, checkpoint_dir=folder)
-    trained = ee.train(branched, Batches(*images, mean, std), config)
+    trained = ee.train(branched, ee.AugmentedBatches(*images, mean=mean, std=std, batch_size=SIZE), config)
     trained.model.to(memory_format=torch.contiguous_format)  # like the networks it is compared with
     report(trained, REQUESTS, options)
 

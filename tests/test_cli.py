@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -87,11 +88,31 @@ def test_exits_by_search_need_pictures_and_take_several_branches(
     assert "give train= and calibrate=" in _run(*arguments, code=1)
     found = _run(
         *arguments, "--branch", "pool,mlp", "--unlabelled", "--calibrate", pictures, "--max-accuracy-drop", "0.05",
-        code=1,
+        "--epochs", "1", code=1,
     )  # fmt: skip
     assert "nothing pays" in found
     assert given["branch"] == ["pool", "mlp"]
     assert given["max_accuracy_drop"] == 0.05
+
+
+def test_with_data_alone_effort_decides(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def fit(setting: Any, name: str, **options: Any) -> ee.EarlyExitModel:
+        given.append({"name": name, **options})
+        return ee.attach(setting.graph, ee.place(setting.graph, 1))
+
+    monkeypatch.setattr("ee_surgery.pipeline.fit", fit)
+    pictures = str(files / "pictures")
+    arguments = ["augment", "test_resnet", "--out", str(tmp_path / "a"), "--random-weights", "--train", pictures]
+    arguments += ["--unlabelled", "--calibrate", pictures]
+    for more in ([], ["--exits", "auto"], ["--effort", "best", "--exits", "2"], ["--time-budget", "1"]):
+        _run(*arguments, *more)
+    assert [each["name"] for each in given[:3]] == ["standard", "standard", "best"]
+    assert all(each["config"] is None for each in given)
+    assert [each["plan"] is None for each in given] == [True, True, False, True]
+    assert given[3]["minutes"] == 1
+    assert "leave out --epochs" in _run(*arguments, "--effort", "best", "--epochs", "3", code=1)
 
 
 def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
