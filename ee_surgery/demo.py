@@ -15,11 +15,11 @@ import ee_surgery as ee
 from ee_surgery.errors import SurgeryError
 from ee_surgery.evaluation.bench import measure
 
-EPOCHS = 12
+EPOCHS = 6
 
 
 def run(out: Path, console: Console) -> ee.EarlyExitModel:
-    """Train a stand-in model, then inspect, augment, train, calibrate, run and save; adapter and plot go to `out`."""
+    """Train a stand-in model, then augment, run and save; adapter and plot go to `out`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = digits()
@@ -31,25 +31,19 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     pretrain(model, learn.tensors[0], learn.tensors[1])
     console.print(f"trained on {len(learn)} digits for {EPOCHS} epochs, seed 0")
 
-    console.rule("inspect")
-    graph = ee.inspect(model, images[:3])
-    console.print(graph)
-
-    console.rule("augment, train the branches, calibrate on held-out digits")
-    branched = ee.attach(graph, ee.place(graph, exits=3))
-    report = ee.train(branched, learn, ee.TrainConfig(epochs=40, batch_size=64, lr=1e-2, validation=0, progress=False))
-    console.print(f"branches at {', '.join(branched.exits)}: loss {report.epochs[-1].loss:.3f}")
-    frontier = ee.calibrate(branched, held_out)
+    console.rule("augment: find exits, train branches, calibrate on held-out digits")
+    branched = ee.augment(model, train=learn, calibrate=held_out, effort="quick")
+    frontier = branched.frontier
+    assert frontier is not None
     console.print(frontier)
 
     console.rule("run: samples leave early")
-    point = branched.operate(max_accuracy_drop=0.02)
+    point = branched.operate(max_accuracy_drop=0.01)
     assert point is not None
     console.print(
         f"operating at {point.macs_fraction:.1%} of the MACs, expected accuracy {point.expected_accuracy:.2%}"
     )
     console.print(str(ee.evaluate(branched, test)), highlight=False)
-    torch.set_num_threads(1)
     for batch_size in (1, 64):
         console.print(str(measure(branched, test.tensors[0][:192], batch_size=batch_size)), highlight=False)
 
