@@ -181,7 +181,7 @@ def fit(
     config = _distilled(setting, branched, config, found)
     found.search_minutes = (time.perf_counter() - started) / 60
     config = _length(setting, branched, effort, config, None if minutes is None else minutes - found.search_minutes)
-    watch = Patience(setting, effort.patience, config, found)
+    watch = Patience(setting, effort.patience, _steps(setting, effort, config)[1] or _APART, found)
     report = train_branches(branched, setting.train, config, joint=joint, watch=watch, **setting.shared)
     branched = report.model
     _finish(found, report, config, effort)
@@ -238,6 +238,7 @@ def _search(
             config=config,
             probe_steps=effort.probe_steps,
             load=effort.load,
+            horizon=_steps(setting, effort, config)[0],
             seed=setting.seed,
             **setting.shared,
         )
@@ -264,14 +265,19 @@ def _distilled(setting: Setting, branched: EarlyExitModel, config: TrainConfig, 
     return replace(config, distill=0.0) if found.memorised else config
 
 
+def _steps(setting: Setting, effort: Effort, config: TrainConfig) -> tuple[int, int | None]:
+    """Most steps of the training, and steps per pass over the data, if it has a length."""
+    batches = loader(setting.train, config.batch_size)
+    per_epoch = math.ceil(len(batches) / config.accumulate) if isinstance(batches, Sized) else None
+    least, most = effort.steps
+    return most if per_epoch is None else min(most, max(effort.epochs * per_epoch, least)), per_epoch
+
+
 def _length(
     setting: Setting, branched: EarlyExitModel, effort: Effort, config: TrainConfig, minutes: float | None
 ) -> TrainConfig:
     """How long to train at most, and an estimate of the time."""
-    batches = loader(setting.train, config.batch_size)
-    per_epoch = math.ceil(len(batches) / config.accumulate) if isinstance(batches, Sized) else None
-    least, most = effort.steps
-    steps = most if per_epoch is None else min(most, max(effort.epochs * per_epoch, least))
+    steps, per_epoch = _steps(setting, effort, config)
     trial = replace(config, epochs=_TIMED, max_steps=_TIMED, progress=False, checkpoint_dir=None, validation=0.0)
     speed = train_branches(branched.copy(), setting.train, trial, **setting.shared).epochs[-1].speed
     assert speed is not None
@@ -291,13 +297,12 @@ class Patience:
 
     Args:
         patience: looks without gain.
+        per_epoch: steps.
     """
 
-    def __init__(self, setting: Setting, patience: int, config: TrainConfig, found: Findings) -> None:
+    def __init__(self, setting: Setting, patience: int, per_epoch: int, found: Findings) -> None:
         self.setting, self.patience, self.found = setting, patience, found
-        batches = loader(setting.train, config.batch_size)
-        per_epoch = math.ceil(len(batches) / config.accumulate) if isinstance(batches, Sized) else _APART
-        self.every = math.ceil(_APART / max(1, per_epoch))
+        self.every = math.ceil(_APART / per_epoch)
         self.epochs = 0
 
     def __call__(self, branched: EarlyExitModel) -> bool:

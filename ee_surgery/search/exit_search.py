@@ -31,6 +31,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.search.exit_subset import cheapest_exits
+from ee_surgery.search.outlook import as_trained
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -46,6 +47,7 @@ TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget
 _STEPS = (100, 300)  # default range of the training steps of a probe
 _SHARE = 4  # a probe is trained for 1 / _SHARE of the training's steps
 _WIDER = (4, 16)  # times the accepted drop
+_LITTLE_WIDER = (2,)  # where exits are chosen by what they will be worth
 _SECONDS = 5.0  # to time a group of branches
 _Counted: TypeAlias = Literal["macs", "time"]
 Cost: TypeAlias = _Counted | Callable[[EarlyExitModel], Profile]
@@ -80,7 +82,8 @@ class ExitSearch:
     branches: tuple[BranchSpec, ...]
     """One per point of the plan."""
     cost: float
-    """Expected mean MACs, or time, with the probes at the accepted drop, as a fraction of the original's."""
+    """Expected mean MACs, or time, at the accepted drop, as a fraction of the original's: with the probes as branches,
+    or after training where a `horizon` was given."""
     max_accuracy_drop: float
     candidates: tuple[Candidate, ...]
     """In program order."""
@@ -88,6 +91,12 @@ class ExitSearch:
     """Branches that cannot be built at a point or save nothing there, with the reason."""
     records: ExitRecords = field(repr=False)
     """Records of all probes on the held-out data."""
+    horizon: int | None = None
+
+    @property
+    def stage(self) -> str:
+        """Which branches the cost is of."""
+        return "with the probes as branches" if self.horizon is None else "expected after training"
 
     def to_dict(self) -> dict[str, Any]:
         """The candidates, as plain data."""
@@ -100,7 +109,7 @@ class ExitSearch:
     def __str__(self) -> str:
         found = f"{len(self.plan.points)} of {len(self.candidates)} candidate exits are worth training"
         cost = f"{self.cost:.1%} of the cost at an accuracy drop of {100 * self.max_accuracy_drop:g} points"
-        lines = [f"{found}; with the probes as branches, {cost}", *map(str, self.candidates)]
+        lines = [f"{found}; {self.stage}, {cost}", *map(str, self.candidates)]
         if self.left_out:
             lines.append(f"  and {len(self.left_out)} that cannot be built there or save nothing, see `left_out`")
         return "\n".join(lines)
@@ -116,6 +125,7 @@ def search_exits(
     max_accuracy_drop: float = 0.01,
     most: int = 6,
     load: float | None = None,
+    horizon: int | None = None,
     cost: Cost = "macs",
     config: TrainConfig | None = None,
     probe_steps: int | None = None,
@@ -143,6 +153,8 @@ def search_exits(
         most: largest number of exits at one drop.
         load: largest cost of the chosen branches together, which is what training them takes, as a fraction of the
             original's; None for no limit.
+        horizon: steps of the training that will follow: exits are chosen by what probes will be worth then
+            (`as_trained`), not by what they are.
         cost: what to minimize: `macs`; `time`, measured in PyTorch on this machine for batches such as the first of
             `held_out`; or a function that makes the profile of a branched model, `ee.profile` of a file exported from
             it for example. It is called once for every group of branches trained together.
@@ -161,7 +173,7 @@ def search_exits(
     if not callable(cost):
         choice("cost", cost, get_args(_Counted))
     max_accuracy_drop, most = accuracy_drop("max_accuracy_drop", max_accuracy_drop), count("most", most)
-    load = optional(positive)("load", load)
+    load, horizon = optional(positive)("load", load), optional(count)("horizon", horizon)
     specs = known(branch)
     seed, probe_steps = count("seed", seed, low=0), optional(count)("probe_steps", probe_steps)
     config = instance("config", config or TrainConfig(), TrainConfig)
@@ -186,8 +198,10 @@ def search_exits(
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
+    outlook = records if horizon is None else as_trained(records, probe_steps, horizon)
+    widen = _WIDER if horizon is None else _LITTLE_WIDER
     processes = Processes(accelerator)  # measured times differ between processes, records do not
-    chosen, cost_there = processes.of_main(lambda: shortlist(records, max_accuracy_drop, most, load))
+    chosen, cost_there = processes.of_main(lambda: shortlist(outlook, max_accuracy_drop, most, load, widen))
     if not chosen:
         raise ExitPointError(
             f"No exit of {len(found)} candidates saves anything in {graph.backbone.model_id} at an accuracy drop of "
@@ -202,6 +216,7 @@ def search_exits(
         candidates=tuple(probe.candidate(k in chosen) for k, probe in enumerate(found)),
         left_out=tuple(left_out),
         records=records,
+        horizon=horizon,
     )
 
 
@@ -285,16 +300,16 @@ def _try(
     return [_Probe(each.point, each.branch, records.keep([k])) for k, each in enumerate(fitting)]
 
 
-def shortlist(records: ExitRecords, drop: float, most: int, load: float | None = None) -> tuple[list[int], float]:
+def shortlist(
+    records: ExitRecords, drop: float, most: int, load: float | None = None, widen: Sequence[int] = _WIDER
+) -> tuple[list[int], float]:
     """The candidates worth training, and the cost of the best subset at the accepted drop.
 
     Probes are worse than fully trained branches, early ones most of all: the choices for larger drops are trained too,
-    and come first where a load is given.
+    as far as the load allows.
     """
     first = cheapest_exits(records, drop, most=most)
-    choices = [first.exits, *(cheapest_exits(records, min(1.0, wider * drop), most=most).exits for wider in _WIDER)]
-    if load is not None:
-        choices = [*choices[1:], first.exits]
+    choices = [first.exits, *(cheapest_exits(records, min(1.0, wider * drop), most=most).exits for wider in widen)]
     left = math.inf if load is None else load * records.base_macs
     chosen: list[int] = []
     for k in itertools.chain(*choices):

@@ -15,6 +15,7 @@ from ee_surgery.search import effort as efforts
 from ee_surgery.search.effort import EFFORTS, affordable
 from ee_surgery.search.exit_search import shortlist
 from ee_surgery.search.exit_subset import Subset
+from ee_surgery.search.outlook import as_trained
 from tests.search.test_exit_search import answers, learnt
 from tests.training.test_training import blobs
 
@@ -133,21 +134,34 @@ def test_training_ends_when_nothing_is_gained_any_more(monkeypatch: pytest.Monke
         None, blobs(64 * 32), None, 0.01, "macs", 0, 32, None, None, lambda _: None  # pyright: ignore
     )  # fmt: skip
     found = efforts.Findings("quick")
-    patience = efforts.Patience(setting, 2, ee.TrainConfig(batch_size=32), found)
+    patience = efforts.Patience(setting, 2, 64, found)
     model: Any = type("Model", (), {"exits": []})()
     assert [patience(model) for _ in range(7)] == [False] * 6 + [True]
     assert found.cost_after_each_look[-1] == 0.399
 
 
-def test_a_load_bounds_what_is_trained_and_early_exits_come_first() -> None:
+def test_a_load_bounds_what_is_trained_and_the_asked_drop_comes_first() -> None:
     records = answers(0, [0.4, 0.6, 0.8, 1.0, 1.3], [20, 40, 60, 80], branch=15)
     free, _ = shortlist(records, 0.01, 6)
     for load in (0.15, 0.3, 0.45):
         chosen, cost = shortlist(records, 0.01, 6, load)
         assert sum(records.branch_macs[k] for k in chosen) <= 100 * load
         assert chosen
+        assert {*chosen} <= {*free}
         assert cost == shortlist(records, 0.01, 6)[1]
-    assert min(shortlist(records, 0.01, 6, 0.15)[0]) <= min(free)
+
+
+@pytest.mark.parametrize("horizon", [10, 100, 3200, 10**9])
+def test_what_a_branch_lacks_shrinks_by_a_power_of_the_steps(horizon: int) -> None:
+    records = answers(0, [0.3, 0.6, 1.2, 1.0], [20, 40, 60])
+    found = as_trained(records, 100, horizon)
+    factor = min(10.0, max(1.0, horizon / 100) ** 0.4)
+    for before, after in zip(records.accuracies, found.accuracies, strict=True):
+        lack = max(0.0, records.base_accuracy - before)
+        assert records.base_accuracy - after == pytest.approx(lack / factor, abs=0.01) or before >= after
+    assert torch.equal(found.logits[-1], records.logits[-1])
+    right, now = records.correct[0] & records.correct[-1], found.correct[0]
+    assert now[right].all()  # what was right stays so, where the original is right as well
 
 
 def test_effort_needs_data_and_has_its_own_training() -> None:
