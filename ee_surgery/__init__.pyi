@@ -6,6 +6,7 @@ from .calibration.budget import geometric_budget
 from .calibration.cascade import accuracy_drop_rule
 from .calibration.classwise import class_thresholds
 from .calibration.eenet import eenet_scheduler
+from .calibration.failure import failure_auroc
 from .calibration.frontier import Frontier
 from .calibration.methods import CALIBRATORS
 from .calibration.profile import Profile
@@ -131,6 +132,7 @@ __all__ = [
     "class_thresholds",
     "eenet_scheduler",
     "evaluate",
+    "failure_auroc",
     "from_pretrained",
     "geometric_budget",
     "inspect",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ee_surgery.calibration.failure import failure_auroc
 from ee_surgery.calibration.methods import CALIBRATORS
 from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.plots import plot_frontier
@@ -58,6 +59,8 @@ class Frontier(Sequence[OperatingPoint]):
     """What the answers are, by its name in `TASKS`."""
     profile: Profile | None = None
     """Where time is the cost: of which engine and device."""
+    exit_aurocs: tuple[float | None, ...] = ()
+    """Of each branch, how well the score tells right answers from wrong ones; see `failure_auroc`."""
 
     @classmethod
     def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
@@ -94,9 +97,9 @@ class Frontier(Sequence[OperatingPoint]):
         points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
         if profile is not None:
             points = [profile.timed(records, point) for point in points]
-        own = [*records.branch_macs, 0]
+        own, best = [*records.branch_macs, 0], _best(points)
         return cls(
-            points=_best(points),
+            points=best,
             base_accuracy=records.base_accuracy,
             exits=(*records.exits, "original"),
             exit_accuracies=tuple(records.accuracies),
@@ -104,6 +107,7 @@ class Frontier(Sequence[OperatingPoint]):
             labelled=records.labels is not None,
             task=records.task.name,
             profile=profile,
+            exit_aurocs=tuple(failure_auroc(records, best[0].score)),  # of the score of the cheapest point
         )
 
     def at(
@@ -192,6 +196,11 @@ class Frontier(Sequence[OperatingPoint]):
     def _what(self) -> str:
         return self.measure if self.labelled else "agreement"
 
+    @property
+    def _aurocs(self) -> str:
+        shown = " ".join("-" if auroc is None else f"{auroc:.3f}" for auroc in self.exit_aurocs)
+        return f"; AUROC of right against wrong answers at each branch: {shown}" if shown else ""
+
     def __str__(self) -> str:
         width = max(9, len(self._what))
         timed = self.profile is not None
@@ -223,7 +232,7 @@ class Frontier(Sequence[OperatingPoint]):
         names = (what, "expected", "drop, points", "MACs", *time, "score", "share leaving at each exit")
         return table(
             f"Frontier on {self.points[0].samples} held-out samples; original: {what} {self.base_accuracy:.2%}",
-            f"expected: corrected for selection bias by cross-validation; exits: {exits}",
+            f"expected: corrected for selection bias by cross-validation; exits: {exits}{self._aurocs}",
             dict.fromkeys(names, "right"),
             rows,
         )
@@ -264,6 +273,7 @@ class Frontier(Sequence[OperatingPoint]):
             "labelled": self.labelled,
             "risks": [table.to_dict() for table in self.risks],
             **({} if self.profile is None else {"profile": self.profile.to_dict()}),
+            **({"exit_aurocs": list(self.exit_aurocs)} if self.exit_aurocs else {}),
         }
 
     @classmethod
@@ -288,6 +298,7 @@ class Frontier(Sequence[OperatingPoint]):
                 risks=tuple(RiskTable.from_dict(table) for table in data.get("risks", [])),
                 task=data.get("task", CLASSIFICATION.name),
                 profile=None if data.get("profile") is None else Profile.from_dict(data["profile"]),
+                exit_aurocs=tuple(data.get("exit_aurocs", ())),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"A damaged frontier: {error!r}.") from error

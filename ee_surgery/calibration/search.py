@@ -117,6 +117,20 @@ def search(
     return best_of(records, [score], f"search({score})", given, count("prices", prices, low=2))
 
 
+def best_score(records: ExitRecords) -> list[OperatingPoint]:
+    """Operating points of whichever score cross-validation picks; `max_prob` unless another is better by more than
+    the standard error over the folds.
+
+    The others are the margin, the entropy, the estimated probability of being correct (see `stopping`), and the
+    confidence units where branches have them.
+    """
+    units = ["learned"] if records.confidence is not None else []
+    known = ["max_prob", "margin", "entropy", *units, "chance"]
+    if records.logits is None:
+        known = [score for score in known if score in records.recorded]
+    return best_of(records, known, "search")
+
+
 def stopping(records: ExitRecords) -> list[OperatingPoint]:
     """Like `search`, with one more score to choose from: the probability of being correct, given earlier exits too.
 
@@ -160,7 +174,9 @@ def best_of(
 
 
 def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple[Curve, Candidate]:
-    """Of the candidates within one standard error of the best, the best one with the fewest fitted parameters.
+    """Of the candidates within one standard error of the best, the one with the fewest fitted parameters.
+
+    Among those, the score that is named first, and of that the best.
 
     Source: the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
     """
@@ -168,7 +184,11 @@ def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple
     areas = np.array([curve.areas(low) for curve in curves])
     behind = areas[areas.mean(1).argmax()] - areas
     close = np.flatnonzero(behind.mean(1) <= behind.std(1, ddof=1) / np.sqrt(areas.shape[1])).tolist()
-    chosen = min(close, key=lambda i: (HOWS.index(candidates[i].how), -areas[i].mean()))
+    named = list(dict.fromkeys(candidate.score for candidate in candidates))
+    chosen = min(
+        close,
+        key=lambda i: (HOWS.index(candidates[i].how), named.index(candidates[i].score), -areas[i].mean()),
+    )
     return curves[chosen], candidates[chosen]
 
 

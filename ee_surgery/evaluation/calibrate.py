@@ -10,6 +10,7 @@ from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.calibration.methods import CALIBRATORS
 from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.risk import risk_tables
+from ee_surgery.calibration.search import best_score
 from ee_surgery.checks import instance, names, renamed
 from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
@@ -43,8 +44,9 @@ def calibrate(
     Args:
         data: held out: neither what trained the branches nor what will be reported; its labels as for `record`.
         method: how thresholds are chosen, by its name in `CALIBRATORS`: `search`, or a paper's own way.
-        scores: which scores `search` may use; by default `max_prob`, and `learned` where the branches have confidence
-            units. More scores find a little more on this data and keep a little less of it on new data.
+        scores: which scores `search` may use, each for some operating points. By default cross-validation picks one
+            for all: `max_prob` unless margin, entropy, the estimated probability of being correct or, where branches
+            have them, confidence units are clearly better.
         accelerator: as for `record`; every process then searches, and finds the same.
         class_map: as for `record`.
         profile: of the engine and device that will serve, by `ee.profile`: the cost is time then, and exits that do not
@@ -65,7 +67,9 @@ def calibrate(
     wanted = None if scores is None else _scores(branched, scores)
     records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
     costed = records if profile is None else instance("profile", profile, Profile).in_time(records)
-    if takes_score:
+    if method == "search" and wanted is None:
+        points = best_score(costed)
+    elif takes_score:
         wanted = wanted or ["max_prob", *(["learned"] if records.confidence is not None else [])]
         points = [point for score in wanted for point in CALIBRATORS[method](costed, score)]
     else:

@@ -54,7 +54,7 @@ class Effort:
     probe_steps: int
     """Training steps of what is tried."""
     load: float
-    """Largest cost of the branches that are trained, all together, as a fraction of the original's MACs."""
+    """Most that a training step may cost, as a fraction of one of the original; see `search_exits`."""
     epochs: int
     """Most passes over the training data."""
     steps: tuple[int, int]
@@ -65,10 +65,10 @@ class Effort:
 
 EFFORTS: dict[EffortName, Effort] = {
     "quick": Effort(
-        points=4, branches=_kinds(0.02, 0.12), probe_steps=50, load=0.25, epochs=4, steps=(200, 2_000), patience=2
+        points=4, branches=_kinds(0.02, 0.12), probe_steps=50, load=0.3, epochs=4, steps=(200, 2_000), patience=2
     ),
     "standard": Effort(
-        points=6, branches=_kinds(0.02, 0.12, 0.2, 0.3), probe_steps=80, load=0.35, epochs=16, steps=(600, 20_000),
+        points=6, branches=_kinds(0.02, 0.12, 0.2, 0.3), probe_steps=80, load=0.4, epochs=16, steps=(600, 20_000),
         patience=3,
     ),
     "best": Effort(

@@ -15,7 +15,7 @@ from torch import nn
 
 from ee_surgery.attachment import attach
 from ee_surgery.backbone.base import Sample
-from ee_surgery.branches import BranchSpec, known, resolve
+from ee_surgery.branches import BRANCHES, BranchSpec, known, resolve
 from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain, positive
@@ -31,7 +31,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.search.exit_subset import cheapest_exits
-from ee_surgery.search.outlook import as_trained
+from ee_surgery.search.outlook import COPIED, FRESH, as_trained
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -151,8 +151,8 @@ def search_exits(
         points: number of blocks to try, denser near the input, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: largest number of exits at one drop.
-        load: largest cost of the chosen branches together, which is what training them takes, as a fraction of the
-            original's; None for no limit.
+        load: most that training the chosen branches takes, as a fraction of training the original: their cost, and a
+            third of the original's up to the last of them. None for no limit.
         horizon: steps of the training that will follow: exits are chosen by what probes will be worth then
             (`as_trained`), not by what they are.
         cost: what to minimize: `macs`; `time`, measured in PyTorch on this machine for batches such as the first of
@@ -198,7 +198,8 @@ def search_exits(
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    outlook = records if horizon is None else as_trained(records, probe_steps, horizon)
+    powers = [COPIED if BRANCHES[probe.branch.name].reads_all else FRESH for probe in found]
+    outlook = records if horizon is None else as_trained(records, probe_steps, horizon, powers)
     widen = _WIDER if horizon is None else _LITTLE_WIDER
     processes = Processes(accelerator)  # measured times differ between processes, records do not
     chosen, cost_there = processes.of_main(lambda: shortlist(outlook, max_accuracy_drop, most, load, widen))
@@ -310,15 +311,19 @@ def shortlist(
     """
     first = cheapest_exits(records, drop, most=most)
     choices = [first.exits, *(cheapest_exits(records, min(1.0, wider * drop), most=most).exits for wider in widen)]
-    left = math.inf if load is None else load * records.base_macs
-    chosen: list[int] = []
-    for k in itertools.chain(*choices):
-        if (
-            records.trunk_macs[k] not in {records.trunk_macs[other] for other in chosen}
-            and records.branch_macs[k] <= left
-        ):
+    limit = math.inf if load is None else load * records.base_macs
+
+    def needed(exits: Sequence[int]) -> float:
+        # forwards and backwards through the branches, and once forwards up to the last of them
+        return sum(records.branch_macs[k] for k in exits) + max(records.trunk_macs[k] for k in exits) / 3
+
+    wanted, chosen = [*itertools.chain(*choices)], []
+    for k in wanted:
+        taken = {records.trunk_macs[other] for other in chosen}
+        if records.trunk_macs[k] not in taken and needed([*chosen, k]) <= limit:
             chosen.append(k)
-            left -= records.branch_macs[k]
+    if wanted and not chosen:
+        chosen = [min(wanted, key=lambda k: needed([k]))]
     return sorted(chosen), first.cost
 
 

@@ -213,6 +213,10 @@ def exits(config: AdapterConfig, frontier: Frontier | None) -> dict[str, str]:
         head.append(f"{accuracy_name(frontier.labelled, frontier.measure)} alone, on the calibration samples")
         for row, accuracy in zip(rows, frontier.exit_accuracies, strict=True):
             row.append(f"{accuracy:.2%}")
+        if frontier.exit_aurocs:
+            head.append("AUROC of its score, right against wrong answers")
+            for row, auroc in zip(rows, [*frontier.exit_aurocs, None], strict=True):
+                row.append("" if auroc is None else f"{auroc:.3f}")
     return {"text": text, "table": _table(head, rows)}
 
 

@@ -192,11 +192,14 @@ class FrontierForm(_Form):
     risks: Annotated[list[RiskForm], Field(max_length=20)] = []
     task: Name = CLASSIFICATION.name
     profile: ProfileForm | None = None
+    exit_aurocs: list[Share | None] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not len(self.exits) == len(self.exit_accuracies) == len(self.exit_macs):
             raise ValueError("accuracies and costs are not one per exit")
+        if self.exit_aurocs and len(self.exit_aurocs) != len(self.exits) - 1:
+            raise ValueError("AUROCs are not one per branch")
         points = [*self.points, *(point for table in self.risks for point in table.points)]
         if any(len(point.thresholds) != len(self.exits) - 1 for point in points):
             raise ValueError(f"an operating point does not have one threshold for each of {self.exits[:-1][:10]}")
