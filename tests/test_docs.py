@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from PIL import Image
 
 import ee_surgery as ee
+from ee_surgery.search.effort import EFFORTS
 from tests import ROOT
 from tests.test_structure import ROOMS
 
@@ -41,6 +43,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"pixel_values": torch.rand(1, 3, 32, 32)}
 
     monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name, **options: processor)
+    monkeypatch.setitem(EFFORTS, "standard", replace(EFFORTS["quick"], points=2, probe_steps=1, steps=(2, 2)))
     monkeypatch.setattr(ee.EarlyExitModel, "push_to_hub", ee.EarlyExitModel.save_pretrained)  # test_hub pushes
 
 

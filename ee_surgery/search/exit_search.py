@@ -47,7 +47,7 @@ TRIED = ("auto", *(BranchSpec("shortcut", options={"budget": budget}) for budget
 _STEPS = (100, 300)  # default range of the training steps of a probe
 _SHARE = 4  # a probe is trained for 1 / _SHARE of the training's steps
 _WIDER = (4, 16)  # times the accepted drop
-_LITTLE_WIDER = (2,)  # where exits are chosen by what they will be worth
+_LITTLE_WIDER = (2, 4, 8)  # where exits are chosen by what they will be worth
 _SECONDS = 5.0  # to time a group of branches
 _Counted: TypeAlias = Literal["macs", "time"]
 Cost: TypeAlias = _Counted | Callable[[EarlyExitModel], Profile]
