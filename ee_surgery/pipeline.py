@@ -17,7 +17,7 @@ from ee_surgery.branches import BranchSpec, known
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
 from ee_surgery.checks import choice, count, flag, instance, optional, positive
-from ee_surgery.data.batches import Data, halves
+from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import AdapterError, ConfigError
 from ee_surgery.evaluation.calibrate import calibrate as calibrate_exits
@@ -68,10 +68,15 @@ def augment(
 
     The model itself is not changed and stays usable; without an operating point the result gives exactly its output.
 
+    With `train=` and `calibrate=` alone, everything else follows from model and data: short training runs show which
+    branches pay off at which exits, the best are trained while the cost at the accepted drop falls on held-out data,
+    and those that cost more than they save are left out. One half of the calibration data serves for that; thresholds
+    and certificates come from the other. `provenance["placement"]` and `["effort"]` keep what was found.
+
     Args:
         model: timm model, transformers classifier of images or texts, or any module from tensors to logits.
-        exits: number (default 3), `all`, names of exit points (`inspect` lists them), or a plan. `auto`: number and
-            positions by search, which needs `train=` and `calibrate=`; see below.
+        exits: number (default 3), `all`, names of exit points (`inspect` lists them), or a plan; `auto`: number and
+            positions by search, the default with data alone.
         placement: rule if `exits` is a number: `linear` (the default), `fine`, `pareto`, `gold_ratio`.
         branch: `auto` (the default), a registered name, a `BranchSpec`, or one per exit; with `exits="auto"`, one or
             several to choose from at each point, by default small ones and shortcuts; see `search_exits`.
@@ -88,18 +93,18 @@ def augment(
             transformers configuration; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
-        config: of the training.
-        max_accuracy_drop: with `exits="auto"`: the accuracy drop at which to minimize the cost; `operate` may later
-            ask for any other.
-        cost: with `exits="auto"`: what to minimize, MACs or time; see `search_exits`. With time, the frontier has
-            latencies.
+        config: of the training. Without an effort, training takes as many epochs as it says.
+        max_accuracy_drop: at which a search minimizes the cost; `operate` may later ask for any other.
+        cost: what a search minimizes, MACs or time; see `search_exits`. With time, the frontier has latencies.
+        effort: how much a search tries, and how long training may take, with exits that are given too: `quick`,
+            `standard` (the default with data alone) or `best`; see `EFFORTS`.
+        time_budget: minutes for search and training, instead of an effort or as a limit to one.
         seed: of the branches' initial weights.
         accelerator: your own, as for `train`; each process runs its shard.
         class_map: the model's class for each label of `train` and `calibrate`, if they differ; see `train`.
-
-    With `exits="auto"`, branches at many points are trained for a few steps (`search_exits`), the chosen ones are
-    trained from scratch, and those that cost more than they save are left out (`prune_exits`). Both use one half of the
-    calibration data; thresholds and certificates come from the other. `provenance["placement"]` keeps the candidates.
+    Raises:
+        ConfigError: arguments that exclude each other, or a search without data.
+        CaptureError, BranchError, ExitPointError, DataError, TrainingError: as of the single steps.
     """
     joint, seed = flag("joint", joint), count("seed", seed, low=0)
     max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
@@ -119,29 +124,18 @@ def augment(
         PLACEMENTS[placement]  # raises for an unknown name
     if branch is not None:
         known(branch)
+    if searched and placement is not None:
+        raise ConfigError('exits="auto" searches for places: leave out placement=.')
+    if (searched or by_effort) and (train is None or calibrate is None):
+        raise ConfigError(
+            'exits="auto", effort= and time_budget= train and compare branches: give train= and calibrate=.'
+        )
     graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
     calibrator = "search" if method is None else method.method
     simple = all(given is None for given in (exits, placement, branch, preset, config))
-    if searched or by_effort or (simple and train is not None and calibrate is not None):
-        if train is None or calibrate is None or (searched and placement is not None):
-            raise ConfigError(
-                'exits="auto", effort= and time_budget= train and compare branches: give train= and calibrate=, and no '
-                'placement= with exits="auto".'
-            )
-        size = 128 if config is None else config.batch_size
-        searching, thresholds = halves(calibrate, size)
-        setting = make_setting(
-            graph,
-            train,
-            searching,
-            config=config,
-            accelerator=accelerator,
-            drop=max_accuracy_drop,
-            cost=cost,
-            seed=seed,
-            batch_size=size,
-            class_map=class_map,
-        )
+    if train is not None and calibrate is not None and (searched or by_effort or simple):
+        options = {"drop": max_accuracy_drop, "cost": cost, "seed": seed, "class_map": class_map}
+        setting, thresholds = make_setting(graph, train, calibrate, config, accelerator, **options)
         if by_effort or (config is None and method is None):
             name = effort or ("standard" if time_budget is None else affordable(graph, time_budget))
             plan = None if searched or (exits is None and placement is None) else _plan(graph, exits, placement, method)

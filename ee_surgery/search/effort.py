@@ -16,7 +16,7 @@ from ee_surgery.attachment import attach
 from ee_surgery.branches import BranchSpec
 from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.records import ExitRecords
-from ee_surgery.data.batches import Data, is_samples, loader, unpack
+from ee_surgery.data.batches import Data, halves, is_samples, loader, unpack
 from ee_surgery.data.distributed import Processes
 from ee_surgery.data.labels import ClassMap
 from ee_surgery.errors import ExitPointError
@@ -176,11 +176,13 @@ def fit(
     if plan is None:
         searched = _search(setting, effort, branches, config)
         plan = searched.plan if searched else place(setting.graph, 3, clip=True)
-        branches = searched.branches if searched else branches
+        single = branches if isinstance(branches, (str, BranchSpec)) else None
+        branches = searched.branches if searched else single
     branched = attach(setting.graph, plan, branches or "auto", seed=setting.seed)
     config = _distilled(setting, branched, config, found)
     found.search_minutes = (time.perf_counter() - started) / 60
-    config = _length(setting, branched, effort, config, None if minutes is None else minutes - found.search_minutes)
+    left = None if minutes is None else minutes - found.search_minutes
+    config = _length(setting, branched, effort, config, joint, left)
     watch = Patience(setting, effort.patience, _steps(setting, effort, config)[1] or _APART, found)
     report = train_branches(branched, setting.train, config, joint=joint, watch=watch, **setting.shared)
     branched = report.model
@@ -254,7 +256,9 @@ def _distilled(setting: Setting, branched: EarlyExitModel, config: TrainConfig, 
     if config.teach == "original":
         return config
     few = math.ceil(_SEEN / config.batch_size)
-    seen = [*itertools.islice(loader(setting.train, config.batch_size), few)]
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(setting.seed)
+        seen = [*itertools.islice(loader(setting.train, config.batch_size, shuffle=True), few)]
     both = seen, setting.searching
     records = [record(branched, data, batch_size=setting.batch_size, **setting.shared) for data in both]
     trained, held_out = (each.base_accuracy for each in records)
@@ -274,12 +278,17 @@ def _steps(setting: Setting, effort: Effort, config: TrainConfig) -> tuple[int, 
 
 
 def _length(
-    setting: Setting, branched: EarlyExitModel, effort: Effort, config: TrainConfig, minutes: float | None
+    setting: Setting,
+    branched: EarlyExitModel,
+    effort: Effort,
+    config: TrainConfig,
+    joint: bool,
+    minutes: float | None,
 ) -> TrainConfig:
     """How long to train at most, and an estimate of the time."""
     steps, per_epoch = _steps(setting, effort, config)
     trial = replace(config, epochs=_TIMED, max_steps=_TIMED, progress=False, checkpoint_dir=None, validation=0.0)
-    speed = train_branches(branched.copy(), setting.train, trial, **setting.shared).epochs[-1].speed
+    speed = train_branches(branched.copy(), setting.train, trial, joint=joint, **setting.shared).epochs[-1].speed
     assert speed is not None
     seconds = Processes(setting.accelerator).of_main(lambda: speed.seconds_per_step)
     if minutes is not None:
@@ -312,7 +321,8 @@ class Patience:
         cost = cheapest_exits(self.setting.record(branched), self.setting.drop, most=len(branched.exits)).cost
         costs = self.found.cost_after_each_look
         costs.append(cost)
-        self.setting.say(f"  {cost:.1%} of the cost at a drop of {100 * self.setting.drop:g} points, held out")
+        what = "MACs" if self.setting.cost == "macs" else "time"
+        self.setting.say(f"  {cost:.1%} of the {what} at a drop of {100 * self.setting.drop:g} points, held out")
         before, last = costs[: -self.patience], costs[-self.patience :]
         return bool(before) and min(before) < 1 and min(last) > (1 - _GAIN) * min(before)
 
@@ -335,17 +345,23 @@ def _prune(setting: Setting, branched: EarlyExitModel) -> EarlyExitModel:
 def make_setting(
     graph: ModelGraph,
     train: Data,
-    searching: Data,
-    *,
+    held_out: Data,
     config: TrainConfig | None,
     accelerator: Accelerator | None,
-    **rest: Any,
-) -> Setting:
-    """With an accelerator, and lines for the main process."""
+    **options: Any,
+) -> tuple[Setting, Data]:
+    """With one half of the held-out data, an accelerator, and lines for the main process; and the other half.
+
+    Raises:
+        DataError: the held-out data can be read only once, or gives other samples when read again.
+    """
+    size = 128 if config is None else config.batch_size
+    searching, thresholds = halves(held_out, size)
     accelerator = accelerator or make_accelerator(config or TrainConfig(mixed_precision="auto"))
     console = Console(quiet=not ((config is None or config.progress) and accelerator.is_main_process))
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    return Setting(graph, train, searching, accelerator=accelerator, say=say, **rest)
+    made = Setting(graph, train, searching, batch_size=size, accelerator=accelerator, say=say, **options)
+    return made, thresholds

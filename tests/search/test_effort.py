@@ -49,7 +49,7 @@ def test_one_line_finds_trains_calibrates_and_says_what_it_did(
     assert training["samples"] <= 150 * training["batch_size"]
     assert training["schedule"] == "wsd"
     shown = capsys.readouterr().out
-    for part in ("trying auto", "held out; ", "training up to 150 steps of", "of the cost at a drop of 5 points"):
+    for part in ("trying auto", "held out; ", "training up to 150 steps of", "of the MACs at a drop of 5 points"):
         assert part in shown
     branched.save_pretrained(tmp_path)
     assert ee.from_pretrained(tmp_path, model).provenance["effort"] == found

@@ -210,7 +210,7 @@ def test_searching_needs_data_and_says_when_nothing_pays() -> None:
     sample = torch.randn(2, 3, 8, 8)
     with pytest.raises(ee.ConfigError, match="give train= and calibrate="):
         ee.augment(model, "auto", sample=sample, train=data)
-    with pytest.raises(ee.ConfigError, match="no placement="):
+    with pytest.raises(ee.ConfigError, match="leave out placement="):
         ee.augment(model, "auto", "linear", sample=sample, train=data, calibrate=data)
     search = {"sample": sample, "config": CONFIG, "probe_steps": 1}
     with pytest.raises(ee.ExitPointError, match="saves anything"):
