@@ -117,13 +117,18 @@ def search(
     return best_of(records, [score], f"search({score})", given, count("prices", prices, low=2))
 
 
+_TELLING = 200  # records that tell scores apart
+
+
 def best_score(records: ExitRecords) -> list[OperatingPoint]:
     """Operating points of whichever score cross-validation picks; `max_prob` unless another is better by more than
     the standard error over the folds.
 
     The others are the margin, the entropy, the estimated probability of being correct (see `stopping`), and the
-    confidence units where branches have them.
+    confidence units where branches have them. Fewer than 200 records cannot tell.
     """
+    if len(records) < _TELLING:
+        return search(records)
     units = ["learned"] if records.confidence is not None else []
     known = ["max_prob", "margin", "entropy", *units, "chance"]
     if records.logits is None:

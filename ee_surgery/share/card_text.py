@@ -257,25 +257,25 @@ def settings(training: object) -> str | None:
 def search(provenance: Mapping[str, Any]) -> dict[str, str | None] | None:
     """How exits were found and how long branches were trained: what was tried, what came of it and why."""
     effort, found = settings(provenance.get("effort")), provenance.get("placement")
-    candidates = found.get("candidates") if isinstance(found, Mapping) else None
-    tried = candidates[:_SETTINGS] if isinstance(candidates, list) else []
-    rows = [row for each in tried if (row := _tried(each, found)) is not None]
+    found = found if isinstance(found, Mapping) else {}
+    given = found.get("candidates"), found.get("left_out")
+    candidates, left_out = (each if isinstance(each, list) else [] for each in given)
+    rows = [row for each in candidates[:_SETTINGS] if (row := _tried(each, left_out)) is not None]
     if not rows and effort is None:
         return None
     head = ["exit", "branch", "accuracy of a short training alone", "cost of leaving there", ""]
     return {"effort": effort, "table": _table(head, rows) if rows else None}
 
 
-def _tried(candidate: object, found: Mapping[str, Any]) -> list[str] | None:
+def _tried(candidate: object, left_out: Sequence[object]) -> list[str] | None:
     """A row about one candidate; None if it is damaged."""
     if not isinstance(candidate, Mapping):
         return None
-    name, options, left_out = candidate.get("exit"), candidate.get("options"), found.get("left_out")
+    name, options = candidate.get("exit"), candidate.get("options")
     numbers = [candidate.get(key) for key in ("accuracy", "cost")]
     if not isinstance(name, str) or not all(isinstance(number, float) for number in numbers):
         return None
-    dropped = isinstance(left_out, list) and name in left_out
-    end = "left out after training: costs more than it saves" if dropped else "trained"
+    end = "left out after training: costs more than it saves" if name in left_out else "trained"
     branch = f"{candidate.get('branch')} {_plain_options(options)}".strip()
     shown = [f"{number:.1%}" for number in numbers]
     return [code(name), code(branch), *shown, end if candidate.get("chosen") is True else "not chosen"]

@@ -25,6 +25,7 @@ import ee_surgery as ee
 from ee_surgery.cli import app
 from ee_surgery.share import base as bases
 from ee_surgery.share import card as cards
+from ee_surgery.share import card_text
 from ee_surgery.share.adapter import load_adapter
 from ee_surgery.share.card import CardInfo, update_card, write_card
 from ee_surgery.share.provenance import as_stated
@@ -246,7 +247,11 @@ def test_no_number_is_in_the_card_that_is_not_in_the_folder(name: str, state: st
     known = [n for source in sources for n in _numbers(source) if math.isfinite(n)]
     known += [exit["trunk_macs"] / config["base_macs"] for exit in config["exits"]] + [1.0]
     # Every way in which a number may be written; names in backticks, code and the plot are no numbers.
-    said = {form for n in known for form in (f"{n:.2%}", f"{n:,}", f"{n:,.0f}", f"{n:g}", f"{n:.6g}", f"{100 * n:.2f}")}
+    said = {
+        form
+        for n in known
+        for form in (f"{n:.2%}", f"{n:,}", f"{n:,.0f}", f"{n:g}", f"{n:.6g}", f"{n:.3f}", f"{100 * n:.2f}")
+    }
     text = ModelCard.load(folder / "README.md").text
     prose = re.sub(r"```.*?```|`[^`]*`|SHA-256|<!--.*?-->|!\[.*?\)|Versions: .*", "", text, flags=re.DOTALL)
     written = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?%?(?![\w])", prose.replace("x", " "))
@@ -577,3 +582,23 @@ def test_push_to_hub_names_the_repository_in_the_card(hub: Hub) -> None:
     readme = hub.files("user/name")["README.md"].decode()
     assert 'from_pretrained("user/name"' in readme
     assert ModelCard(readme).data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [3, {}, {"candidates": 3}, {"candidates": [3, {}, {"exit": "a"}, {"exit": 3, "accuracy": 0.5, "cost": 0.5}]}],
+)
+def test_a_damaged_search_leaves_no_trace_on_the_card(damaged: object) -> None:
+    assert card_text.search({"placement": damaged, "effort": 3}) is None
+
+
+def test_a_search_on_the_card_is_escaped() -> None:
+    candidate = {"exit": "a|`b`", "branch": "<img>", "options": {"x": "[y](z)", "n": ""}, "accuracy": 0.5, "cost": 0.25}
+    found = {"candidates": [candidate, {**candidate, "chosen": True}], "left_out": ["a|`b`", 3]}
+    shown = card_text.search({"placement": found})
+    assert shown is not None
+    table = str(shown["table"])
+    assert [line.count("|") - line.count("\\|") for line in table.splitlines()] == [6] * 4
+    assert "<img>" not in table.replace("`<img> x=[y](z)`", "")
+    assert table.count("costs more than it saves") == 1
+    assert table.count("not chosen") == 1
