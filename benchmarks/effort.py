@@ -48,7 +48,13 @@ def run(name: str, effort: EffortName, seed: int, smoke: bool = False) -> dict[s
     recipe = recipe_minutes() if name == "resnet56" and not smoke else None
     started = time.perf_counter()
     branched = ee.augment(
-        setup.model, sample=setup.sample, train=setup.train, calibrate=given, effort=effort, seed=seed
+        setup.model,
+        sample=setup.sample,
+        train=setup.train,
+        calibrate=given,
+        effort=effort,
+        time_budget=0.1 if smoke else None,
+        seed=seed,
     )
     minutes = (time.perf_counter() - started) / 60
     records = ee.record(branched, [*halves(given, 128)[1], *rest])
@@ -134,13 +140,17 @@ exits and blocks picked by hand, take on the same machine (steps of both were ti
 def main() -> None:
     """Run or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "page"))
+    parser.add_argument("what", nargs="?", choices=("run", "page"), default="run")
     parser.add_argument("network", nargs="?", choices=list(NETWORKS))
     parser.add_argument("--effort", choices=get_args(EffortName), default="standard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="a few images to calibrate on; writes nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few images to calibrate on, for seconds; writes nothing"
+    )
     options = parser.parse_args()
+    if options.smoke:
+        options.network, options.effort = "resnet20", "quick"
     torch.set_num_threads(options.threads)
     if options.what == "page":
         PAGE.write_text(page(read(RESULTS)))
