@@ -125,7 +125,6 @@ def augment(
     with _errors():
         if out.exists() and not out.is_dir():
             raise ee.ConfigError(f"--out {out} is a file: give an existing folder, or the name of a new one.")
-        base = _model(model, checkpoint, random_weights)
         training = out.with_name(f"{out.name}.training")  # a killed run resumes from here when started again
         by_effort = effort is not None or time_budget is not None
         simple = all(given is None for given in (preset, placement, epochs)) and (
@@ -142,6 +141,7 @@ def augment(
                 teach="original" if unlabelled else "labels",
                 checkpoint_dir=str(training),
             )
+        base = _model(model, checkpoint, random_weights)
         branched = ee.augment(
             base,
             _exits(exits),

