@@ -593,6 +593,11 @@ def test_an_interruption_at_any_operator_leaves_everything_ready_for_the_next_ca
     check()
 
 
+@pytest.mark.parametrize("share", [0.93, 0.95, 0.97, 0.99])
+def test_an_interruption_while_the_base_s_types_come_back_waits_for_them(share: float, folder: Path) -> None:
+    _interrupt("train branches in half precision", False, folder, share, KeyboardInterrupt)
+
+
 @pytest.mark.parametrize("name", CAPTURES)
 def test_an_interruption_at_any_call_of_the_original_leaves_everything_ready(name: str, folder: Path) -> None:
     _, count = _expected(name, True, folder / name.replace(" ", "-"))

@@ -443,8 +443,15 @@ class _Run:
             tensor.data = tensor.data.float()
 
     def _narrow(self) -> None:
+        """Give back the base's types; an interruption waits until all have them."""
+        held: BaseException | None = None
         for tensor, dtype in self.halves:
-            tensor.data = tensor.data.to(dtype)
+            try:
+                tensor.data = tensor.data.to(dtype)
+            except BaseException as error:
+                held, tensor.data = error, tensor.data.to(dtype)
+        if held is not None:
+            raise held
 
     @contextmanager
     def _as_it_will_run(self) -> Iterator[None]:
