@@ -15,7 +15,7 @@ from torch import nn
 
 from ee_surgery.attachment import attach
 from ee_surgery.backbone.base import Sample
-from ee_surgery.branches import BranchSpec, known, resolve
+from ee_surgery.branches import BRANCHES, BranchSpec, known, resolve
 from ee_surgery.calibration.profile import Profile
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop, choice, count, instance, optional, plain, positive
@@ -31,7 +31,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.search.exit_subset import cheapest_exits
-from ee_surgery.search.outlook import as_trained
+from ee_surgery.search.outlook import COPIED, FRESH, as_trained
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -199,7 +199,8 @@ def search_exits(
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    outlook = records if horizon is None else as_trained(records, probe_steps, horizon)
+    powers = [COPIED if BRANCHES[probe.branch.name].reads_all else FRESH for probe in found]
+    outlook = records if horizon is None else as_trained(records, probe_steps, horizon, powers)
     widen = _WIDER if horizon is None else _LITTLE_WIDER
     processes = Processes(accelerator)  # measured times differ between processes, records do not
     chosen, cost_there = processes.of_main(lambda: shortlist(outlook, max_accuracy_drop, most, load, widen))

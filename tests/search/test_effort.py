@@ -15,7 +15,7 @@ from ee_surgery.search import effort as efforts
 from ee_surgery.search.effort import EFFORTS, affordable
 from ee_surgery.search.exit_search import shortlist
 from ee_surgery.search.exit_subset import Subset
-from ee_surgery.search.outlook import as_trained, power
+from ee_surgery.search.outlook import as_trained
 from tests.search.test_exit_search import answers, learnt
 from tests.training.test_training import blobs
 
@@ -153,14 +153,13 @@ def test_a_load_bounds_what_is_trained_and_the_asked_drop_comes_first() -> None:
 
 @pytest.mark.parametrize("horizon", [10, 100, 3200, 10**9])
 def test_what_a_branch_lacks_shrinks_by_a_power_of_the_steps(horizon: int) -> None:
-    records = replace(answers(0, [0.3, 0.6, 1.2, 1.0], [20, 40, 60]), branch_macs=(1, 10, 3))
-    found = as_trained(records, 100, horizon)
-    for before, after, macs in zip(records.accuracies, found.accuracies, (1, 10, 3, 1), strict=True):
-        factor = min(10.0, max(1.0, horizon / 100) ** power(macs / 100))
+    records, powers = answers(0, [0.3, 0.6, 1.2, 1.0], [20, 40, 60]), (0.4, 0.2, 0.4, 0.0)
+    found = as_trained(records, 100, horizon, powers[:3])
+    for before, after, power in zip(records.accuracies, found.accuracies, powers, strict=True):
+        factor = min(10.0, max(1.0, horizon / 100) ** power)
         lack = max(0.0, records.base_accuracy - before)
         assert records.base_accuracy - after == pytest.approx(lack / factor, abs=0.01) or before >= after
     assert torch.equal(found.logits[-1], records.logits[-1])
-    assert 0.1 == power(0.0) < power(0.005) < power(0.1) < power(0.9) == 0.45
     right, now = records.correct[0] & records.correct[-1], found.correct[0]
     assert now[right].all()  # what was right stays so, where the original is right as well
 
