@@ -448,7 +448,7 @@ class _Run:
         for tensor, dtype in self.halves:
             try:
                 tensor.data = tensor.data.to(dtype)
-            except BaseException as error:
+            except BaseException as error:  # noqa: PERF203 (once per training)
                 held, tensor.data = error, tensor.data.to(dtype)
         if held is not None:
             raise held
