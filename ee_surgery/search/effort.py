@@ -142,8 +142,8 @@ class Setting:
         return {"accelerator": self.accelerator, "class_map": self.class_map}
 
     def profile(self, branched: EarlyExitModel) -> Profile | None:
-        """By which cost is counted; None for MACs."""
-        return timed(branched, self.cost, self.searching, self.batch_size)
+        """By which cost is counted, the same in all processes; None for MACs."""
+        return Processes(self.accelerator).of_main(lambda: timed(branched, self.cost, self.searching, self.batch_size))
 
     def record(self, branched: EarlyExitModel) -> ExitRecords:
         """All exits on the held-out data, in the cost that counts."""
