@@ -139,8 +139,8 @@ training follow from the model and the data. The original is frozen and its rece
 counted; MACs are means over 20 halves of images that neither network, branches nor search have seen, with thresholds on
 the largest probability. Minutes are those of the whole call, beside other work. For the ResNet-56 they stand beside the
 time that the 36 epochs of `recipes.cifar10_shortcuts`, with exits and blocks picked by hand, take on the same machine
-(steps of both were timed in one process). Three exits and five epochs, the default before, took 55 to 57 % there;
-searched exits with ten epochs 40.9 % ([frontier](frontier.md)); the recipe 28.6 %.
+(steps of both were timed in one process). Searched exits with ten epochs took 40.9 % there, the recipe 28.6 %
+([frontier](frontier.md)). `quick`, `best`, other seeds and networks were not run yet.
 """
 
 
