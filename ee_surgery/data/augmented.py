@@ -23,7 +23,8 @@ class AugmentedBatches:
     Args:
         images: (N, C, H, W); integers in 0..255 are divided by 255.
         labels: (N, ...), or None: batches are images alone.
-        mean, std: of the normalization, one number or one per channel.
+        mean: of the normalization, one number or one per channel.
+        std: likewise, above 0.
         batch_size: samples per batch.
         pad: pixels of zeros around an image, of which a window of the image's size is cut.
         mirror: flip half of the images left to right.
