@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import os
@@ -68,3 +69,9 @@ def sst2(split: str) -> list[tuple[str, int]]:
     """Stanford Sentiment Treebank `train`, `dev` or `test`: sentences, and 0 negative or 1 positive."""
     lines = (folder() / "text" / f"sst2_{split}.tsv").read_text().splitlines()
     return [(text, int(label)) for text, label in (line.rsplit("\t", 1) for line in lines)]
+
+
+def ag_news() -> list[tuple[str, int]]:
+    """The test set of AG News: title and description in one text; 0 World, 1 Sports, 2 Business, 3 Sci/Tech."""
+    with (folder() / "text" / "ag_news_test.csv").open(newline="") as file:
+        return [(f"{title}. {text}", int(label) - 1) for label, title, text in csv.reader(file)]

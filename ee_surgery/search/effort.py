@@ -82,6 +82,7 @@ _MEMORISED = 0.02  # how much better the original is on what it was trained on, 
 _SEEN = 1_000  # training samples to find that out
 _TIMED = 8  # steps
 _DECAY = 0.25
+_VIEWS = 4  # augmented passes, where their features can be kept
 _SEARCH_SHARE = 0.2  # of a time budget
 
 
@@ -171,7 +172,8 @@ def fit(
         minutes: for all of it.
     """
     effort, found, started = EFFORTS[name], Findings(name), time.perf_counter()
-    config = _config(setting, config)
+    ours = config is None
+    config = config or _config(setting)
     searched = None
     if plan is None:
         searched = _search(setting, effort, branches, config)
@@ -182,7 +184,7 @@ def fit(
     config = _distilled(setting, branched, config, found)
     found.search_minutes = (time.perf_counter() - started) / 60
     left = None if minutes is None else minutes - found.search_minutes
-    config = _length(setting, branched, effort, config, joint, left)
+    config = _length(setting, branched, effort, config, joint, left, _VIEWS if ours and not joint else None)
     watch = Patience(setting, effort.patience, _steps(setting, effort, config)[1] or _APART, found)
     report = train_branches(branched, setting.train, config, joint=joint, watch=watch, **setting.shared)
     branched = report.model
@@ -202,10 +204,8 @@ def note(setting: Setting, kept: EarlyExitModel, plan: ExitPlan, searched: ExitS
         kept.provenance["placement"] = {**searched.to_dict(), "left_out": left_out}
 
 
-def _config(setting: Setting, config: TrainConfig | None) -> TrainConfig:
-    """The settings asked for, else those that fit the model and the data."""
-    if config is not None:
-        return config
+def _config(setting: Setting) -> TrainConfig:
+    """Settings that fit the model and the data."""
     data = setting.train
     samples = len(data) if is_samples(data) and isinstance(data, Sized) else math.inf
     _, labels = next(unpack(batch) for batch in loader(data, 1))
@@ -284,18 +284,34 @@ def _length(
     config: TrainConfig,
     joint: bool,
     minutes: float | None,
+    views: int | None,
 ) -> TrainConfig:
-    """How long to train at most, and an estimate of the time."""
+    """How long to train at most, with an estimate of the time, by some steps.
+
+    Args:
+        views: number of augmented passes, if keeping their features is faster than running the original; None for the
+            config's.
+    """
     steps, per_epoch = _steps(setting, effort, config)
-    trial = replace(config, epochs=_TIMED, max_steps=_TIMED, progress=False, checkpoint_dir=None, validation=0.0)
-    speed = train_branches(branched.copy(), setting.train, trial, joint=joint, **setting.shared).epochs[-1].speed
+    views = views or config.views
+    short = {"epochs": _TIMED + (views or 0), "max_steps": _TIMED, "views": views}
+    trial = replace(config, **short, progress=False, checkpoint_dir=None, validation=0.0)
+    tried = train_branches(branched.copy(), setting.train, trial, joint=joint, **setting.shared).epochs[-1]
+    speed = tried.speed
     assert speed is not None
-    seconds = Processes(setting.accelerator).of_main(lambda: speed.seconds_per_step)
+    main = Processes(setting.accelerator).of_main
+    seconds, cached = main(lambda: speed.seconds_per_step), main(lambda: tried.cached)
+    if cached:
+        config = replace(config, views=views)
+    later = seconds * (1 - speed.data - speed.original) if cached else seconds
+    computed = (views or 0) * (per_epoch or 0) if cached else 0
     if minutes is not None:
-        steps = max(1, min(steps, int(60 * minutes / seconds)))
+        first = min(computed, int(60 * minutes / seconds))
+        steps = max(1, min(steps, first + int((60 * minutes - first * seconds) / later)))
+    whole = min(steps, computed) * seconds + max(0, steps - computed) * later
     setting.say(
-        f"training up to {steps:,} steps of {seconds:.2f} s, {steps * seconds / 60:.0f} min; it ends once "
-        f"{effort.patience} epochs gain nothing"
+        f"training up to {steps:,} steps of {seconds:.2f} s, {whole / 60:.0f} min; it ends once {effort.patience} "
+        "epochs gain nothing"
     )
     epochs = steps if per_epoch is None else math.ceil(steps / per_epoch)
     return replace(config, epochs=epochs, max_steps=steps, schedule="wsd", decay=_DECAY, ema=config.ema or 0.99)

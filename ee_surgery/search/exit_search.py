@@ -31,7 +31,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.search.exit_subset import cheapest_exits
-from ee_surgery.search.outlook import COPIED, FRESH, as_trained
+from ee_surgery.search.outlook import as_trained
 from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import make_accelerator
@@ -49,6 +49,7 @@ _SHARE = 4  # a probe is trained for 1 / _SHARE of the training's steps
 _WIDER = (4, 16)  # times the accepted drop
 _LITTLE_WIDER = (2, 4, 8)  # where exits are chosen by what they will be worth
 _FEW = 2  # exits that are trained whatever the load
+_LIGHT = 40_000_000  # MACs per sample, a load that no search avoids: such small networks are trained in minutes
 _SECONDS = 5.0  # to time a group of branches
 _Counted: TypeAlias = Literal["macs", "time"]
 Cost: TypeAlias = _Counted | Callable[[EarlyExitModel], Profile]
@@ -153,7 +154,8 @@ def search_exits(
         max_accuracy_drop: below the original's accuracy, in [0, 1]; 0.01 is one percentage point.
         most: largest number of exits at one drop.
         load: most that training more than two of the branches takes, as a fraction of training the original: their
-            cost, and a third of the original's up to the last of them. None for no limit.
+            cost, and a third of the original's up to the last of them; 40 million MACs per sample are always allowed.
+            None for no limit.
         horizon: steps of the training that will follow: exits are chosen by what probes will be worth then
             (`as_trained`), not by what they are.
         cost: what to minimize: `macs`; `time`, measured in PyTorch on this machine for batches such as the first of
@@ -199,9 +201,10 @@ def search_exits(
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    powers = [COPIED if BRANCHES[probe.branch.name].reads_all else FRESH for probe in found]
-    outlook = records if horizon is None else as_trained(records, probe_steps, horizon, powers)
+    copied = [BRANCHES[probe.branch.name].reads_all for probe in found]
+    outlook = records if horizon is None else as_trained(records, probe_steps, horizon, copied)
     widen = _WIDER if horizon is None else _LITTLE_WIDER
+    load = load and max(load, _LIGHT / graph.macs)
     processes = Processes(accelerator)  # measured times differ between processes, records do not
     chosen, cost_there = processes.of_main(lambda: shortlist(outlook, max_accuracy_drop, most, load, widen))
     if not chosen:

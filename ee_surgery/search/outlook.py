@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ee_surgery.calibration.records import ExitRecords
 
-COPIED, FRESH = 0.4, 0.2
-"""Powers of the steps by which what a branch lacks shrinks: copies of the original's blocks, and small new heads."""
+_COPIED, _FRESH = 0.4, 0.2  # powers of the steps by which what a branch lacks shrinks: copied blocks, and small heads
+_HEAD = 0.02  # of the original's MACs: a copy that costs less has no blocks
 _HALVINGS = 12
 _MOST = 10.0
 
 
-def as_trained(records: ExitRecords, steps: int, horizon: int, powers: Sequence[float]) -> ExitRecords:
+def as_trained(records: ExitRecords, steps: int, horizon: int, copied: Sequence[bool]) -> ExitRecords:
     """Records as they may be after a longer training: what a branch lacks of the original's accuracy has shrunk.
 
     By a power of the steps, at most tenfold. The powers are rough, of one network, the CIFAR ResNet-56; what a search
@@ -26,12 +26,13 @@ def as_trained(records: ExitRecords, steps: int, horizon: int, powers: Sequence[
     Args:
         steps: of the training so far.
         horizon: of the whole training.
-        powers: of each branch.
+        copied: for each branch, whether it is made of parts of the original.
     """
     logits, longer = records.recorded_logits(), max(1.0, horizon / steps)
     original, base = logits[-1], records.base_accuracy
     rows = []
-    for row, accuracy, power in zip(logits[:-1], records.accuracies, powers, strict=False):
+    for row, accuracy, macs, copy in zip(logits[:-1], records.accuracies, records.branch_macs, copied, strict=False):
+        power = _COPIED if copy and macs > _HEAD * records.base_macs else _FRESH
         lacks = (base - accuracy) / min(_MOST, longer**power)
         rows.append(_moved(records, row, original, base - lacks) if lacks > 0 else row)
     return replace(records, logits=torch.stack([*rows, original]))

@@ -281,7 +281,8 @@ class _Run:
         speed = self.stopwatch.read(self.samples - before)
         with self._as_it_will_run():
             accuracies = self._validate()
-            epoch = Epoch(self.epoch, mean, accuracies, time.perf_counter() - started, self.skipped, speed)
+            seconds, cached = time.perf_counter() - started, bool(self.source.keeps)
+            epoch = Epoch(self.epoch, mean, accuracies, seconds, self.skipped, speed, cached)
             self.report.epochs.append(epoch)
             self._say(describe(epoch))
             self._look()
@@ -519,7 +520,7 @@ class _Run:
         """How it was trained, as plain data."""
         told = (
             "objective", "teach", "distill", "cutmix", "mixup", "ema", "optimizer", "lr", "weight_decay", "schedule",
-            "epochs", "accumulate", "seed",
+            "epochs", "views", "accumulate", "seed",
         )  # fmt: skip
         return {
             **{name: getattr(self.config, name) for name in told},

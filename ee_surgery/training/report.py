@@ -27,6 +27,8 @@ class Epoch:
     """Steps skipped because their loss or gradient was not finite."""
     speed: Speed | None = None
     """None if the epoch was resumed at its very end."""
+    cached: bool = False
+    """Whether features of the original are kept on disk, see `TrainConfig.views`."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Epoch:

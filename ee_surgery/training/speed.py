@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one epoch."""
+    """Of one epoch, without its first step, which also starts workers and captures."""
 
     images_per_second: float
     """Samples of the steps, over all processes, by the time of whole steps."""
@@ -51,6 +51,11 @@ class StopWatch:
         found, self.seconds = self.seconds, {}
         if not samples or "step" not in found:
             return None
-        data, original, steps = (sum(found.get(name, ())) for name in ("data", "original", "step"))
+        taken = len(found["step"])
+        counted = max(1, taken - 1)
+        data, original, steps = (
+            sum(times[len(times) * (taken - counted) // taken :])
+            for times in (found.get(name, []) for name in ("data", "original", "step"))
+        )
         whole = data + steps
-        return Speed(samples / whole, whole / len(found["step"]), data / whole, original / whole)
+        return Speed(samples * counted / taken / whole, whole / counted, data / whole, original / whole)

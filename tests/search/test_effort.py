@@ -16,6 +16,7 @@ from ee_surgery.search.effort import EFFORTS, affordable
 from ee_surgery.search.exit_search import shortlist
 from ee_surgery.search.exit_subset import Subset
 from ee_surgery.search.outlook import as_trained
+from ee_surgery.training.features import FeatureSource
 from tests.search.test_exit_search import answers, learnt
 from tests.training.test_training import blobs
 
@@ -119,6 +120,19 @@ def test_a_time_budget_ends_the_training(monkeypatch: pytest.MonkeyPatch, capsys
     assert minutes < 0.5  # a limit of 3 seconds, on a machine that may be busy
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_passes_repeat_only_where_their_features_are_worth_keeping(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = learnt()
+    monkeypatch.setattr(FeatureSource, "_worth", lambda *_: faster)
+    branched = ee.augment(model, sample=SAMPLE, train=data, calibrate=blobs(128), max_accuracy_drop=0.1)
+    assert branched.provenance["training"]["views"] == (4 if faster else None)
+    config = ee.TrainConfig(batch_size=64, validation=0.0)
+    asked = ee.augment(model, ["1"], sample=SAMPLE, train=data, calibrate=blobs(128), effort="quick", config=config)
+    assert asked.provenance["training"]["views"] is None
+
+
 def test_more_time_buys_a_wider_search() -> None:
     graph = ee.inspect(learnt()[0], SAMPLE)
     assert affordable(graph, 1e-9) == "quick"
@@ -152,9 +166,11 @@ def test_a_load_bounds_what_is_trained_and_the_asked_drop_comes_first() -> None:
 
 
 @pytest.mark.parametrize("horizon", [10, 100, 3200, 10**9])
-def test_what_a_branch_lacks_shrinks_by_a_power_of_the_steps(horizon: int) -> None:
-    records, powers = answers(0, [0.3, 0.6, 1.2, 1.0], [20, 40, 60]), (0.4, 0.2, 0.4, 0.0)
-    found = as_trained(records, 100, horizon, powers[:3])
+@pytest.mark.parametrize("macs", [1, 10])
+def test_what_a_branch_lacks_shrinks_by_a_power_of_the_steps(horizon: int, macs: int) -> None:
+    records, blocks = answers(0, [0.3, 0.6, 1.2, 1.0], [20, 40, 60], branch=macs), 0.4 if macs > 2 else 0.2
+    powers = blocks, 0.2, blocks, 0.0
+    found = as_trained(records, 100, horizon, (True, False, True))
     for before, after, power in zip(records.accuracies, found.accuracies, powers, strict=True):
         factor = min(10.0, max(1.0, horizon / 100) ** power)
         lack = max(0.0, records.base_accuracy - before)

@@ -22,6 +22,7 @@ import ee_surgery as ee
 from ee_surgery.training import checkpoint, features, precision
 from ee_surgery.training.optimizer import learning_rate
 from ee_surgery.training.precision import resolve_precision
+from ee_surgery.training.speed import Speed, StopWatch
 from tests import ROOT
 
 PROGRAM = ROOT / "tests/killed_training.py"
@@ -652,3 +653,12 @@ def test_a_report_says_how_fast_training_was_and_on_what_time_was_spent() -> Non
     assert 64 / speed.images_per_second < report.epochs[0].seconds
     assert speed.data >= 0 < speed.original < 1 - speed.data
     assert f"{speed.images_per_second:,.0f} images/s (original" in str(report)
+
+
+def test_the_first_step_of_an_epoch_is_not_counted_into_its_speed() -> None:
+    watch = StopWatch(torch.device("cpu"))
+    watch.seconds = {"data": [9.0, 1.0, 1.0, 0.0], "original": [5.0, 5.0, 1.0, 1.0, 1.0, 1.0], "step": [9.0, 3.0, 3.0]}
+    assert watch.read(30) == Speed(images_per_second=2.5, seconds_per_step=4.0, data=0.25, original=0.5)
+    watch.seconds = {"data": [1.0], "step": [3.0]}
+    assert watch.read(10) == Speed(images_per_second=2.5, seconds_per_step=4.0, data=0.25, original=0.0)
+    assert watch.read(10) is None
