@@ -180,7 +180,8 @@ def page(lines: list[Row]) -> str:
         if not found:
             parts.append(f"Not run yet: `python -m benchmarks.seeds run {name}`.")
             continue
-        head = ["", "accuracy %", "below its original", "agreement %", "MACs %, last branch alone", "MACs %, all visited"]
+        costs = "MACs %, last branch alone", "MACs %, all visited"
+        head = ["", "accuracy %", "below its original", "agreement %", *costs]
         rows = [
             [
                 f"{_what(line)}: {row['asked']}",

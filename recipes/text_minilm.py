@@ -119,7 +119,8 @@ def main() -> None:
     rows = {name: encoded(part, tokenizer) for name, part in texts.items()}
     classes = 1 + max(label for _, label in texts["train"])
     started = time.perf_counter()
-    model = fine_tuned(rows["train"], classes, collate, 1 if options.smoke else options.epochs, options.seed, out / "base")
+    epochs = 1 if options.smoke else options.epochs
+    model = fine_tuned(rows["train"], classes, collate, epochs, options.seed, out / "base")
     tuned = time.perf_counter()
 
     similar = LengthGroupedSampler(64, rows["train"], model_input_name="input_ids")
@@ -166,10 +167,10 @@ def main() -> None:
     accuracy, cost = records.best_case()
     alone = ", ".join(f"{value:.2%}" for value in records.accuracies)
     branches = ", ".join(f"{name} ({spec.name})" for name, spec in zip(branched.exits, branched.specs, strict=True))
-    console.print(f"Exits at {branches}; score {frontier[0].policy.score}. Each alone on the test part, the original last: {alone}.")
-    console.print(f"Leaving at the first correct exit, which no policy can know: {accuracy:.2%} at {cost:.1%} of the MACs.")
+    console.print(f"Exits at {branches}; score {frontier[0].score}. Each alone, the original last: {alone}.")
+    console.print(f"Best case, leaving at the first correct exit: {accuracy:.2%} at {cost:.1%} of the MACs.")
     console.print(
-        f"Seed {options.seed}; fine-tuning {options.epochs} epochs, {(tuned - started) / 60:.0f} min; "
+        f"Seed {options.seed}; fine-tuning {epochs} epochs, {(tuned - started) / 60:.0f} min; "
         f"the one line ({options.effort}) {branched_minutes:.0f} min; {environment(torch.device('cpu'))}."
     )
     console.print(f"Original {branched.receipt()}.")

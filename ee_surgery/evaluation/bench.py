@@ -188,6 +188,34 @@ def measure(
     return bench(branched, inputs, batch_sizes=(batch_size,), rounds=rounds, warmup=warmup)[0]
 
 
+def against(
+    branched: EarlyExitModel,
+    others: Mapping[str, EarlyExitModel],
+    inputs: Inputs,
+    *,
+    engine: str = "eager",
+    batch_size: int = 1,
+    rounds: int = 5,
+    warmup: int = 1,
+) -> dict[str, float]:
+    """Latency of a branched model at its operating point (`exits`), and of the originals of others by name, as
+    fractions of its original's, in one run on the same inputs.
+    """
+    sums: dict[str, float] = {}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        own = served(branched, engine, Path(folder))
+        calls = own._asdict()
+        for name, other in others.items():
+            (place := Path(folder) / str(len(calls))).mkdir()
+            calls[name] = served(other, engine, place).original
+        for batch in _batches(inputs, batch_size):
+            first = batch if isinstance(batch, Tensor) else next(iter(tensors(batch).values()))
+            running = {name: partial(call, batch) for name, call in calls.items()}
+            for name, seconds in interleave(running, first.device, rounds=rounds, warmup=warmup).items():
+                sums[name] = sums.get(name, 0.0) + statistics.median(seconds)
+    return {name: seconds / sums["original"] for name, seconds in sums.items() if name != "original"}
+
+
 def _batches(inputs: Inputs, size: int) -> list[Inputs]:
     named = {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     total = len(next(iter(tensors(named).values())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ee_surgery as ee
 from ee_surgery.calibration.correctness import chances
 from ee_surgery.data.batches import halves
+from ee_surgery.evaluation.verdict import Alternative
 from ee_surgery.search.exit_search import _Fitting, _groups, _spread, short_training
 from ee_surgery.search.exit_subset import Costs
 from tests.training.test_training import blobs, small
@@ -348,8 +350,33 @@ def test_the_verdict_compares_with_smaller_models() -> None:
     assert not found.go
     assert "take elsewhere instead" in str(found)
     assert found.samples == 512
+    for each in found.alternatives:
+        assert each.exits_accuracy >= each.accuracy or each.exits_macs_fraction == 1  # equal accuracy, or never leaving
     with pytest.raises(ee.DataError, match="labels"):
         ee.verdict(branched, [test.tensors[0]], {})
+
+
+def test_the_verdict_by_time_measures_models_and_takes_the_numbers_of_others() -> None:
+    model, data = learnt()
+    branched = ee.augment(model, ["1"], branch="pool", sample=torch.randn(2, 3, 8, 8), train=data, config=CONFIG)
+    ee.calibrate(branched, blobs(512))
+    others: dict[str, Any] = {"twin": model, "slow": (0.25, 0.01, 9.0), "fast": (0.25, 9.0, 0.0)}
+    found = ee.verdict(branched, blobs(64), others, engine="eager", time_batch=32)
+    twin, slow, fast = found.alternatives
+    assert twin.time_fraction is not None
+    assert twin.time_fraction > 0
+    assert (slow.time_fraction, fast.time_fraction) == (9.0, 0.0)
+    assert slow.go  # though not in MACs
+    assert not fast.go  # though in MACs
+    assert "of the time" in str(found)
+    with pytest.raises(ee.ConfigError, match="latency"):
+        ee.verdict(branched, data, {"untimed": (0.9, 0.5)}, engine="eager")
+
+
+def test_cheaper_is_no_go_where_it_is_less_accurate() -> None:
+    better = Alternative("better", 0.9, 0.5, exits_accuracy=0.89, exits_macs_fraction=0.3)
+    assert not better.go
+    assert replace(better, exits_accuracy=0.9).go
 
 
 def test_training_ends_after_so_many_steps() -> None:
