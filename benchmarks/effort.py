@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 
 import ee_surgery as ee
-from benchmarks.frontier import SEARCHING, SETUPS, compare
+from benchmarks.frontier import SEARCHING, SETUPS, asked, calibrated, compare
 from benchmarks.methods_compare import append, read
 from benchmarks.tables import table
 from ee_surgery.calibration.profile import processor
@@ -67,6 +67,7 @@ def run(name: str, effort: EffortName, seed: int, smoke: bool = False) -> dict[s
     kept = ("key", "exits", "base", "samples", "exit_costs", "alone", "best_case", "asked", "threads", "torch", "timm")
     return {
         **{key: found[key] for key in kept},
+        "by_default": asked(records, calibrated),
         "network": name,
         "effort": effort,
         "seed": seed,
@@ -104,7 +105,17 @@ def page(lines: list[dict[str, Any]]) -> str:
     """docs/effort.md."""
     order = list(NETWORKS), list(EFFORTS)
     lines = sorted(lines, key=lambda line: (order[0].index(line["network"]), order[1].index(line["effort"])))
-    head = ["network", "effort", "seed", "points below at 1 point", "MACs %", "minutes", "epochs", "exits"]
+    by_default = "points below at 1 point", "MACs %"
+    head = [
+        "network",
+        "effort",
+        "seed",
+        *by_default,
+        *(f"{x}, max_prob" for x in by_default),
+        "minutes",
+        "epochs",
+        "exits",
+    ]
     last = lines[-1]
     versions = f"torch {last['torch']}, timm {last['timm']}, {last['device']}, {last['threads']} thread(s)"
     return (
@@ -113,15 +124,18 @@ def page(lines: list[dict[str, Any]]) -> str:
 
 
 def _row(line: dict[str, Any]) -> list[str]:
-    asked, minutes, recipe = line["asked"]["1"], f"{line['minutes']:.0f}", line["recipe_minutes"]
+    minutes, recipe = f"{line['minutes']:.0f}", line["recipe_minutes"]
     if recipe:
         minutes += f" ({line['minutes'] / recipe:.2f} of the recipe's {recipe:.0f})"
     return [
         line["network"],
         line["effort"],
         str(line["seed"]),
-        " ± ".join(f"{100 * value:.2f}" for value in asked["drop"]),
-        " ± ".join(f"{100 * value:.1f}" for value in asked["cost"]),
+        *(
+            " ± ".join(f"{100 * value:.{digits}f}" for value in line[kind]["1"][what]) if kind in line else "-"
+            for kind in ("by_default", "asked")
+            for what, digits in (("drop", 2), ("cost", 1))
+        ),
         minutes,
         str(line["found"]["epochs"]),
         ", ".join(f"`{name}` {branch}" for name, branch in zip(line["exits"], line["branches"], strict=True)),
@@ -137,10 +151,10 @@ python -m benchmarks.effort run resnet56 --effort standard && python -m benchmar
 `ee.augment(model, train=..., calibrate=...)` with nothing else set: exits, branches, sizes and the length of the
 training follow from the model and the data. The original is frozen and its receipt unchanged; every branch visited is
 counted; MACs are means over 20 halves of images that neither network, branches nor search have seen, with thresholds on
-the largest probability. Minutes are those of the whole call, beside other work. For the ResNet-56 they stand beside the
-time that the 36 epochs of `recipes.cifar10_shortcuts`, with exits and blocks picked by hand, take on the same machine
-(steps of both were timed in one process). Searched exits with ten epochs took 40.9 % there, the recipe 28.6 %
-([frontier](frontier.md)). `quick`, `best`, other seeds and networks were not run yet.
+the score that `calibrate` chooses, and on the largest probability. Minutes are those of the whole call, beside other
+work. For the ResNet-56 they stand beside the time that the 36 epochs of `recipes.cifar10_shortcuts`, with exits and
+blocks picked by hand, take on the same machine (steps of both were timed in one process). Searched exits with ten
+epochs took 40.9 % there, the recipe 28.6 % ([frontier](frontier.md)). What has no row was not run yet.
 """
 
 

@@ -30,6 +30,7 @@ import ee_surgery as ee
 from benchmarks.methods import TASKS
 from benchmarks.methods_compare import GRID, LOW, append, read, realised
 from benchmarks.tables import table
+from ee_surgery.calibration.search import best_score
 from ee_surgery.search.exit_search import TRIED
 from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
 from recipes.cifar10_shortcuts import EXITS, SIZE
@@ -188,18 +189,31 @@ def recorded() -> tuple[ee.ExitRecords, dict[str, Any]]:
     return records, {"candidates": 0, "trained": list(EXITS), "branches": branches, "static": static}
 
 
-def compare(name: str, records: ee.ExitRecords, about: dict[str, Any]) -> dict[str, Any]:
-    """Drops and costs on the reported halves, and the mean curve."""
+def calibrated(records: ee.ExitRecords) -> ee.Frontier:
+    """As `ee.calibrate` does it by default: with the score that cross-validation chooses."""
+    return ee.Frontier.of(records, best_score(records))
+
+
+def asked(
+    records: ee.ExitRecords, trace: Callable[[ee.ExitRecords], ee.Frontier] = ee.Frontier.search
+) -> dict[str, dict[str, list[float]]]:
+    """Drops and costs on the reported halves, by the points asked for."""
     splits = both_ways(len(records))
     rows = {}
     base = [records.take(reported).base_accuracy for _, reported in splits]
-    for asked, (accuracy, cost, shares, _) in over_splits(records, splits, REQUESTS).items():
+    for points, (accuracy, cost, shares, _) in over_splits(records, splits, REQUESTS, trace).items():
         below = [b - a for a, b in zip(accuracy, base, strict=True)]
-        rows[asked] = {
+        rows[points] = {
             "drop": [statistics.mean(below), statistics.stdev(below)],
             "cost": [statistics.mean(cost), statistics.stdev(cost)],
             "shares": [statistics.mean(column) for column in zip(*shares, strict=True)],
         }
+    return rows
+
+
+def compare(name: str, records: ee.ExitRecords, about: dict[str, Any]) -> dict[str, Any]:
+    """Drops and costs on the reported halves, and the mean curve."""
+    splits = both_ways(len(records))
     curves = [realised(ee.Frontier.search(records.take(a)), records.take(b))["curve"] for a, b in splits[:4]]
     return {
         "key": name,
@@ -212,7 +226,7 @@ def compare(name: str, records: ee.ExitRecords, about: dict[str, Any]) -> dict[s
         ],
         "alone": records.accuracies,
         "best_case": records.best_case(),
-        "asked": rows,
+        "asked": asked(records),
         "curve": np.mean(curves, 0).round(5).tolist(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -257,12 +271,12 @@ def _about(line: dict[str, Any]) -> str:
 def _asked(line: dict[str, Any]) -> str:
     rows = [
         [
-            f"{asked} points",
+            f"{points} points",
             " ± ".join(f"{100 * value:.2f}" for value in row["drop"]),
             " ± ".join(f"{100 * value:.1f}" for value in row["cost"]),
             " ".join(f"{share:.0%}" for share in row["shares"]),
         ]
-        for asked, row in line["asked"].items()
+        for points, row in line["asked"].items()
     ]
     return table(["drop asked for", "points below the original", "MACs %", "share at each exit"], rows)
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 import ee_surgery as ee
+from benchmarks.frontier import calibrated
 from benchmarks.methods_compare import append, read
 from benchmarks.tables import table
 from ee_surgery.calibration.correctness import ChanceOfBeingRight
 from ee_surgery.calibration.eenet import eenet_scheduler
 from ee_surgery.calibration.failure import failure_auroc
-from ee_surgery.calibration.search import best_score
 from ee_surgery.policies.exit_costs import exit_costs
 from recipes.cifar10_resnet56 import both_ways
 
@@ -50,7 +50,7 @@ WAYS: dict[str, Callable[[ee.ExitRecords], Choose]] = {
     "geometric, max_prob": lambda records: partial(ee.geometric_budget, records),
     "geometric, entropy": lambda records: partial(ee.geometric_budget, records, score="entropy"),
     "search, max_prob": lambda records: _within(ee.Frontier.search(records)),
-    "search, default score": lambda records: _within(ee.Frontier.of(records, best_score(records))),
+    "search, default score": lambda records: _within(calibrated(records)),
 }
 
 

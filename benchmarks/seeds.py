@@ -231,8 +231,8 @@ takes. EENet's scheduler: [schedulers](schedulers.md). Shorter training of all p
 def main() -> None:
     """Run one, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "page"))
-    parser.add_argument("papers", nargs="*", choices=[*PAPERS, []], default=[])
+    parser.add_argument("what", nargs="?", choices=("run", "page"), default="run")
+    parser.add_argument("paper", nargs="?", choices=list(PAPERS), default="cascade")
     parser.add_argument("--lam", type=float, help="weight of the cost in the loss; by default the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="by default the published number")
@@ -243,13 +243,12 @@ def main() -> None:
     if options.what == "page":
         PAGE.write_text(page(read(RESULTS)))
         return
-    for name in options.papers or PAPERS:
-        few, epochs = (256, 1) if options.smoke else (None, options.epochs)
-        line = run(name, options.lam, options.seed, epochs, few)
-        if options.smoke:
-            print(page([line]))
-        else:
-            append(RESULTS, line)
+    few, epochs = (256, 1) if options.smoke else (None, options.epochs)
+    line = run(options.paper, options.lam, options.seed, epochs, few)
+    if options.smoke:
+        print(page([line]))
+    else:
+        append(RESULTS, line)
 
 
 if __name__ == "__main__":

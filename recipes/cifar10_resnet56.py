@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -189,12 +189,15 @@ def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:
 
 
 def over_splits(
-    records: ee.ExitRecords, splits: list[tuple[Tensor, Tensor]], requests: Requests
+    records: ee.ExitRecords,
+    splits: list[tuple[Tensor, Tensor]],
+    requests: Requests,
+    trace: Callable[[ee.ExitRecords], ee.Frontier] = ee.Frontier.search,
 ) -> dict[str, tuple[list[float], list[float], list[list[float]], list[float]]]:
     """Per request and split: accuracy, mean MACs and exit shares on the reported half, optimism on the other."""
     rows = {name: ([], [], [], []) for name in requests}
     for chosen, reported in splits:
-        frontier, test = ee.Frontier.search(records.take(chosen)), records.take(reported)
+        frontier, test = trace(records.take(chosen)), records.take(reported)
         for name, request in requests.items():
             point = frontier.at(**request)
             replay = test.replay(point.policy)

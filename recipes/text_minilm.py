@@ -100,7 +100,7 @@ def fine_tuned(rows: list[dict[str, Any]], classes: int, collate: Any, epochs: i
 def main() -> None:
     """Fine-tune, find and train exits, calibrate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", nargs="?", choices=TASKS, default="sst2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
     parser.add_argument("--effort", choices=("quick", "standard", "best"), default="standard")
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a few texts, few steps")
     options = parser.parse_args()
+    effort = "quick" if options.smoke else options.effort
     torch.set_num_threads(options.threads)
     console = Console(width=160, record=True)
     out = options.out / f"{options.task}-{options.seed}"
@@ -134,7 +135,7 @@ def main() -> None:
         sample={name: typical[name] for name in ("input_ids", "attention_mask")},
         train=loaders["train"],
         calibrate=loaders["dev"],
-        effort=options.effort,
+        effort=effort,
         time_budget=0.2 if options.smoke else None,
         seed=options.seed,
     )
@@ -171,7 +172,7 @@ def main() -> None:
     console.print(f"Best case, leaving at the first correct exit: {accuracy:.2%} at {cost:.1%} of the MACs.")
     console.print(
         f"Seed {options.seed}; fine-tuning {epochs} epochs, {(tuned - started) / 60:.0f} min; "
-        f"the one line ({options.effort}) {branched_minutes:.0f} min; {environment(torch.device('cpu'))}."
+        f"the one line ({effort}) {branched_minutes:.0f} min; {environment(torch.device('cpu'))}."
     )
     console.print(f"Original {branched.receipt()}.")
     console.save_text(str(out / "report.md"))

@@ -286,15 +286,25 @@ def _save(branch_batch: BranchBatch, path: Path) -> None:
         found["labels"] = branch_batch.labels
     # the memory format decides which kernels run, and so the last bits of the results
     last = [name for name, tensor in found.items() if tensor.ndim == 4 and not tensor.is_contiguous()]
-    about = {"total": branch_batch.total, "own": branch_batch.own, "channels_last": last}
+    same: dict[str, str] = {}
+    written: dict[str, Tensor] = {}
+    first: dict[object, str] = {}
+    for name, tensor in found.items():  # several branches may read one tensor, such as a mask: written once
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if tensor.numel() and first.setdefault(key, name) != name:
+            same[name] = first[key]
+        else:
+            written[name] = tensor.clone(memory_format=torch.contiguous_format)
+    about = {"total": branch_batch.total, "own": branch_batch.own, "channels_last": last, "same": same}
     with _on_disk(path.parent), atomic_write(path, durable=False) as partial:  # need not survive a power loss
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, {"batch": json.dumps(about)})
+        save_file(written, partial, {"batch": json.dumps(about)})
 
 
 def _load(path: Path, device: torch.device) -> BranchBatch:
     with _on_disk(path.parent), safe_open(path, framework="pt", device=str(device)) as file:  # memory-mapped
         about = json.loads(file.metadata()["batch"])
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    found.update({name: found[first] for name, first in about["same"].items()})
     for name in about["channels_last"]:
         found[name] = found[name].contiguous(memory_format=torch.channels_last)
     original, labels = found.pop("original"), found.pop("labels", None)

@@ -655,6 +655,17 @@ def test_a_report_says_how_fast_training_was_and_on_what_time_was_spent() -> Non
     assert f"{speed.images_per_second:,.0f} images/s (original" in str(report)
 
 
+def test_a_tensor_that_several_branches_read_is_cached_once(tmp_path: Path) -> None:
+    mask, rest = torch.rand(4, 1, 6, 6), torch.rand(8, 5)
+    read = [(rest[:4], mask), (rest[4:], mask), (mask, rest.T)]
+    whole = features.BranchBatch(None, read, torch.rand(4, 3), torch.arange(4), 4, 4)
+    features._save(whole, tmp_path / "a")
+    again = features._load(tmp_path / "a", torch.device("cpu"))
+    for before, after in zip(read, again.features, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (tmp_path / "a").stat().st_size < 4 * (2 * rest.numel() + mask.numel()) + 1500
+
+
 def test_the_first_step_of_an_epoch_is_not_counted_into_its_speed() -> None:
     watch = StopWatch(torch.device("cpu"))
     watch.seconds = {"data": [9.0, 1.0, 1.0, 0.0], "original": [5.0, 5.0, 1.0, 1.0, 1.0, 1.0], "step": [9.0, 3.0, 3.0]}
