@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
-export OMP_NUM_THREADS ?= 1
+# two processes share the cores
+test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test test-slow test-all test-lowest coverage docs live javascript check fmt clean
 

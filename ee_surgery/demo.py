@@ -46,7 +46,7 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for batch_size in (1, 64):
-        console.print(str(measure(branched, test.tensors[0][:192], batch_size=batch_size, rounds=3)), highlight=False)
+        console.print(str(measure(branched, test.tensors[0][:64], batch_size=batch_size, rounds=5)), highlight=False)
     torch.set_num_threads(threads)
 
     console.rule("save: branches only")

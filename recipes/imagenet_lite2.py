@@ -20,18 +20,17 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 import ee_surgery as ee
 from ee_surgery.evaluation.bench import against
 from ee_surgery.evaluation.latency import environment
 from recipes import data
+from recipes.imagenet_mobilenetv2 import Unlabelled
 
 SIZES = {"lite2": (297, 260), "lite1": (274, 240), "lite0": (256, 224)}
 """Pixels of the shorter side, and of the crop."""
@@ -42,19 +41,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
 TIMED = {"agreement drop 2%", "agreement drop 5%"}
 """Requests whose time is measured: a file has to be exported for each."""
 PHOTOS = 64  # to measure it
-
-
-class Unlabelled(Dataset):  # pyright: ignore[reportMissingTypeArgument]
-    """Photographs under a transform, without labels."""
-
-    def __init__(self, images: list[Image.Image], transform: v2.Transform) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor]:
-        return (self.transform(self.images[index]),)
 
 
 def network(name: str) -> nn.Module:
