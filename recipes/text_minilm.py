@@ -92,7 +92,7 @@ def fine_tuned(rows: list[dict[str, Any]], classes: int, collate: Any, epochs: i
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
     )
-    Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
+    Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()  # pyright: ignore[reportArgumentType]
     model.save_pretrained(out)
     return model.cpu().eval()
 
@@ -124,9 +124,10 @@ def main() -> None:
     model = fine_tuned(rows["train"], classes, collate, epochs, options.seed, out / "base")
     tuned = time.perf_counter()
 
-    similar = LengthGroupedSampler(64, rows["train"], model_input_name="input_ids")
+    similar = LengthGroupedSampler(64, rows["train"], model_input_name="input_ids")  # pyright: ignore[reportArgumentType]
+    samplers = {"train": similar, "dev": None, "test": None}
     loaders = {
-        name: DataLoader(part, 64, sampler=similar if name == "train" else None, collate_fn=collate)
+        name: DataLoader(part, 64, sampler=samplers[name], collate_fn=collate)  # pyright: ignore[reportArgumentType]
         for name, part in rows.items()
     }
     typical = collate(rows["train"][:4])

@@ -131,12 +131,14 @@ def verdict(
         raise DataError("Comparing accuracy needs labels: give labelled data.")
     known, found = Labels(branched.engine, class_map), []
     for name, other in alternatives.items():
-        graph = _captured(branched, other) if isinstance(other, nn.Module) else None
-        if graph is None:
-            accuracy, macs, time = (*map(float, other), None)[:3]
-        else:
-            accuracy, time = _accuracy(branched, graph, data, batch_size, known), None
+        graph, time = None, None
+        if isinstance(other, nn.Module):
+            graph = _captured(branched, other)
+            accuracy = _accuracy(branched, graph, data, batch_size, known)
             macs = graph.macs / branched.trunk_macs[-1]
+        else:
+            accuracy, macs, *latency = other
+            time = latency[0] if latency else None
         point = _at_least(branched.frontier, records, accuracy)
         exits_time = None
         if engine is not None:
