@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import ee_surgery as ee
 from ee_surgery.calibration.correctness import chances
 from ee_surgery.data.batches import halves
-from ee_surgery.evaluation.verdict import Alternative
 from ee_surgery.search.exit_search import _Fitting, _groups, _spread, short_training
 from ee_surgery.search.exit_subset import Costs
 from tests.training.test_training import blobs, small
@@ -317,66 +315,6 @@ def test_a_branch_that_costs_more_than_it_saves_is_left_out() -> None:
             parameter.zero_()
     with pytest.raises(ee.ExitPointError, match="saves anything"):
         ee.prune_exits(pruned, ee.record(pruned, data), 0.0)
-
-
-class Constant(nn.Module):
-    """Always the same class, for next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 4)
-        nn.init.zeros_(self.head.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 4)."""
-        return self.head(x.mean((2, 3)))
-
-
-def test_the_verdict_compares_with_smaller_models() -> None:
-    model, data = learnt()
-    branched = ee.augment(model, ["1"], branch="pool", sample=torch.randn(2, 3, 8, 8))
-    with pytest.raises(ee.OperatingPointError, match="calibrate"):
-        ee.verdict(branched, data, {})
-    ee.train(branched, data, CONFIG)
-    ee.calibrate(branched, blobs(512))
-    test = blobs(512)
-    found = ee.verdict(branched, test, {"constant": Constant(), "twin": model, "elsewhere": (0.9, 0.01)})
-    constant, twin, elsewhere = found.alternatives
-    assert constant.accuracy == 0.25
-    assert constant.macs_fraction == pytest.approx(12 / branched.trunk_macs[-1])
-    assert twin.accuracy == found.accuracy
-    assert twin.macs_fraction == 1
-    assert not elsewhere.go
-    assert not found.go
-    assert "take elsewhere instead" in str(found)
-    assert found.samples == 512
-    for each in found.alternatives:
-        assert each.exits_accuracy >= each.accuracy or each.exits_macs_fraction == 1  # equal accuracy, or never leaving
-    with pytest.raises(ee.DataError, match="labels"):
-        ee.verdict(branched, [test.tensors[0]], {})
-
-
-def test_the_verdict_by_time_measures_models_and_takes_the_numbers_of_others() -> None:
-    model, data = learnt()
-    branched = ee.augment(model, ["1"], branch="pool", sample=torch.randn(2, 3, 8, 8), train=data, config=CONFIG)
-    ee.calibrate(branched, blobs(512))
-    others: dict[str, Any] = {"twin": model, "slow": (0.25, 0.01, 9.0), "fast": (0.25, 9.0, 0.0)}
-    found = ee.verdict(branched, blobs(64), others, engine="eager", time_batch=32)
-    twin, slow, fast = found.alternatives
-    assert twin.time_fraction is not None
-    assert twin.time_fraction > 0
-    assert (slow.time_fraction, fast.time_fraction) == (9.0, 0.0)
-    assert slow.go  # though not in MACs
-    assert not fast.go  # though in MACs
-    assert "of the time" in str(found)
-    with pytest.raises(ee.ConfigError, match="latency"):
-        ee.verdict(branched, data, {"untimed": (0.9, 0.5)}, engine="eager")
-
-
-def test_cheaper_is_no_go_where_it_is_less_accurate() -> None:
-    better = Alternative("better", 0.9, 0.5, exits_accuracy=0.89, exits_macs_fraction=0.3)
-    assert not better.go
-    assert replace(better, exits_accuracy=0.9).go
 
 
 def test_training_ends_after_so_many_steps() -> None:
