@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,8 @@ def main() -> None:
         other = network(name)
         own = torch.stack([transforms(name)[1](image) for image, new in zip(test.images, unseen, strict=True) if new])
         fraction = ee.inspect(other, own[:1]).macs / records.base_macs
-        times = [sister_time(branched, other, timed[:1], own[:1], engine) for engine in engines]
+        beside = {name: (ee.augment(other, 1, sample=own[:1]), own[: len(timed)])}
+        times = [against(branched, beside, timed, engine=engine)[name] for engine in engines]
         smaller_ones[name] = [accuracy(other, own, labels), fraction, *times]
         first, second, *ratios = smaller_ones[name]
         table.add_row(name, f"{100 * first:.1f}", "", f"{100 * second:.1f}", "", *(f"{ratio:.3f}" for ratio in ratios))
@@ -152,22 +152,6 @@ def main() -> None:
     console.print(f"One line ({effort}), seed {options.seed}: {minutes:.0f} min, {environment(inputs.device)}.")
     console.print(f"timm {timm.__version__}. Original {branched.receipt()}.")
     console.save_text(str(options.out / "report.md"))
-
-
-def sister_time(branched: ee.EarlyExitModel, other: nn.Module, large: Tensor, small: Tensor, engine: str) -> float:
-    """Latency of a smaller network on its own inputs as a fraction of the original's, one picture at a time in turn."""
-    from ee_surgery.evaluation.engines import served
-    from ee_surgery.evaluation.latency import interleave
-
-    sister = ee.augment(other, 1, sample=small)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        both = [Path(folder) / name for name in ("original", "sister")]
-        for path in both:
-            path.mkdir()
-        first, second = (served(m, engine, path).original for m, path in zip((branched, sister), both, strict=True))
-        calls = {"first": lambda: first(large), "second": lambda: second(small)}
-        times = interleave(calls, large.device, rounds=50)
-    return sorted(times["second"])[25] / sorted(times["first"])[25]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,7 +36,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import ee_surgery as ee
 from ee_surgery.evaluation.latency import environment
@@ -47,6 +48,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 Texts = list[tuple[str, int]]
 TASKS = ("sst2", "ag_news")
 LONGEST = 128  # tokens; longer texts are cut
+BATCH = 64
 
 
 def pretrained() -> Path:
@@ -71,6 +73,21 @@ def encoded(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, 
     ids = tokenizer([text for text, _ in texts], truncation=True, max_length=LONGEST)["input_ids"]
     rows = [{"input_ids": row, "labels": label} for row, (_, label) in zip(ids, texts, strict=True)]
     return sorted(rows, key=lambda row: len(row["input_ids"]))
+
+
+class Similar(Sampler[list[int]]):
+    """Batches of texts of about the same length, which need little padding, in random order."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / BATCH)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        pools = torch.randperm(len(self.lengths)).split(16 * BATCH)
+        found = [batch for pool in pools for batch in pool[self.lengths[pool].argsort()].split(BATCH)]
+        yield from (found[k].tolist() for k in torch.randperm(len(found)))
 
 
 def fine_tuned(rows: list[dict[str, Any]], classes: int, collate: Any, epochs: int, seed: int, out: Path) -> nn.Module:
@@ -124,12 +141,11 @@ def main() -> None:
     model = fine_tuned(rows["train"], classes, collate, epochs, options.seed, out / "base")
     tuned = time.perf_counter()
 
-    similar = LengthGroupedSampler(64, rows["train"], model_input_name="input_ids")  # pyright: ignore[reportArgumentType]
-    samplers = {"train": similar, "dev": None, "test": None}
-    loaders = {
-        name: DataLoader(part, 64, sampler=samplers[name], collate_fn=collate)  # pyright: ignore[reportArgumentType]
-        for name, part in rows.items()
+    loaders: dict[str, DataLoader[Any]] = {
+        name: DataLoader(rows[name], BATCH, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+        for name in ("dev", "test")
     }
+    loaders["train"] = DataLoader(rows["train"], batch_sampler=Similar(rows["train"]), collate_fn=collate)  # pyright: ignore[reportArgumentType]
     typical = collate(rows["train"][:4])
     branched = ee.augment(
         model,

@@ -190,7 +190,7 @@ def measure(
 
 def against(
     branched: EarlyExitModel,
-    others: Mapping[str, EarlyExitModel],
+    others: Mapping[str, tuple[EarlyExitModel, Inputs]],
     inputs: Inputs,
     *,
     engine: str = "eager",
@@ -199,21 +199,29 @@ def against(
     warmup: int = 1,
 ) -> dict[str, float]:
     """Latency of a branched model at its operating point (`exits`), and of the originals of others by name, as
-    fractions of its original's, in one run on the same inputs.
+    fractions of its original's, in one run.
+
+    Args:
+        others: each with its own inputs, as many as `inputs`.
     """
+    device = _first(inputs).device
+    split = {name: _batches(own, batch_size) for name, (_, own) in {"": (branched, inputs), **others}.items()}
     sums: dict[str, float] = {}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        own = served(branched, engine, Path(folder))
-        calls = own._asdict()
-        for name, other in others.items():
-            (place := Path(folder) / str(len(calls))).mkdir()
-            calls[name] = served(other, engine, place).original
-        for batch in _batches(inputs, batch_size):
-            first = batch if isinstance(batch, Tensor) else next(iter(tensors(batch).values()))
-            running = {name: partial(call, batch) for name, call in calls.items()}
-            for name, seconds in interleave(running, first.device, rounds=rounds, warmup=warmup).items():
+        calls = {name: (call, split[""]) for name, call in served(branched, engine, Path(folder))._asdict().items()}
+        for name, (other, _) in others.items():
+            own = Path(folder) / str(len(calls))
+            own.mkdir()
+            calls[name] = served(other, engine, own).original, split[name]
+        for k in range(len(split[""])):
+            running = {name: partial(call, batches[k]) for name, (call, batches) in calls.items()}
+            for name, seconds in interleave(running, device, rounds=rounds, warmup=warmup).items():
                 sums[name] = sums.get(name, 0.0) + statistics.median(seconds)
     return {name: seconds / sums["original"] for name, seconds in sums.items() if name != "original"}
+
+
+def _first(inputs: Inputs) -> Tensor:
+    return inputs if isinstance(inputs, Tensor) else next(iter(tensors(inputs).values()))
 
 
 def _batches(inputs: Inputs, size: int) -> list[Inputs]:
@@ -232,7 +240,7 @@ def _measured(
     running: Mapping[str, Served], batches: Sequence[Inputs], size: int, cost: float, rounds: int, warmup: int
 ) -> list[Measurement]:
     """All engines in turn, batch by batch."""
-    first = batches[0] if isinstance(batches[0], Tensor) else next(iter(tensors(batches[0]).values()))
+    device = _first(batches[0]).device
     times: dict[str, list[list[float]]] = {}
     for batch in batches:
         calls = {
@@ -240,7 +248,7 @@ def _measured(
             for name, both in running.items()
             for kind, call in both._asdict().items()
         }
-        for name, seconds in interleave(calls, first.device, rounds=rounds, warmup=warmup).items():
+        for name, seconds in interleave(calls, device, rounds=rounds, warmup=warmup).items():
             times.setdefault(name, []).append(seconds)
     found: list[Measurement] = []
     for name in running:
@@ -261,7 +269,7 @@ def _measured(
                 latency_ratio=latency / original,
                 spread=(low, high),
                 macs_fraction=cost,
-                environment=environment(first.device),
+                environment=environment(device),
             )
         )
     return found

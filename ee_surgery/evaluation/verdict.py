@@ -142,8 +142,8 @@ def verdict(
         point = _at_least(branched.frontier, records, accuracy)
         exits_time = None
         if engine is not None:
-            others = {} if graph is None else {"other": attach(graph, place(graph, 1, clip=True))}
             inputs, _ = next(_batches(branched, data, max(_TIMED, time_batch)))
+            others = {} if graph is None else {"other": (attach(graph, place(graph, 1, clip=True)), inputs)}
             subject = branched.copy()
             subject.operate(point)
             times = against(subject, others, inputs, engine=engine, batch_size=time_batch)
