@@ -29,7 +29,8 @@ def write_page(results: Path, docs: Path) -> None:
     for backbone, title in TITLES.items():
         lines = _whole(read(results / f"methods-{backbone}.jsonl"))
         if lines:
-            parts += [f"## {title}", *_section(backbone, lines, docs)]
+            own = _own_protocol(results) if backbone == "resnet56" else {}
+            parts += [f"## {title}", *_section(backbone, lines, docs, own)]
     (docs / "methods.md").write_text("\n\n".join(parts) + "\n")
     papers = (docs / "papers.md").read_text()
     for method in ee.PRESETS:
@@ -61,7 +62,18 @@ def _summary(method: str, results: Path) -> str:
     return f"Ours (original frozen, short training; [methods.md](methods.md)): {'; '.join(found)}."
 
 
-def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable[str]:
+def _own_protocol(results: Path) -> dict[str, str]:
+    """By method, what it reaches at its paper's own protocol: the last row of benchmarks.seeds."""
+    found = {}
+    for line in read(results / "seeds.jsonl"):
+        last = line["points"][-1]
+        found[line["paper"]] = (
+            f"{last['cost']:.3f} at {100 * last['below']:.2f} points below, {line['epochs']} epochs, {line['network']}"
+        )
+    return found
+
+
+def _section(backbone: str, lines: list[dict[str, Any]], docs: Path, own: dict[str, str]) -> Iterable[str]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         groups[line["method"], line["policy"]].append(line)
@@ -82,13 +94,13 @@ def _section(backbone: str, lines: list[dict[str, Any]], docs: Path) -> Iterable
         found = groups.get((method, policy), [])
         if found:
             name = f"**ours** ({policy})" if method == "ours" else f"{method} ({policy})"
-            rows.append([name, str(len(found[0]["exits"])), *_cells(found), _seconds(found)])
+            rows.append([name, str(len(found[0]["exits"])), *_cells(found), _seconds(found), own.get(method, "")])
     for (method, policy), found in groups.items():
         if policy == "static":
             cost = f"static {method}: {_percent([found[0]['accuracy']])} % at {found[0]['cost']:.3f}"
-            rows.append([cost, *[""] * (len(head) - 1)])
+            rows.append([cost, *[""] * len(head)])
     yield "**Each method as published**, on the frozen original: its branches, exits, loss and policy."
-    yield table(head, rows)
+    yield table([*head, "own protocol"], rows) if own else table(head, [row[: len(head)] for row in rows])
     rows = []
     for policy in ee.CALIBRATORS:
         found = groups.get(("ours", policy), [])
@@ -186,7 +198,8 @@ images that neither the original nor the branches have seen, results from the ot
 Columns: accuracy (%) at a fraction of the MACs (`-`: out of reach); the fraction of the MACs above which at most 0.5,
 1 and 2 points are lost; area: mean accuracy over 0.3 to 1 of the MACs, counted as chance level where out of reach, with
 the standard deviation over the seeds; AUROC of the exits' scores for correctness, mean over the exits; time to train or
-to calibrate. What the methods do, and where we differ: [papers.md](papers.md).
+to calibrate; own protocol: MACs and points lost after the paper's own, longer training ([seeds](seeds.md)). What the
+methods do, and where we differ: [papers.md](papers.md).
 
 Conclusions: with thousands of calibration images, thresholds searched per exit win; with 250, one threshold for all
 exits does as well. The fallback for samples that never exit early matters, too. The most confident answer works as an

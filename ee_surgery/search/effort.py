@@ -82,7 +82,7 @@ _MEMORISED = 0.02  # how much better the original is on what it was trained on, 
 _SEEN = 1_000  # training samples to find that out
 _TIMED = 8  # steps
 _DECAY = 0.25
-_VIEWS = 4  # augmented passes, where their features can be kept
+_PASSES = 4  # of the longest training over each augmented view of the data, where features can be kept
 _SEARCH_SHARE = 0.2  # of a time budget
 
 
@@ -184,7 +184,8 @@ def fit(
     config = _distilled(setting, branched, config, found)
     found.search_minutes = (time.perf_counter() - started) / 60
     left = None if minutes is None else minutes - found.search_minutes
-    config = _length(setting, branched, effort, config, joint, left, _VIEWS if ours and not joint else None)
+    views = max(2, effort.epochs // _PASSES) if ours and not joint else None
+    config = _length(setting, branched, effort, config, joint, left, views)
     watch = Patience(setting, effort.patience, _steps(setting, effort, config)[1] or _APART, found)
     report = train_branches(branched, setting.train, config, joint=joint, watch=watch, **setting.shared)
     branched = report.model

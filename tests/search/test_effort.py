@@ -127,7 +127,7 @@ def test_passes_repeat_only_where_their_features_are_worth_keeping(
     model, data = learnt()
     monkeypatch.setattr(FeatureSource, "_worth", lambda *_: faster)
     branched = ee.augment(model, sample=SAMPLE, train=data, calibrate=blobs(128), max_accuracy_drop=0.1)
-    assert branched.provenance["training"]["views"] == (4 if faster else None)
+    assert branched.provenance["training"]["views"] == (2 if faster else None)
     config = ee.TrainConfig(batch_size=64, validation=0.0)
     asked = ee.augment(model, ["1"], sample=SAMPLE, train=data, calibrate=blobs(128), effort="quick", config=config)
     assert asked.provenance["training"]["views"] is None
