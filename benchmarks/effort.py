@@ -115,9 +115,10 @@ def page(lines: list[dict[str, Any]]) -> str:
         "minutes",
         "epochs",
         "exits",
+        "processor",
     ]
     last = lines[-1]
-    versions = f"torch {last['torch']}, timm {last['timm']}, {last['device']}, {last['threads']} thread(s)"
+    versions = f"torch {last['torch']}, timm {last['timm']}, {last['threads']} thread(s)"
     return (
         f"{_PAGE}\n{table(head, [_row(line) for line in lines])}\n\n{versions}; mixed precision: {last['precision']}.\n"
     )
@@ -139,6 +140,7 @@ def _row(line: dict[str, Any]) -> list[str]:
         minutes,
         str(line["found"]["epochs"]),
         ", ".join(f"`{name}` {branch}" for name, branch in zip(line["exits"], line["branches"], strict=True)),
+        line["device"],
     ]
 
 
@@ -153,8 +155,9 @@ training follow from the model and the data. The original is frozen and its rece
 counted; MACs are means over 20 halves of images that neither network, branches nor search have seen, with thresholds on
 the score that `calibrate` chooses, and on the largest probability. Minutes are those of the whole call, beside other
 work. For the ResNet-56 they stand beside the time that the 36 epochs of `recipes.cifar10_shortcuts`, with exits and
-blocks picked by hand, take on the same machine (steps of both were timed in one process). Searched exits with ten
-epochs took 40.9 % there, the recipe 28.6 % ([frontier](frontier.md)). What has no row was not run yet.
+blocks picked by hand, take on the same machine, from steps timed in the same process; the row of seed 0 counts the
+first of twelve, which is slower, so the recipe's minutes are somewhat too many there. Searched exits with ten epochs
+took 40.9 %, the recipe 28.6 % ([frontier](frontier.md)). What has no row was not run yet.
 """
 
 
