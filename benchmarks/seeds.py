@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ee_surgery as ee
 from benchmarks.methods_compare import append, read
 from benchmarks.tables import table
 from ee_surgery.calibration.profile import processor
 from ee_surgery.policies.exit_costs import exit_costs
-from recipes.cifar10_resnet56 import both_ways, network, pictures
+from recipes.cifar10_resnet56 import both_ways, network, pictures, right
 
 RUNS = Path("runs/seeds")
 RESULTS = Path("benchmarks/results/seeds.jsonl")
@@ -149,7 +148,7 @@ def run(name: str, lam: float | None, seed: int, epochs: int | None, few: int | 
         "published_epochs": preset.config.epochs,
         "joint": preset.joint,
         "base": records.base_accuracy,
-        "pretrained": _accuracy(network(paper.depth), test, truth),
+        "pretrained": right(network(paper.depth), test, truth).double().mean().item(),
         "alone": records.accuracies,
         "exits": list(records.exits),
         "exit_costs": [
@@ -163,12 +162,6 @@ def run(name: str, lam: float | None, seed: int, epochs: int | None, few: int | 
         "threads": torch.get_num_threads(),
         "device": processor(torch.device("cpu")),
     }
-
-
-def _accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
-    with torch.no_grad():
-        answers = torch.cat([model(batch).argmax(-1) for batch in images.split(250)])
-    return (answers == labels).double().mean().item()
 
 
 def page(lines: list[Row]) -> str:

@@ -173,10 +173,10 @@ def network(depth: int) -> CifarResNet:
     return model.eval()
 
 
-def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> Tensor:
     """Which of the images (N, 3, H, W) a network gets right, bool (N,)."""
     with torch.no_grad():
-        return torch.cat([model(batch).argmax(-1) for batch in images.split(250)]) == labels
+        return torch.cat([model(batch).argmax(-1) for batch in images.split(batch_size)]) == labels
 
 
 def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:

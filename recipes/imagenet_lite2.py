@@ -22,13 +22,14 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 import ee_surgery as ee
 from ee_surgery.evaluation.bench import against
 from ee_surgery.evaluation.latency import environment
 from recipes import data
+from recipes.cifar10_resnet56 import right
 from recipes.imagenet_mobilenetv2 import Unlabelled
 
 SIZES = {"lite2": (297, 260), "lite1": (274, 240), "lite0": (256, 224)}
@@ -69,13 +70,6 @@ def transforms(name: str, smaller: float = 1.0) -> tuple[v2.Transform, v2.Transf
     finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean.tolist(), std.tolist())]
     varied = v2.Compose([v2.RandomResizedCrop(crop, (0.35, 1.0)), v2.RandomHorizontalFlip(), *finish])
     return varied, v2.Compose([v2.Resize(resize, v2.InterpolationMode.BICUBIC), v2.CenterCrop(crop), *finish])
-
-
-def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Over all 1,000 classes."""
-    with torch.no_grad():
-        answers = torch.cat([model(batch).argmax(-1) for batch in inputs.split(50)])
-    return (answers == labels).double().mean().item()
 
 
 def main() -> None:
@@ -137,7 +131,7 @@ def main() -> None:
         fraction = ee.inspect(other, own[:1]).macs / records.base_macs
         beside = {name: (ee.augment(other, 1, sample=own[:1]), own[: len(timed)])}
         times = [against(branched, beside, timed, engine=engine)[name] for engine in engines]
-        smaller_ones[name] = [accuracy(other, own, labels), fraction, *times]
+        smaller_ones[name] = [right(other, own, labels, batch_size=50).double().mean().item(), fraction, *times]
         first, second, *ratios = smaller_ones[name]
         table.add_row(name, f"{100 * first:.1f}", "", f"{100 * second:.1f}", "", *(f"{ratio:.3f}" for ratio in ratios))
     console.print(table)

@@ -298,13 +298,13 @@ def _length(
     short = {"epochs": _TIMED + (views or 0), "max_steps": _TIMED, "views": views}
     trial = replace(config, **short, progress=False, checkpoint_dir=None, validation=0.0)
     tried = train_branches(branched.copy(), setting.train, trial, joint=joint, **setting.shared).epochs[-1]
-    speed = tried.speed
+    tried = Processes(setting.accelerator).of_main(lambda: tried)  # all decide by the same numbers
+    speed, cached = tried.speed, tried.cached
     assert speed is not None
-    main = Processes(setting.accelerator).of_main
-    seconds, cached = main(lambda: speed.seconds_per_step), main(lambda: tried.cached)
     if cached:
         config = replace(config, views=views)
-    later = seconds * (1 - speed.data - speed.original) if cached else seconds
+    seconds = speed.seconds_per_step
+    later = seconds * max(0.01, 1 - speed.data - speed.original) if cached else seconds
     computed = (views or 0) * (per_epoch or 0) if cached else 0
     if minutes is not None:
         first = min(computed, int(60 * minutes / seconds))
