@@ -24,7 +24,7 @@ from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
 from ee_surgery.share.weights import Weights
-from ee_surgery.task import Task, require
+from ee_surgery.task import Task, fits, require
 
 
 @torch.inference_mode(False)  # weights created in inference mode cannot be trained
@@ -100,8 +100,8 @@ def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec]
     with _seeded(0):
         for depth, (spec, point) in enumerate(zip(specs, plan.points, strict=True)):
             prefix = f"exits.{depth}."
-            if not BRANCHES[spec.name].reads_all:  # those copy parts of the original, so are no larger
-                weights.check(_measured(spec, point, classes, depth, prefix), prefix)
+            if not BRANCHES[spec.name].copies:  # those are no larger than the original
+                weights.check(_measured(spec, point, classes, depth, prefix, graph), prefix)
             branches.append(build(spec, point, classes, depth, graph))
             weights.check(_named(branches[-1], prefix), prefix)
         if graph.head is not None:
@@ -119,14 +119,25 @@ def _check_task(spec: BranchSpec, graph: ModelGraph) -> None:
         ConfigError: so it is.
         UnknownNameError: no branch of that name.
     """
-    if spec.name != "auto":
-        require(f"The branch {spec.name!r}", BRANCHES[spec.name].tasks, graph.backbone.task)
+    if spec.name == "auto":
+        return
+    branch, task = BRANCHES[spec.name], graph.backbone.task
+    require(f"The branch {spec.name!r}", branch.tasks, task)
+    if branch.rank not in (None, task.rank):
+        fitting = [name for name, cls in BRANCHES.items() if cls.rank in (None, task.rank) and fits(cls.tasks, task)]
+        forms = {2: "vectors (B, C)", 4: "maps (B, C, h, w)"}
+        raise ConfigError(
+            f"The branch {spec.name!r} answers with {forms[branch.rank]}, and this model with {forms[task.rank]}: use "
+            f"one of auto, {', '.join(fitting)}."
+        )
 
 
-def _measured(spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str) -> dict[str, Tensor]:
+def _measured(
+    spec: BranchSpec, point: ExitPoint, classes: int, depth: int, prefix: str, graph: ModelGraph | None = None
+) -> dict[str, Tensor]:
     """Tensors of a branch on the `meta` device, by name."""
     with torch.device("meta"):
-        return _named(build(spec, point, classes, depth), prefix)
+        return _named(build(spec, point, classes, depth, graph), prefix)
 
 
 def _named(branch: Branch, prefix: str) -> dict[str, Tensor]:

@@ -237,9 +237,10 @@ class EarlyExitModel(ServedModel):
         return self.engine.run(self.engine.backbone.batch(*inputs, **named), self.policy)
 
     def all_exits(self, *inputs: Inputs, **named: Any) -> Tensor:
-        """Logits of every exit for every sample, (K, B, C), the original's last; no sample leaves."""
+        """Logits of every exit for every sample, (K, B, C, ...), the original's last; no sample leaves."""
         answers, logits = self.engine.answers(*inputs, **named)
-        return torch.stack([*(answer.logits for answer in answers), logits])
+        own = [self.task.enlarge(answer.logits, logits.shape[1:]) for answer in answers]
+        return torch.stack([*own, logits])
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Put the branches in train or eval mode. The original stays as it is, and always runs in eval mode."""

@@ -75,3 +75,34 @@ def ag_news() -> list[tuple[str, int]]:
     """The test set of AG News: title and description in one text; 0 World, 1 Sports, 2 Business, 3 Sci/Tech."""
     with (folder() / "text" / "ag_news_test.csv").open(newline="") as file:
         return [(f"{title}. {text}", int(label) - 1) for label, title, text in csv.reader(file)]
+
+
+class StreetScenes(NamedTuple):
+    """CamVid: pictures of drives, every pixel labelled."""
+
+    images: Tensor
+    """uint8 (N, 3, 360, 480), RGB."""
+    labels: Tensor
+    """uint8 (N, 360, 480): 0 to 10, or 255 where a pixel has no class."""
+    drives: list[str]
+    """The drive that each picture is of."""
+
+
+def camvid(split: str, where: Path | None = None) -> StreetScenes:
+    """CamVid `train`, `val` or `test`; val is a part of a drive that train shows too."""
+    with np.load((where or folder() / "camvid") / f"{split}.npz") as file:
+        data = {key: file[key] for key in file.files}
+
+    def read(name: str, offsets: str) -> Tensor:
+        cuts = itertools.pairwise(data[offsets])
+        pictures = [np.asarray(Image.open(io.BytesIO(data[name][a:b].tobytes()))) for a, b in cuts]
+        return torch.from_numpy(np.stack(pictures))
+
+    labels = read("label_png", "label_offsets")
+    drives = [name.decode().split("_")[0] for name in data["names"]]
+    return StreetScenes(
+        read("jpeg", "offsets").permute(0, 3, 1, 2).contiguous(), labels.masked_fill(labels == _CAMVID_VOID, 255), drives
+    )
+
+
+_CAMVID_VOID = 11

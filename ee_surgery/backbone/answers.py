@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ee_surgery.errors import CaptureError, ConfigError
-from ee_surgery.task import CLASSIFICATION, TASKS, Task, as_task
+from ee_surgery.task import CLASSIFICATION, SEGMENTATION, TASKS, Task, as_task
 
 OutputKey: TypeAlias = int | str | Sequence[int | str]
 """Which part of an answer the logits are: an index, a name, or several of them from the outside in."""
 
 _FEATURES = ("pooler_output", "last_hidden_state")  # what transformers models without a head answer with
+_LOGITS = ("logits", "out")  # of transformers; of torchvision's segmenters, beside the map of a head for training
 _NO_LOGITS = ("pool", "hidden", "embed", "feature", "box")  # in the names of what has the shape of logits
 
 
@@ -66,12 +67,14 @@ def locate(
     wanted: OutputKey | None = None,
     features: bool = False,
     classes: int | None = None,
+    task: Task | None = None,
 ) -> LogitsPlace:
     """Where the logits are in what a model answered.
 
     Args:
         rows: samples that were answered; any number when left out.
         wanted: where the user says that they are.
+        task: what they are; where it is not known, vectors are looked for first, then maps.
         features: look for the features that a new head reads instead.
         classes: how many the model's configuration says it has.
     Raises:
@@ -95,10 +98,14 @@ def locate(
         )
     if isinstance(output, Tensor):
         return LogitsPlace()
-    candidates = _features(output, found) if features else _logits(found, rows, classes)
+    if features:
+        candidates, what = _features(output, found), "features that a head could read"
+    else:
+        tried = (CLASSIFICATION, SEGMENTATION) if task is None else (task,)
+        looks = [(_logits(found, rows, classes, each.rank), f"logits of shape {_SHAPES[each.rank]}") for each in tried]
+        candidates, what = next((look for look in looks if look[0]), looks[0])
     if len(candidates) == 1:
         return LogitsPlace(candidates[0])
-    what = "features that a head could read" if features else "logits of shape (B, C)"
     if not candidates:
         raise CaptureError(
             f"No {what} in the {type(output).__name__} that {model_id} answers with ({listed or 'no tensors'}). "
@@ -112,8 +119,10 @@ def locate(
     )
 
 
-def pick_task(wanted: str | Task | type[Task] | None, model: nn.Module, model_id: str, headless: bool = False) -> Task:
-    """The task of a model: what the user says, or what its configuration does, or one right class.
+def pick_task(
+    wanted: str | Task | type[Task] | None, model: nn.Module, model_id: str, headless: bool = False
+) -> Task | None:
+    """The task of a model: what the user says, or what its configuration does; None where neither does.
 
     Args:
         model: of transformers, whose configuration may say `problem_type`; or any.
@@ -126,7 +135,7 @@ def pick_task(wanted: str | Task | type[Task] | None, model: nn.Module, model_id
         return as_task(wanted)
     problem_type = getattr(getattr(model, "config", None), "problem_type", None)
     if problem_type is None:
-        return CLASSIFICATION
+        return None
     found = next((task for task in TASKS.values() if problem_type in task.problem_types), None)
     if found is None and not headless:
         raise CaptureError(
@@ -135,7 +144,12 @@ def pick_task(wanted: str | Task | type[Task] | None, model: nn.Module, model_id
             "'single_label_classification', or say task=\"classification\"; if each answer goes through a sigmoid, "
             'task="multi_label".'
         )
-    return found or CLASSIFICATION
+    return found
+
+
+def task_of(logits: Tensor) -> Task:
+    """The task of a model that does not say one, by the form of its answer: maps (B, C, h, w) are of segmentation."""
+    return SEGMENTATION if logits.ndim == SEGMENTATION.rank else CLASSIFICATION
 
 
 def check_logits(logits: Tensor, rows: int, model: nn.Module, model_id: str, task: Task) -> None:
@@ -160,14 +174,19 @@ def declared_classes(model: nn.Module) -> int | None:
     return getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
 
 
-def _logits(found: Mapping[tuple[Step, ...], Tensor], rows: int | None, classes: int | None) -> list[tuple[Step, ...]]:
-    named = [steps for steps in found if len(steps) == 1 and steps[0].key == "logits"]
-    if named:
-        return named
+_SHAPES = {2: "(B, C)", 4: "(B, C, h, w)"}
+
+
+def _logits(
+    found: Mapping[tuple[Step, ...], Tensor], rows: int | None, classes: int | None, rank: int
+) -> list[tuple[Step, ...]]:
+    for name in _LOGITS:
+        if named := [steps for steps in found if len(steps) == 1 and steps[0].key == name]:
+            return named
     shaped = [
         steps
         for steps, tensor in found.items()
-        if tensor.ndim == 2 and tensor.is_floating_point() and (rows is None or tensor.shape[0] == rows)
+        if tensor.ndim == rank and tensor.is_floating_point() and (rows is None or tensor.shape[0] == rows)
     ]
     # Some classifiers of transformers have their logits under a name of features (PP-LCNet).
     likely = [steps for steps in shaped if not _named_otherwise(steps[-1].key)]

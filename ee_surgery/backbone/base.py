@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate, pick_task
+from ee_surgery.backbone.answers import OutputKey, check_logits, declared_classes, locate, pick_task, task_of
 from ee_surgery.backbone.inputs import Arguments, Batch, Inputs, tensors
 from ee_surgery.backbone.pictures import Shape, timm_settings
 from ee_surgery.backbone.refusals import check_weights, sample_refusal, takes, variants
@@ -27,7 +27,7 @@ from ee_surgery.backbone.wrappers import library_model, unwrapped
 from ee_surgery.checks import count, names, refuse
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError
 from ee_surgery.registry import suggest
-from ee_surgery.task import Task
+from ee_surgery.task import CLASSIFICATION, Task
 
 Library: TypeAlias = Literal["timm", "transformers", "torch"]
 Sample: TypeAlias = Inputs | tuple[Tensor, ...]
@@ -135,13 +135,13 @@ class Backbone:
         output: which part of the answer the logits are, by index or name (or several of them, from the outside in),
             where more than one could be.
         task: what the answers are, by name in `TASKS` or as a class that is registered there: `classification` (one
-            right class), `multi_label`. Left out: as `config.problem_type` of a transformers model says, or one right
-            class.
+            right class), `multi_label`, `segmentation`. Left out: as `config.problem_type` of a transformers model
+            says, or segmentation of what answers with maps (B, C, h, w), else one right class.
     Raises:
         DataError: `sample` is missing for a model that does not say what it takes, or is no batch.
         ConfigError: there is no tensor at `output`, fewer classes than the task needs, or no such task.
-        CaptureError: the model's answer holds no logits of shape (B, C), several tensors that could be, or numbers that
-            are no logits of the task.
+        CaptureError: the model's answer holds no logits of the task, several tensors that could be, or numbers that are
+            none.
     """
 
     def __init__(
@@ -159,9 +159,15 @@ class Backbone:
         self.library: Library = _library(self.named)
         self.model_id, self.revision = _model_id(self.named, self.library)
         self.headless = num_classes is not None
-        self.task = pick_task(task, self.named, self.model_id, self.headless)
+        said = pick_task(task, self.named, self.model_id, self.headless)
+        self.task = said or CLASSIFICATION
         """What its answers are."""
         if num_classes is not None:
+            if self.task.rank != CLASSIFICATION.rank:
+                raise ConfigError(
+                    f"num_classes= makes a head that answers with vectors, and answers of the task {self.task.name!r} "
+                    "are maps: build the model with a head."
+                )
             hint = f"The task is {self.task.name!r}."
             num_classes = count("num_classes", num_classes, low=self.task.least, hint=hint)
         check_weights(model, self.model_id)
@@ -184,10 +190,12 @@ class Backbone:
         rows = given.size
         answered = self._first_answer(own=sample is not None)
         declared = declared_classes(self.named)
-        self._place = locate(answered, self.model_id, rows, output, self.headless, declared)
+        self._place = locate(answered, self.model_id, rows, output, self.headless, declared, said)
         logits = self._place.read(answered)
         assert logits is not None
+        self._rank = logits.ndim
         if not self.headless:
+            self.task = said or task_of(logits)
             check_logits(logits, rows, self.named, self.model_id, self.task)
         self.num_classes = int(logits.shape[1]) if num_classes is None else num_classes
         self._flat = not self.headless and self._one_is_flat()
@@ -295,12 +303,12 @@ class Backbone:
         return main.shape[1] if main.ndim == 4 else None
 
     def logits(self, output: Output) -> Tensor:
-        """Find the logits (B, C) in what the model answered; the features, for a model without a head."""
+        """Find the logits (B, C, ...) in what the model answered; the features, for a model without a head."""
         found = self._place.read(output)
         if found is None:  # another form than for the sample: in training mode, or for an option of the call
-            found = locate(output, self.model_id, features=self.headless).read(output)
+            found = locate(output, self.model_id, features=self.headless, task=self.task).read(output)
         assert found is not None
-        return found[None] if found.ndim == 1 else found
+        return found[None] if found.ndim == self._rank - 1 else found
 
     def answer(self, logits: Tensor) -> Output:
         """Wrap logits in the original's output type."""
@@ -385,7 +393,7 @@ class Backbone:
             raise DataError(sample_refusal(self.model, self.model_id, self.sample, self, error, own)) from error
 
     def _one_is_flat(self) -> bool:
-        """Whether the answer to one sample alone is (C,), as behind a `squeeze()` in the forward."""
+        """Whether the answer to one sample alone lacks the batch, as behind a `squeeze()` in the forward."""
         one = Batch(self.sample, self.batch_dims).select([0])
         try:
             with torch.no_grad():
@@ -394,7 +402,7 @@ class Backbone:
             raise
         except Exception:  # a model that takes no batch of one
             return False
-        return logits is not None and logits.ndim == 1
+        return logits is not None and logits.ndim == self._rank - 1
 
     def _takes(self, shape: Shape) -> bool:
         """Whether the model runs on pictures of this shape."""

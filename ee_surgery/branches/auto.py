@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ee_surgery.branches.base import Branch, BranchSpec, build, channels, grid
+from ee_surgery.branches.dense import DenseBranch
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 
 BUDGET = 0.025
@@ -18,7 +19,8 @@ def resolve(
     """Build the branch for an exit, choosing one for `auto`.
 
     Maps get strided convolutions, as wide as `BUDGET` allows, or only pooling if even narrow ones cost more;
-    tokens and channels-last maps get a norm-and-linear head, as transformers have; vectors get a linear layer.
+    tokens and channels-last maps get a norm-and-linear head, as transformers have; vectors get a linear layer. Models
+    that answer with maps get `dense` branches.
 
     Args:
         macs: of the whole original, one sample.
@@ -30,6 +32,9 @@ def resolve(
     if spec.name != "auto":
         branch = build(spec, point, num_classes, depth, graph)
         return replace(spec, options=branch.resolved_options() or spec.options), branch
+    if graph is not None and graph.backbone.task.rank == DenseBranch.rank:
+        dense = build(replace(spec, name="dense"), point, num_classes, graph=graph)
+        return replace(spec, name="dense", options=dense.resolved_options()), dense
     if point.layout in ("tokens", "sequence", "nhwc"):
         chosen = replace(spec, name="token")
         return chosen, build(chosen, point, num_classes)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from ee_surgery.registry import Registry
 from ee_surgery.task import TaskNames
 
 Option = int | float | str | bool
+Reads: TypeAlias = Literal["features", "maps", "live"]
 
 
 class ExitLogits(NamedTuple):
     """Outputs of one exit for a batch."""
 
     logits: Tensor
-    """Shape (B, C)."""
+    """Shape (B, C); of maps (B, C, h, w), on a grid of the branch's own."""
     confidence: Tensor | None = None
     """Logit of the confidence unit, shape (B,); None for branches without one."""
     log_probs: Tensor | None = None
@@ -95,8 +96,13 @@ class Branch(nn.Module, ABC):
     """
 
     chained: ClassVar[bool] = False
-    reads_all: ClassVar[bool] = False
-    """Is made with `graph=`, and reads every tensor that crosses the exit in place of the features alone."""
+    reads: ClassVar[Reads] = "features"
+    """What it takes: the features; all `maps` that cross the exit, as (B, C, h, w); or every `live` tensor there. All
+    but the first are made with `graph=`."""
+    copies: ClassVar[bool] = False
+    """Is made of parts of the original, and so no larger, whatever its options."""
+    rank: ClassVar[int | None] = 2
+    """How many dimensions its logits have; None: as many as the original's."""
     any_layout: ClassVar[bool] = False
     """Takes features of every layout. Where False, a preset puts a `token` branch where the features are no map."""
     tasks: ClassVar[TaskNames] = None
@@ -106,7 +112,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.layout = point.layout
         self.prefix_tokens = point.prefix_tokens
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier: nn.Module = nn.Linear(width, num_classes)
         self.confidence = nn.Linear(width, 1) if confidence else None
 
     @abstractmethod
@@ -133,8 +139,11 @@ class Branch(nn.Module, ABC):
         return features.to(own)
 
     def answer(self, vector: Tensor) -> ExitLogits:
-        """The linear layers on a vector (B, width)."""
-        confidence = self.confidence(vector).squeeze(-1) if self.confidence is not None else None
+        """The linear layers on a vector (B, width), or on each pixel of a map (B, width, h, w)."""
+        confidence = None
+        if self.confidence is not None:
+            pooled = vector if vector.ndim == 2 else vector.flatten(2).mean(2)
+            confidence = self.confidence(pooled).squeeze(-1)
         return ExitLogits(self.classifier(vector), confidence)
 
     def macs(self, shape: tuple[int, ...]) -> int:
@@ -202,16 +211,16 @@ def build(
     """
     cls = BRANCHES[spec.name]
     place: dict[str, object] = {"before": depth} if cls.chained else {}
-    if cls.reads_all:
+    if cls.reads != "features":
         if graph is None:
-            raise BranchError(f"Branch {spec.name!r} is cut from a model's graph: put it there with `attach`.")
+            raise BranchError(f"Branch {spec.name!r} is made from a model's graph: put it there with `attach`.")
         place["graph"] = graph
 
     def make() -> Branch:
         return cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     try:
-        if spec.options and not cls.reads_all:
+        if spec.options and not cls.copies:
             _check_size(make, spec)
         return make()
     except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, PreparedBranch
+from ee_surgery.branches.base import BRANCHES, Branch, ExitLogits, Option, PreparedBranch, Reads
 from ee_surgery.checks import positive
 from ee_surgery.errors import BranchError
 from ee_surgery.graph.backends.base import BoundWeights, Run, bind
@@ -38,7 +38,9 @@ class ShortcutBranch(Branch):
         BranchError: the shortest path costs more than the budget, or the original has no head to copy.
     """
 
-    reads_all: ClassVar[bool] = True
+    reads: ClassVar[Reads] = "live"
+    copies: ClassVar[bool] = True
+    rank: ClassVar[int | None] = None
 
     def __init__(
         self,

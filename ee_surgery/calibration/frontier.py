@@ -104,7 +104,7 @@ class Frontier(Sequence[OperatingPoint]):
             exits=(*records.exits, "original"),
             exit_accuracies=tuple(records.accuracies),
             exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
-            labelled=records.labels is not None,
+            labelled=records.labelled,
             task=records.task.name,
             profile=profile,
             exit_aurocs=tuple(failure_auroc(records, best[0].score)),  # of the score of the cheapest point

@@ -112,8 +112,13 @@ class ExitRecords:
     """What each answer is worth, float64 in [0, 1], shape (K, N): for one right class, 1 where it is right. Worked out
     from the logits where they are there, whatever is given."""
     recorded: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scores of the branches, (K - 1, N) each, by name, where there are no logits to work them out from; and under
-    `certainty`, (K, N), what `most_confident` compares exits by."""
+    """Scores of the branches, (K - 1, N) each, by name, where there are no logits to work them out from; and, (K, N),
+    `certainty`, what `most_confident` compares exits by, and `agreement`, how far each answer is the original's."""
+    tallies: Tensor | None = None
+    """Where there are labels and no logits, what the measures of a whole data set need of each answer, (K, N, T); see
+    `Task.tally`."""
+    labelled: bool = False
+    """Whether labels said what is right; without logits, the labels themselves are not kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exits", tuple(names("exits", self.exits, DataError)))
@@ -128,6 +133,10 @@ class ExitRecords:
             k, n, classes = self.logits.shape
         if self.labels is not None:
             object.__setattr__(self, "labels", _checked_labels(self.labels, self.task, n, classes))
+        told = self.logits is None and flag("labelled", self.labelled, DataError)
+        object.__setattr__(self, "labelled", self.labels is not None or told)
+        if self.tallies is not None and (self.tallies.ndim != 3 or tuple(self.tallies.shape[:2]) != (k, n)):
+            refuse("tallies", f"numbers of shape {(k, n)} and as many more", self.tallies, DataError)
         if self.confidence is not None:
             _check_rows("confidence", self.confidence, k - 1, n)
         sizes = (len(self.exits) + 1, len(self.trunk_macs), len(self.branch_macs) + 1)
@@ -153,7 +162,7 @@ class ExitRecords:
             refuse("outcomes", wanted, self.outcomes, DataError)
         k, n = self.outcomes.shape
         for name, rows in self.recorded.items():
-            _check_rows(f"recorded[{name!r}]", rows, k if name == CERTAINTY else k - 1, n)
+            _check_rows(f"recorded[{name!r}]", rows, k if name in _OF_ALL else k - 1, n)
         return k, n
 
     def _checked_outcomes(self, outcomes: Tensor, k: int, n: int) -> Tensor:
@@ -178,7 +187,7 @@ class ExitRecords:
             DataError: these records were made without.
         """
         if self.logits is None:
-            known = ", ".join(sorted(self.recorded.keys() - {CERTAINTY})) or "none"
+            known = ", ".join(sorted(self.recorded.keys() - _OF_ALL)) or "none"
             raise DataError(
                 f"These records hold no logits, which this needs; scores that they hold: {known}. Record again."
             )
@@ -219,7 +228,10 @@ class ExitRecords:
         if self.logits is None and isinstance(which, str) and which in self.recorded:
             return self.recorded[which]
         if which not in self._scores:
-            found = self._score(ScoreOf(which, self.task))
+            if self.logits is None and isinstance(which, FittedScore) and which.of_scores:
+                found = which.from_scores([self.recorded[name] for name in which.of_scores])
+            else:
+                found = self._score(ScoreOf(which, self.task))
             while len(self._scores) >= _SCORES_KEPT:
                 del self._scores[next(iter(self._scores))]
             self._scores[which] = found
@@ -275,6 +287,32 @@ class ExitRecords:
             return self.recorded[CERTAINTY]
         return torch.stack([certainty(row, self.task) for row in self.recorded_logits()])
 
+    @cached_property
+    def agreement(self) -> Tensor:
+        """How far each exit's answer is the original's, (K, N) in [0, 1]; see `Task.disagreement`."""
+        if self.logits is None and AGREEMENT in self.recorded:
+            return self.recorded[AGREEMENT]
+        logits = self.recorded_logits()
+        return torch.stack([1 - self.task.disagreement(row, logits[-1]) for row in logits])
+
+    def measures(self, answer_index: Tensor | None = None) -> dict[str, float]:
+        """What the task measures on whole data sets, where labels and tallies are recorded; else nothing.
+
+        Args:
+            answer_index: whose answer each sample gets, (N,), as of a `Replay`; the original's when left out.
+        """
+        if self.tallies is None:
+            return {}
+        last = torch.full((len(self),), len(self.exits))
+        taken = self.tallies[last if answer_index is None else answer_index, torch.arange(len(self))]
+        return {name: of(taken) for name, of in self.task.measures.items()}
+
+    def unlabelled(self) -> ExitRecords:
+        """The same records with the original's answers in place of labels: accuracy means agreement with it."""
+        if self.logits is not None:
+            return replace(self, labels=None)
+        return replace(self, labels=None, labelled=False, outcomes=self.agreement, tallies=None)
+
     def best_case(self) -> tuple[float, float]:
         """Accuracy and mean MACs, as a fraction of the original's, of leaving at the first exit with the best outcome.
 
@@ -303,6 +341,7 @@ class ExitRecords:
             confidence=None if self.confidence is None else self.confidence[:, rows],
             outcomes=self.outcomes[:, rows],
             recorded={name: found[:, rows] for name, found in self.recorded.items()},
+            tallies=None if self.tallies is None else self.tallies[:, rows],
         )
 
     def keep(self, exits: Sequence[int]) -> ExitRecords:
@@ -325,7 +364,8 @@ class ExitRecords:
             branch_macs=tuple(self.branch_macs[k] for k in kept),
             confidence=None if self.confidence is None else self.confidence[kept],
             outcomes=self.outcomes[rows],
-            recorded={name: found[rows if name == CERTAINTY else kept] for name, found in self.recorded.items()},
+            recorded={name: found[rows if name in _OF_ALL else kept] for name, found in self.recorded.items()},
+            tallies=None if self.tallies is None else self.tallies[rows],
         )
 
     def without_logits(self, scores: Sequence[str] = ("max_prob",)) -> ExitRecords:
@@ -335,7 +375,8 @@ class ExitRecords:
         being right; calibrators that read logits, and risks, are refused.
         """
         found = {name: self.scores(name) for name in names("scores", scores)}
-        return replace(self, logits=None, recorded={**found, CERTAINTY: self.certainty})
+        of_all = {CERTAINTY: self.certainty, AGREEMENT: self.agreement}
+        return replace(self, logits=None, recorded={**found, **of_all})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file atomically.
@@ -344,12 +385,12 @@ class ExitRecords:
             WriteError: it cannot be written.
         """
         path = Path(path)
-        own = ("logits", "labels", "confidence")
+        own = ("logits", "labels", "confidence", "tallies")
         tensors = {name: getattr(self, name).contiguous() for name in own if getattr(self, name) is not None}
         plain = {name: getattr(self, name) for name in _STORED}
         version = FIRST_FORMAT
         if self.logits is None or self.task != CLASSIFICATION:
-            version, plain = FORMAT_VERSION, {**plain, "task": self.task.name}
+            version, plain = FORMAT_VERSION, {**plain, "task": self.task.name, "labelled": self.labelled}
             tensors["outcomes"] = self.outcomes.contiguous()
             tensors |= {f"{_RECORDED}{name}": found.contiguous() for name, found in self.recorded.items()}
         meta = {"format_version": str(version), **{key: json.dumps(value) for key, value in plain.items()}}
@@ -375,19 +416,21 @@ class ExitRecords:
             raise DataError(
                 f"{path} holds no exit records of format {FORMAT_VERSION} or older: its metadata is {meta}."
             )
-        stored = {**_STORED, "task": json.dumps(CLASSIFICATION.name)}
+        stored = {**_STORED, "task": json.dumps(CLASSIFICATION.name), "labelled": "false"}
         try:
             plain = {name: json.loads(meta.get(name, default)) for name, default in stored.items()}
         except ValueError as error:
             raise DataError(f"{path} holds damaged exit records: {error}. Record them again.") from error
         recorded = {n.removeprefix(_RECORDED): t for n, t in tensors.items() if n.startswith(_RECORDED)}
-        own = {name: tensors.get(name) for name in ("logits", "labels", "confidence", "outcomes")}
+        own = {name: tensors.get(name) for name in ("logits", "labels", "confidence", "outcomes", "tallies")}
         return cls(**own, recorded=recorded, **plain)  # pyright: ignore[reportArgumentType]
 
 
 _STORED = {"exits": "", "trunk_macs": "", "branch_macs": "", "chained": "false"}  # and what stands for a missing one
 _RECORDED = "score."
-CERTAINTY = "certainty"
+CERTAINTY, AGREEMENT = "certainty", "agreement"
+_OF_ALL = frozenset({CERTAINTY, AGREEMENT})
+"""What is recorded of the original too."""
 
 
 def replay_point(records: ExitRecords, policy: ThresholdPolicy, rule: str) -> OperatingPoint:

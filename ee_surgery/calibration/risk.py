@@ -31,7 +31,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
 from ee_surgery.policies.scores import SCORES
 from ee_surgery.registry import Registry
-from ee_surgery.task import Task, TaskNames, fits
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames, fits
 
 FORMAT_VERSION = 1
 SPLIT = 0.3
@@ -53,14 +53,15 @@ class Risk:
     """Whether its losses are on that scale only where every outcome is 0 or 1."""
     tasks: TaskNames = ("classification",)
     """The tasks that it is for; None: all, as it asks `records.task` and `records.outcomes`."""
+    vectors: bool = False
+    """Whether it is for answers (B, C) alone, which can be expected to be the same: maps hardly ever are."""
 
 
 RISKS: Registry[Risk] = Registry("risk")
 
 
 def _disagreement(records: ExitRecords) -> _Floats:
-    logits = records.recorded_logits()
-    return torch.stack([~records.task.agrees(row, logits[-1]) for row in logits]).double().numpy()
+    return (1 - records.agreement.double()).clamp(0, 1).numpy()
 
 
 def _accuracy_gap(records: ExitRecords) -> _Floats:
@@ -77,7 +78,10 @@ def _brier_gap(records: ExitRecords) -> _Floats:
     return (brier - brier[-1]).numpy()
 
 
-RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None))
+RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None, vectors=True))
+RISKS.register("pixel_disagreement")(
+    Risk(_disagreement, Scale(0, 1, False), labelled=False, tasks=("segmentation",))
+)
 RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True, tasks=None))
 RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True, tasks=None))
 RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))
@@ -100,7 +104,8 @@ def risk_control(
         records: of held-out data like future data: used neither to train the branches nor to fit the score.
         eps: the risk accepted on new data, in (0, 1), in units of the loss; 0.01 is one percentage point.
         delta: probability in (0, 1) that the guarantee is wrong, over the draw of the records.
-        risk: `disagreement` with the original's answer (needs no labels), `accuracy_gap` (wrong where the original is
+        risk: `disagreement` with the original's answer (needs no labels), or of maps `pixel_disagreement`, the share of
+            a picture's pixels in which they differ, `accuracy_gap` (wrong where the original is
             right, less right where it is wrong), `brier_gap`, or `outcome_gap`, which is `accuracy_gap` for tasks whose
             outcomes lie between 0 and 1; any name in `RISKS`.
         method: None takes an exact test for whole losses (`ltt-binomial`, or `ltt-paired` for -1, 0 and 1), else
@@ -237,7 +242,7 @@ class RiskTable:
 def risk_tables(records: ExitRecords) -> tuple[RiskTable, ...]:
     """What can be certified of these records later, without them: a table for each risk that counts tell."""
     named = ("disagreement", "accuracy_gap")
-    known = [n for n in named if _suits(RISKS[n], records.task) and not (RISKS[n].labelled and records.labels is None)]
+    known = [n for n in named if _suits(RISKS[n], records.task) and not (RISKS[n].labelled and not records.labelled)]
     return tuple(risk_table(records, name) for name in known) if records.logits is not None else ()
 
 
@@ -314,7 +319,7 @@ def _searched_path(part: ExitRecords, risk: Risk, score: str, eps: float) -> _Fl
     expected to be just within `eps` in small steps, lowering all thresholds together from 1; then it continues over
     the cheaper points.
     """
-    points = search(part if risk.labelled else replace(part, labels=None), score, fallbacks=["last"])
+    points = search(part if risk.labelled else part.unlabelled(), score, fallbacks=["last"])
     closed, found = np.full((1, len(part.exits)), NEVER), np.array([point.thresholds for point in points])
     opened = np.flatnonzero(np.isfinite(found).any(1))
     if not len(opened):
@@ -393,7 +398,8 @@ def _levels(eps: float, delta: float) -> tuple[float, float]:
 
 
 def _suits(risk: Risk, task: Task) -> bool:
-    return fits(risk.tasks, task) and (task.whole or not risk.whole_outcomes)
+    form = task.rank == CLASSIFICATION.rank or not risk.vectors
+    return fits(risk.tasks, task) and form and (task.whole or not risk.whole_outcomes)
 
 
 def _risk(name: str, records: ExitRecords) -> Risk:
@@ -401,7 +407,7 @@ def _risk(name: str, records: ExitRecords) -> Risk:
     if not _suits(risk, records.task):
         others = ", ".join(repr(other) for other, r in RISKS.items() if _suits(r, records.task))
         raise ConfigError(f"The risk {name!r} is not defined for the task {records.task.name!r}. These are: {others}.")
-    if risk.labelled and records.labels is None:
+    if risk.labelled and not records.labelled:
         free = ", ".join(repr(other) for other, r in RISKS.items() if not r.labelled and _suits(r, records.task))
         raise DataError(f"The risk {name!r} needs labels, and these records have none. Without labels: {free}.")
     return risk

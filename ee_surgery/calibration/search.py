@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from ee_surgery.calibration.combined import CombinedScore, combined_names
 from ee_surgery.calibration.correctness import ChanceOfBeingRight
 from ee_surgery.calibration.pareto import pareto
 from ee_surgery.calibration.records import ExitRecords, replay_point
@@ -44,7 +45,7 @@ class Candidate:
 def fit(records: ExitRecords, score: str | FittedScore) -> ThresholdSearch:
     """A search over the records, with outcomes replaced by estimated probabilities of being correct if logits exist."""
     if records.logits is None:
-        return ThresholdSearch(records, score)
+        return ThresholdSearch(records, CombinedScore.fit(records) if score == "chance" else score)
     chance = ChanceOfBeingRight.fit(records)
     return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))
 
@@ -125,15 +126,15 @@ def best_score(records: ExitRecords) -> list[OperatingPoint]:
     the standard error over the folds.
 
     The others are the margin, the entropy, the estimated probability of being correct (see `stopping`), and the
-    confidence units where branches have them. Fewer than 200 records cannot tell.
+    confidence units where branches have them; of records without logits, all scores recorded and `CombinedScore`. Fewer
+    than 200 records cannot tell.
     """
     if len(records) < _TELLING:
         return search(records)
-    units = ["learned"] if records.confidence is not None else []
-    known = ["max_prob", "margin", "entropy", *units, "chance"]
     if records.logits is None:
-        known = [score for score in known if score in records.recorded]
-    return best_of(records, known, "search")
+        return best_of(records, [*combined_names(records), "chance"], "search")
+    units = ["learned"] if records.confidence is not None else []
+    return best_of(records, ["max_prob", "margin", "entropy", *units, "chance"], "search")
 
 
 def stopping(records: ExitRecords) -> list[OperatingPoint]:

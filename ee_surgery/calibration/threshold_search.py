@@ -38,7 +38,7 @@ class ThresholdSearch:
         self.score: str | FittedScore = score
         self.fallback: Fallback = "last"
         # If later exits depend on earlier ones, those run and cost MACs even when closed.
-        self.always = records.chained or ScoreOf(score).stateful
+        self.always = records.chained or ScoreOf(score, records.task).stateful
         self.outcomes = records.outcomes.numpy() if outcomes is None else outcomes
         self.trunk = np.array(records.trunk_macs) / records.base_macs
         self.branch = np.array([*records.branch_macs, 0]) / records.base_macs

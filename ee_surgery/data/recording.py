@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ee_surgery.backbone.inputs import Inputs
-from ee_surgery.calibration.records import ExitRecords
+from ee_surgery.calibration.records import AGREEMENT, CERTAINTY, ExitRecords
 from ee_surgery.data.batches import Data, loader, place
 from ee_surgery.data.distributed import Processes, ShardedBatches
 from ee_surgery.data.labels import Labels
 from ee_surgery.errors import DataError
 from ee_surgery.runtime.engine import Engine
-from ee_surgery.task import IGNORED
+from ee_surgery.policies.policy import certainty
+from ee_surgery.policies.scores import ScoreOf, scores_of, sound
+from ee_surgery.task import IGNORED, Task
 
 
 class Answers(NamedTuple):
     """The answers of all exits to one batch."""
 
-    logits: Tensor
-    """(B, K, C), the original's last."""
+    logits: Sequence[Tensor]
+    """K tensors (B, C, ...), the original's last; maps of branches may be coarser than its."""
     confidence: Tensor | None
     """Logits of the confidence units, (B, K-1); None where not every branch has one."""
 
@@ -35,7 +37,7 @@ def ask_engine(engine: Engine) -> Ask:
 
     def ask(inputs: Inputs) -> Answers:
         answers, original = engine.answers(inputs)
-        logits = torch.stack([*(answer.logits for answer in answers), original], 1).float()
+        logits = [*(answer.logits.float() for answer in answers), original.float()]
         units = [answer.confidence for answer in answers if answer.confidence is not None]
         return Answers(logits, torch.stack(units, 1).float() if len(units) == len(answers) else None)
 
@@ -53,32 +55,78 @@ def recorded(
     Raises:
         DataError: as for `ee_surgery.record`.
     """
-    logits: list[Tensor] = []
-    confidence: list[Tensor] = []
-    labels: list[Tensor] = []
     working, task, where = working or Processes(None), engine.backbone.task, home(engine)
+    kept: dict[str, list[Tensor]] = {}
+    labelled = batches = 0
     for shard in ShardedBatches(loader(data, batch_size), working, known):
         found, units = ask(place(shard.inputs, *where))
-        logits.append(working.rows(found, shard.total).transpose(0, 1).cpu())
+        target = None if shard.labels is None else task.hard(shard.labels).to(where[0])
+        if task.keeps_logits:
+            columns = {"logits": torch.stack([*found], 1)} | ({} if target is None else {"labels": target})
+        else:
+            columns = summaries(found, target, units, task)
         if units is not None:
-            confidence.append(working.rows(units, shard.total).transpose(0, 1).cpu())
+            columns["confidence"] = units
+        batches += 1
+        for name, column in columns.items():
+            kept.setdefault(name, []).append(working.rows(column, shard.total).cpu())
         if shard.labels is not None:
-            labels.append(working.rows(task.hard(shard.labels).to(where[0]), shard.total).cpu())
-            known.compare(task.labels_from(logits[-1][-1]), labels[-1])
-    all_or_none(len(labels), len(logits))
+            labelled += 1
+            if task.keeps_logits:
+                known.compare(task.labels_from(kept["logits"][-1][:, -1]), kept["labels"][-1])
+    all_or_none(labelled, batches)
     known.settle()
-    told = torch.cat(labels) if labels else None
-    rows = slice(None) if told is None else labelled_rows(~task.ignored(told))
+    whole = {name: torch.cat(columns) for name, columns in kept.items()}
+    rows = slice(None)
+    if labelled:
+        rows = labelled_rows(~task.ignored(whole["labels"]) if task.keeps_logits else whole.pop("counts") > 0)
+    labels = whole.pop("labels", None)
+    of_exits = {name: column[rows].transpose(0, 1) for name, column in whole.items()}
+    own = {name: of_exits.pop(name, None) for name in ("logits", "confidence", "outcomes", "tallies")}
     return ExitRecords(
         exits=tuple(engine.plan.names),
-        logits=torch.cat(logits, 1)[:, rows],
         trunk_macs=engine.trunk_macs,
         branch_macs=engine.branch_macs,
-        labels=None if told is None else told[rows],
-        confidence=torch.cat(confidence, 1)[:, rows] if confidence else None,
+        labels=None if labels is None else labels[rows],
+        labelled=labelled > 0,
         chained=engine.branches.chained,
         task=task,
+        recorded=of_exits,
+        **own,  # pyright: ignore[reportArgumentType]
     )
+
+
+def summaries(
+    logits: Sequence[Tensor], target: Tensor | None, confidence: Tensor | None, task: Task
+) -> dict[str, Tensor]:
+    """What records keep of a batch in place of logits, each with the batch first.
+
+    Scores are worked out as a routed run does, on the grids of the branches.
+
+    Args:
+        logits: of the K exits, the original's last.
+        target: labels; the original's answers where there are none.
+        confidence: see `Answers`.
+    """
+    original = logits[-1]
+    truth = task.labels_from(original) if target is None else target
+    whole = [task.enlarge(each, original.shape[1:]) for each in logits]
+    columns = {
+        "outcomes": torch.stack([task.outcome(each, truth) for each in whole], 1),
+        CERTAINTY: torch.stack([certainty(each, task) for each in whole], 1),
+        AGREEMENT: torch.stack([1 - task.disagreement(each, original) for each in whole], 1),
+    }
+    if target is not None:
+        columns["counts"] = (~task.ignored(target)).int()
+        if task.measures:
+            columns["tallies"] = torch.stack([task.tally(each, target) for each in whole], 1)
+    for name in scores_of(task, confidence is not None):
+        score, state, rows = ScoreOf(name, task), (), []
+        for k, answer in enumerate(logits[:-1]):
+            value, state = score(answer, None if confidence is None else confidence[:, k], state, k)
+            rows.append(torch.nan_to_num(sound(value, answer), nan=-torch.inf))
+        columns[name] = torch.stack(rows, 1)
+    return columns
 
 
 def all_or_none(labelled: int, batches: int) -> None:

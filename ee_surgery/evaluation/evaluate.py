@@ -83,7 +83,7 @@ def evaluate(
     instance("branched", branched, EarlyExitModel)
     task = branched.task
     found: list[Tensor] = []
-    whole: list[tuple[Tensor, Tensor, Tensor]] = []  # logits, routed and of the original, and labels: for `measures`
+    tallies: list[tuple[Tensor, Tensor]] = []  # routed, and of the original: for `measures`
     labelled = 0
     working = processes(branched, accelerator)
     where = home(branched.engine)
@@ -96,20 +96,22 @@ def evaluate(
         said = task.labels_from(original)
         target = said if shard.labels is None else task.hard(shard.labels.to(where[0]))
         of_sample = (
-            task.outcome(output.logits, target), task.outcome(original, target), task.outcome(output.logits, said),
+            task.outcome(output.logits, target), task.outcome(original, target),
+            1 - task.disagreement(output.logits, original),
             ~task.ignored(target), output.exit_index, output.macs_fraction,
         )  # fmt: skip
         found.append(working.rows(torch.stack([value.float() for value in of_sample], 1), shard.total).cpu())
         if shard.labels is not None:
             labelled += 1
-            told = working.rows(target, shard.total).cpu()
-            known.compare(working.rows(said, shard.total).cpu(), told)
+            if known.compares:
+                known.compare(working.rows(said, shard.total).cpu(), working.rows(target, shard.total).cpu())
             if task.measures:
-                routed = working.rows(output.logits, shard.total).cpu()
-                whole.append((routed, working.rows(original, shard.total).cpu(), told))
+                both = (task.tally(each, target) for each in (output.logits, original))
+                routed, own = (working.rows(each, shard.total).cpu() for each in both)
+                tallies.append((routed, own))
     all_or_none(labelled, len(found))
     known.settle()
-    result = _summed_up(torch.cat(found), (*branched.exits, "original"), labelled > 0, task, whole)
+    result = _summed_up(torch.cat(found), (*branched.exits, "original"), labelled > 0, task, tallies)
     point = None if branched.policy is None else branched.operating_point
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(result).items()}
     for name in ("measure", "measures"):  # of the task; left out where there are none, as before there were tasks
@@ -120,22 +122,22 @@ def evaluate(
 
 
 def _summed_up(
-    table: Tensor, exits: tuple[str, ...], labelled: bool, task: Task, whole: Sequence[tuple[Tensor, Tensor, Tensor]]
+    table: Tensor, exits: tuple[str, ...], labelled: bool, task: Task, tallies: Sequence[tuple[Tensor, Tensor]]
 ) -> Evaluation:
     """What was found, sample by sample, as means.
 
     Args:
         table: outcome, the original's, agreement, whether it counts, exit and cost of each sample, (N, 6).
-        whole: logits, the original's, and labels, batch by batch; where the task has `measures`.
+        tallies: of the answers, and of the original's, batch by batch; where the task has `measures`.
     """
     rows = labelled_rows(table[:, 3] > 0)
     outcome, base, same, _, exit_index, macs = table[rows].unbind(1)
     left = [exit_index == k for k in range(len(exits))]
     measures: dict[str, float] = {}
-    if whole:
-        routed, original, target = (torch.cat(parts)[rows] for parts in zip(*whole, strict=True))
+    if tallies:
+        routed, original = (torch.cat(parts)[rows] for parts in zip(*tallies, strict=True))
         for name, of in task.measures.items():
-            measures |= {name: of(routed, target), f"original_{name}": of(original, target)}
+            measures |= {name: of(routed), f"original_{name}": of(original)}
     return Evaluation(
         accuracy=_mean(outcome),
         original_accuracy=_mean(base),

@@ -149,7 +149,7 @@ def _ask(engine: Engine, file: OnnxModel | StagedModel) -> Ask:
             answer = torch.from_numpy(output.logits).float()
             logits.append(answer.masked_fill(torch.from_numpy(output.exit_index != k)[:, None], torch.nan))
             scores.append(torch.from_numpy(output.score))
-        return Answers(torch.stack(logits, 1), torch.stack(scores[:-1], 1))
+        return Answers(logits, torch.stack(scores[:-1], 1))
 
     return ask
 

@@ -38,7 +38,7 @@ class StagePart(nn.Module):
 class BranchPart(nn.Module):
     """`AskBranch` over plain tensors: `live` live tensors, then those of `carried`.
 
-    Outputs, in order: logits (B, C); score (B,); the score that is compared with the threshold; then the tensors of
+    Outputs, in order: logits (B, C, ...), as large as the original's; score (B,); the score that is compared with the threshold; then the tensors of
     `Carried`.
     """
 
@@ -48,8 +48,9 @@ class BranchPart(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Ask the branch."""
-        answer, carried = self.ask(tensors[: self.live], self.carried.like(tensors[self.live :]), self.score)
-        return *answer, *carried.tensors
+        ask = self.ask
+        (logits, *scores), carried = ask(tensors[: self.live], self.carried.like(tensors[self.live :]), self.score)
+        return ask.task.enlarge(logits, ask.shape), *scores, *carried.tensors
 
 
 class EndPart(nn.Module):
@@ -120,14 +121,15 @@ def pieces(engine: Engine, policy: ThresholdPolicy, batch: Batch | None = None) 
     task, chained = engine.backbone.task, branches.chained
     score = ScoreOf(policy.score, task)
     weight = next(branches.parameters())
-    unset = torch.full((batch.size, engine.backbone.num_classes), torch.nan, dtype=weight.dtype, device=weight.device)
+    shape = (batch.size, *(program.answer if engine.branches.head is None else (engine.backbone.num_classes,)))
+    unset = torch.full(shape, torch.nan, dtype=weight.dtype, device=weight.device)
     carried = Carried(best=(unset,) if policy.fallback == "most_confident" else ())
     exits: list[ExitPieces] = []
     with torch.no_grad():
         for k, branch in enumerate(branches):
             stage = _piece(f"stage_{k}", StagePart(program.stages[k]), live, axes)
             live, axes = stage.outputs, tuple(program.segments[k + 1].axes)
-            ask = AskBranch(branch, program.readers[k], k, chained, task)
+            ask = AskBranch(branch, program.readers[k], k, chained, task, program.answer)
             part = BranchPart(ask, score, len(live), carried)
             asked = _piece(f"branch_{k}", part, (*live, *carried.tensors), (*axes, *(Axis(0) for _ in carried.tensors)))
             exits.append(ExitPieces(stage, asked, carried))

@@ -105,7 +105,7 @@ _FREE = frozenset(
     ones_like full_like empty_like linspace scalar_tensor new_zeros new_ones new_full new_empty tril triu meshgrid
     clone copy_ contiguous to _to_copy type_as reshape flatten unflatten dropout feature_dropout pixel_shuffle
     pixel_unshuffle channel_shuffle fill_ masked_fill_ index_put_ index_put scatter unfold im2col
-    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    max_unpool2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     sym_size glu prelu celu_ hardswish_ silu_ gelu_ lift_fresh_copy detach_ sort topk getitem
     _assert_tensor_metadata cosine_similarity all any eye randn rand bernoulli bernoulli_ eq ne
     hardswish hardsigmoid hardtanh col2im upsample_linear1d
@@ -182,12 +182,13 @@ def count(capture: Capture, needed: set[fx.Node]) -> tuple[list[int], Counter[st
     return macs, uncounted
 
 
-def module_macs(module: nn.Module, shape: Sequence[int]) -> int:
-    """MACs of a module for one sample of `shape` (no batch), counted by torch on the meta device."""
+def module_macs(module: nn.Module, *shapes: Sequence[int]) -> int:
+    """MACs of a module for one sample, inputs of these shapes (no batch), counted by torch on the meta device."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        torch.func.functional_call(twin(module), meta, (torch.empty(1, *shape, dtype=dtype, device="meta"),))
+        inputs = tuple(torch.empty(1, *shape, dtype=dtype, device="meta") for shape in shapes)
+        torch.func.functional_call(twin(module), meta, inputs)
     return counter.get_total_flops() // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -66,6 +66,10 @@ class ReadFeatures:
         return (tensor,) if self.mask is None else (tensor, live[self.mask])
 
 
+Read: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+"""The live tensors at an exit to what its branch takes."""
+
+
 @dataclass(frozen=True)
 class ReadAllLive:
     """Reads all live tensors at an exit, `count` of them, unchanged."""
@@ -93,7 +97,7 @@ def choose(
     found: list[tuple[bool, bool, Features]] = []
     for node in crossing:
         axis = liveness.axis[node]
-        features = _describe(node, axis, program, backbone) if isinstance(axis, Axis) else None
+        features = describe(node, axis, program, backbone) if isinstance(axis, Axis) else None
         if features is not None:
             inside = not made.isdisjoint(program.owners.get(node, ()))
             found.append((inside, not features.axis.folded, features))
@@ -103,7 +107,8 @@ def choose(
     return [features for *rank, features in found if tuple(rank) == best][-1]
 
 
-def _describe(node: fx.Node, axis: Axis, program: Capture, backbone: Backbone) -> Features | None:
+def describe(node: fx.Node, axis: Axis, program: Capture, backbone: Backbone) -> Features | None:
+    """A live tensor as features; None for what is no map, tokens or a vector of numbers."""
     value = node.meta["val"]
     if not value.is_floating_point():
         return None

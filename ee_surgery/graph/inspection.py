@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx, nn
@@ -19,7 +19,7 @@ from ee_surgery.graph.last_call import refuse_probabilities
 from ee_surgery.graph.liveness import Liveness, analyse, live_out
 from ee_surgery.graph.nodes import op_name
 from ee_surgery.graph.shortcut import shortest
-from ee_surgery.task import Task
+from ee_surgery.task import CLASSIFICATION, Task
 
 
 def inspect(
@@ -93,7 +93,8 @@ def _points(
     program: Capture, liveness: Liveness, live: list[list[fx.Node]], macs: list[int], backbone: Backbone
 ) -> tuple[list[ExitPoint], dict[int, Features]]:
     ends = _module_ends(program, liveness)
-    narrow = _narrow([len(nodes) for nodes in live])
+    alive = [len(nodes) for nodes in live]
+    narrow, maps, spans = _narrow(alive), backbone.task.rank != CLASSIFICATION.rank, _spans(program)
     total = sum(macs)
     spent = [0]
     for value in macs:
@@ -112,7 +113,11 @@ def _points(
             features = NOTHING
         read[index] = features
         reason = problems[0] if problems else ""
-        block = narrow[index] and any(not _interior(path, backbone.model, names) for path in found)
+        if not maps:
+            block = narrow[index] and any(not _interior(path, backbone.model, names) for path in found)
+        else:
+            paths = (path for path in found if not _interior(path, backbone.model, names))
+            block = any(_between_blocks(path, index, spans, alive) for path in paths)
         points.append(_point(found, index, features, len(crossing), spent[index + 1], total, reason, block))
     return points, read
 
@@ -179,6 +184,32 @@ def _narrow(live: list[int]) -> list[bool]:
         last = number if is_valley else last
         result.append(is_valley or number <= last)
     return result
+
+
+def _spans(program: Capture) -> dict[str, tuple[int, int]]:
+    """Of each module path, the first and the last of its calls."""
+    spans: dict[str, tuple[int, int]] = {}
+    for i, node in enumerate(program.nodes):
+        for path in program.owners[node]:
+            spans[path] = spans.get(path, (i, i))[0], i
+    return spans
+
+
+_PART = 0.25  # of all calls: more is no block, but what holds blocks, and perhaps a decoder
+
+
+def _between_blocks(path: str, index: int, spans: Mapping[str, tuple[int, int]], live: Sequence[int]) -> bool:
+    """True if no more tensors are live there than at the beginning or at the end of each block around it.
+
+    Where a decoder reads what earlier stages made, tensors stay live from there on, so that their number alone does not
+    tell a block's end from its inside.
+    """
+    parts = path.partition("@")[0].split(".")
+    for name in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+        first, last = spans.get(name, (0, len(live)))
+        if last - first < _PART * len(live) and live[index] > max(live[max(0, first - 1)], live[last]):
+            return False
+    return True
 
 
 def _interior(path: str, model: nn.Module, ends: set[str]) -> bool:

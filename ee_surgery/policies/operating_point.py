@@ -51,13 +51,11 @@ class OperatingPoint:
 
     @cached_property  # the same object each time: runs are prepared for it
     def policy(self) -> ThresholdPolicy:
-        """The policy to run, for one right class."""
+        """Its thresholds, of no model yet."""
         return ThresholdPolicy(self.thresholds, self.score, self.fallback)
 
     def policy_for(self, task: Task) -> ThresholdPolicy:
         """The policy to run for the answers of a model; the same object each time."""
-        if task == self.policy.task:
-            return self.policy
         found = self._policies.get(task)
         return found or self._policies.setdefault(task, replace(self.policy, task=task))
 

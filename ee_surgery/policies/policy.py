@@ -52,8 +52,8 @@ class ThresholdPolicy:
     fallback: Fallback = "last"
     """Whose answer a sample gets that never reached a threshold: the original's, or that of whichever exit on its
     way was the most certain, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
-    task: Task = field(default=CLASSIFICATION, repr=False)
-    """What the answers are: a model runs every policy with its own task."""
+    task: Task | None = field(default=None, repr=False)
+    """What the answers are; None while it belongs to no model: each runs every policy with its own task."""
 
     def __post_init__(self) -> None:
         thresholds = numbers("thresholds", self.thresholds, infinite=True, hint="Use inf to close an exit.")
@@ -122,7 +122,7 @@ class ThresholdPolicy:
         try:
             for k, unit in enumerate(units):
                 if self.visits(chained)[k]:
-                    answer = torch.zeros(2, classes), torch.zeros(2) if unit else None
+                    answer = (self.task or CLASSIFICATION).blank(2, classes), torch.zeros(2) if unit else None
                     score, leaves, state = policy.decide(k, *answer, state)
                     if leaves.shape != (2,):
                         raise ValueError(f"two samples have scores of shape {tuple(score.shape)}")

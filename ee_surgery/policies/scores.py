@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache, partial
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor
 from ee_surgery.checks import instance
 from ee_surgery.errors import ConfigError
 from ee_surgery.registry import Registry
-from ee_surgery.task import CLASSIFICATION, Task, TaskNames, require
+from ee_surgery.task import CLASSIFICATION, Task, TaskNames, fits, require
 
 State: TypeAlias = tuple[Tensor, ...]
 
@@ -62,6 +62,15 @@ class FittedScore(ABC):
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int
     ) -> tuple[Tensor, State]:
         """Score one exit, counted from 0."""
+
+    @property
+    def of_scores(self) -> tuple[str, ...]:
+        """Names of the scores that it can be worked out from alone, see `from_scores`; none where it needs logits."""
+        return ()
+
+    def from_scores(self, scores: Sequence[Tensor]) -> Tensor:
+        """The score of every branch, (K - 1, N), from those of `of_scores`, one such tensor each."""
+        raise NotImplementedError(f"The score {self!r} is worked out from logits.")
 
     def to(self, device: torch.device) -> FittedScore:
         """The same score, its tensors on a device."""
@@ -107,20 +116,22 @@ class ScoreOf:
     """A score of either sort, by name or fitted, behind one call: for routed runs and for replays.
 
     Args:
-        task: what the answers are; handed to scores that have a parameter `task`.
+        task: what the answers are; handed to scores that have a parameter `task`. None where that is not known yet:
+            whether the score is for it is not checked, and it is called as for one right class.
     Raises:
         ConfigError: it is neither, or not for the task.
         UnknownNameError: no score of that name.
     """
 
-    def __init__(self, score: str | FittedScore, task: Task = CLASSIFICATION) -> None:
+    def __init__(self, score: str | FittedScore, task: Task | None = None) -> None:
         instance("score", score, (str, FittedScore), hint=f"Names: {', '.join(SCORES)}.")
         self.named = SCORES[score] if isinstance(score, str) else None
         self.score = score
-        tasks = SCORES.property(score, "tasks") if isinstance(score, str) else score.tasks
-        require(f"The score {score!r}", tasks, task)
+        if task is not None:
+            tasks = SCORES.property(score, "tasks") if isinstance(score, str) else score.tasks
+            require(f"The score {score!r}", tasks, task)
         own = score if isinstance(score, FittedScore) else SCORES[score]
-        self._call: Any = for_task(own, task)
+        self._call: Any = for_task(own, task or CLASSIFICATION)
         self.stateful = score.stateful if isinstance(score, FittedScore) else _stateful(score)
         """Whether it needs every exit's answer, closed exits included."""
 
@@ -160,11 +171,11 @@ def precise(logits: Tensor) -> Tensor:
 
 
 def sound(score: Tensor, logits: Tensor) -> Tensor:
-    """The score (B,), NaN where it or one of the logits (B, C) is not finite: NaN reaches no threshold, not even -inf.
+    """The score (B,), NaN where it or one of the logits (B, ...) is not finite: NaN reaches no threshold, not even -inf.
 
-    One sum over the classes tells; where it overflows in float32, that is no answer either.
+    One sum over all logits of a sample tells; where it overflows in float32, that is no answer either.
     """
-    total = precise(logits).sum(-1) + score
+    total = precise(logits).sum([*range(1, logits.ndim)]) + score
     return score + (total - total)
 
 
@@ -177,6 +188,15 @@ def for_task(score: Callable[..., Any], task: Task) -> Callable[..., Any]:
 @lru_cache(maxsize=256)
 def _takes_task(score: Callable[..., Any]) -> bool:
     return "task" in inspect.signature(score).parameters
+
+
+def scores_of(task: Task, units: bool) -> list[str]:
+    """Names of the scores for a task.
+
+    Args:
+        units: whether the branches have confidence units, which `learned` needs.
+    """
+    return [name for name in SCORES if fits(SCORES.property(name, "tasks"), task) and (units or name != "learned")]
 
 
 def _stateful(name: str) -> bool:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ee_surgery.branches.base import Branch, run_branch
-from ee_surgery.graph.features import ReadAllLive, ReadFeatures
+from ee_surgery.graph.features import Read, ReadFeatures
 from ee_surgery.policies.policy import certainty
 from ee_surgery.policies.scores import ScoreOf, sound
+from ee_surgery.runtime.router import per_sample
 from ee_surgery.task import Task
 
 
@@ -44,16 +45,17 @@ class AskBranch(nn.Module):
     """A branch and its score: live tensors and what is carried, to an answer and what is carried on to the next exit.
 
     Args:
+        shape: of the original's answer to one sample.
         keeps_best: its answer is the best so far where none is carried.
     """
 
     def __init__(
-        self, branch: Any, read: ReadFeatures | ReadAllLive, index: int, chained: bool, task: Task,
+        self, branch: Any, read: Read, index: int, chained: bool, task: Task, shape: Sequence[int],
         keeps_best: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.branch, self.read, self.index, self.chained, self.task = branch, read, index, chained, task
-        self.keeps_best = keeps_best
+        self.shape, self.keeps_best = tuple(shape), keeps_best
 
     def forward(self, live: Sequence[Tensor], carried: Carried, score: ScoreOf) -> tuple[Asked, Carried]:
         """Ask the branch."""
@@ -61,9 +63,10 @@ class AskBranch(nn.Module):
         features = self.read(live)
         answer = run_branch(self.branch, features, previous) if self.chained else self.branch(*features)
         value, state = score(answer.logits, answer.confidence, carried.state, self.index)
-        best = tuple([_better(one, answer.logits, self.task) for one in carried.best])
-        if self.keeps_best and not best:
-            best = (answer.logits,)
+        best = carried.best
+        if best or self.keeps_best:
+            whole = self.task.enlarge(answer.logits, self.shape)
+            best = tuple([_better(one, whole, self.task) for one in best]) or (whole,)
         log_probs = () if answer.log_probs is None else (answer.log_probs,)
         return (answer.logits, value, sound(value, answer.logits)), Carried(tuple(state), log_probs, best)
 
@@ -85,7 +88,6 @@ class AskEnd(nn.Module):
 
 def _better(best: Tensor, logits: Tensor, task: Task) -> Tensor:
     """Row by row, whichever answer is more certain; the earlier of equals; NaN throughout is no answer yet."""
-    unset = torch.isnan(best).all(-1)
-    return torch.where(
-        (unset | (certainty(logits, task) > certainty(best, task)))[:, None], logits, best.to(logits.dtype)
-    )
+    unset = torch.isnan(best).flatten(1).all(-1)
+    better = unset | (certainty(logits, task) > certainty(best, task))
+    return torch.where(per_sample(better, logits), logits, best.to(logits.dtype))

@@ -95,6 +95,7 @@ class CompiledRouter(Router):
         return self._left(self._end(flight), self.last, self._unasked.clone())
 
     def _left(self, logits: Tensor, k: int, score: Tensor) -> ExitOutput:
+        logits = self.task.enlarge(logits, self.program.answer)
         if logits.is_cuda:  # the next run of a CUDA graph writes to the same memory
             logits, score = logits.clone(), score.clone()
         return ExitOutput(logits, self._index[k].clone(), score, self.costs, self.original_macs)
@@ -210,7 +211,8 @@ class Parts:
             ask = AskEnd(self.program.head, self.branches.head, self.task)
         elif asked:
             branch, best = self.branches[k].traceable(self.prepared[k]), policy.fallback == "most_confident"
-            ask = AskBranch(branch, self.program.readers[k], k, self.branches.chained, self.task, best)
+            read, shape = self.program.readers[k], self.program.answer
+            ask = AskBranch(branch, read, k, self.branches.chained, self.task, shape, best)
         segment = self.program.segments[k]
         weights = BoundWeights(segment.weights.values(), lambda name: self.model)
         names = [*(point.name for point in self.program.points), "the end"]

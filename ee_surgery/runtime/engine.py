@@ -103,6 +103,8 @@ class Engine:
         sample = self.backbone.own_batch()
         first = self._compile(graph, sample, backend)
         self._keep((graph.capture.state, backend, sample.key), first)
+        self.answer = (self.backbone.num_classes,) if branches.head is not None else first.program.answer
+        """Shape of the answer to one sample of the size it was augmented with."""
         self.trunk_macs = first.program.trunk_macs
         """MACs of the original up to each exit and in whole, one sample of the size it was augmented with."""
         self.branch_macs = tuple(branch.macs for branch in first.prepared)
@@ -201,7 +203,7 @@ class Engine:
     def _empty_output(self, device: torch.device) -> ExitOutput:
         """For an empty batch, which many models do not take."""
         dtype, macs = next(self.branches.parameters()).dtype, self.trunk_macs
-        logits = torch.empty((0, self.backbone.num_classes), dtype=dtype, device=device)
+        logits = torch.empty((0, *self.answer), dtype=dtype, device=device)
         index, score = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
         return ExitOutput(logits, index, score, torch.tensor(macs, device=device), macs[-1])
 
@@ -287,15 +289,16 @@ class Engine:
         features, original = program.run(sample.tensors)
         with torch.no_grad(), eval_mode(list(self.branches.modules())):
             answers = self.branches(features)
-        if original is not None and self.branches.head is None and answers[0].logits.shape != original.shape:
-            shapes = tuple(answers[0].logits.shape), tuple(original.shape)
+        logits = self.backbone.task.enlarge(answers[0].logits, program.answer)
+        if original is not None and self.branches.head is None and logits.shape != original.shape:
+            shapes = tuple(logits.shape), tuple(original.shape)
             raise ExitPointError(f"branches answer with logits of shape {shapes[0]}, the model with {shapes[1]}.")
 
     def _compile(self, graph: ModelGraph, sample: Batch, backend: str) -> Entry:
         head = self.branches.head
         head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
-        reads_all = [branch.reads_all for branch in self.branches]
-        program = build_program(graph, self.plan.names, reads_all, head_macs, backend)
+        reads = [branch.reads for branch in self.branches]
+        program = build_program(graph, self.plan.names, reads, head_macs, backend)
         verify(program, self.backbone, sample)
         prepared = [b.prepare(graph, p) for b, p in zip(self.branches, program.points, strict=True)]
         return Entry(program, prepared, self.branches, self.backbone)

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ee_surgery.backbone.signature import Part
+from ee_surgery.branches.base import Reads
 from ee_surgery.graph.backends.base import Run, bind
 from ee_surgery.graph.capture import Capture
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
-from ee_surgery.graph.features import ReadAllLive, ReadFeatures
+from ee_surgery.graph.features import Read, ReadAllLive, ReadFeatures
+from ee_surgery.graph.maps import read_maps
 from ee_surgery.graph.segments import Segment, crossing, cut
 
 
@@ -25,12 +27,14 @@ class Program:
     stages: list[Run]
     """Each stage made to run, by the backend."""
     points: tuple[ExitPoint, ...]
-    readers: tuple[ReadFeatures | ReadAllLive, ...]
+    readers: tuple[Read, ...]
     """What the branch of each exit reads of the live tensors there."""
     head: ReadFeatures | None
     """What a head reads of the last stage's answer, where the original has none of its own."""
     trunk_macs: tuple[int, ...]
     """MACs of the original up to each exit, the whole last (with such a head); K numbers."""
+    answer: tuple[int, ...]
+    """Shape of what the last stage answers to one sample."""
     unchanged: list[Callable[[], bool]]
     """Of each stage, whether the modules that it was captured from are as they were."""
 
@@ -58,12 +62,12 @@ class Program:
 
 
 def build_program(
-    graph: ModelGraph, names: Sequence[str], whole: Sequence[bool] = (), head_macs: int = 0, backend: str = "python"
+    graph: ModelGraph, names: Sequence[str], reads: Sequence[Reads] = (), head_macs: int = 0, backend: str = "python"
 ) -> Program:
     """Cut a graph at the named exit points, in program order.
 
     Args:
-        whole: of each exit, whether its branch reads all that crosses there; none does when left out.
+        reads: of each exit, what its branch reads there; the features when left out.
         head_macs: of a head put on a model that has none, one sample.
         backend: what makes the stages run, by its name in `BACKENDS`.
     """
@@ -73,15 +77,21 @@ def build_program(
     segments = cut(graph.capture, graph.liveness, [point.index for point in points], masks)
     stages = [bind(backend, segment, lambda name: graph.backbone.model) for segment in segments]
     readers = tuple(
-        ReadAllLive(len(graph.live[point.index]))
-        if all_of_it
-        else features.reader(crossing(graph.live[point.index], masks))
-        for features, point, all_of_it in zip(found, points, whole or [False] * len(points), strict=True)
+        _reader(graph, point, what, crossing(graph.live[point.index], masks))
+        for point, what in zip(points, reads or ["features"] * len(points), strict=True)
     )
     head = None if graph.head is None else graph.features(graph.head).reader([graph.capture.output])
     macs = (*(point.macs for point in points), graph.macs + head_macs)
     checks = _checks(graph.capture, [point.index + 1 for point in points])
-    return Program(segments, stages, points, readers, head, macs, checks)
+    answer = tuple(int(size) for size in graph.capture.output.meta["val"].shape[1:])
+    return Program(segments, stages, points, readers, head, macs, answer, checks)
+
+
+def _reader(graph: ModelGraph, point: ExitPoint, reads: Reads, live: Sequence[fx.Node]) -> Read:
+    """What a branch reads of the live tensors at its exit."""
+    if reads == "live":
+        return ReadAllLive(len(graph.live[point.index]))
+    return read_maps(graph, point, live) if reads == "maps" else graph.features(point).reader(live)
 
 
 def _checks(capture: Capture, cuts: Sequence[int]) -> list[Callable[[], bool]]:

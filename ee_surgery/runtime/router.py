@@ -16,13 +16,14 @@ from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import State
 from ee_surgery.runtime.program import Program
+from ee_surgery.task import CLASSIFICATION
 
 
 class ExitOutput(NamedTuple):
     """Where each sample left, with what answer, at what cost."""
 
     logits: Tensor
-    """Shape (B, C)."""
+    """Shape (B, C), or what else the original answers with."""
     exit_index: Tensor
     """int64, shape (B,); the last is the original's own head, whose place a policy may let an earlier answer take."""
     score: Tensor
@@ -122,6 +123,7 @@ class Router:
         self.branches = [branch if seen else None for branch, seen in zip(branches, visits, strict=True)]
         self.stages = [_checked(stage, same) for stage, same in zip(program.stages, program.unchanged, strict=True)]
         self.axes = [segment.axes for segment in program.segments]
+        self.task = policy.task or CLASSIFICATION
 
     def __call__(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer] = ()) -> ExitOutput:
         """Run stages, ask branches, let samples leave, compact what is left.
@@ -152,7 +154,8 @@ class Router:
         gone = leaves.nonzero().squeeze(1)
         if len(gone) == 0:
             return None, self._advance(k + 1, flight)
-        leaving = Leaving(gone if flight.rows is None else flight.rows[gone], logits[gone], score[gone])
+        answer = self.task.enlarge(logits[gone], self.program.answer)
+        leaving = Leaving(gone if flight.rows is None else flight.rows[gone], answer, score[gone])
         if len(gone) == len(leaves):
             return leaving, None
         return leaving, self._advance(k + 1, flight.keep((~leaves).nonzero().squeeze(1), self.axes[k + 1]))
@@ -207,7 +210,7 @@ class Router:
         """Logits, score and exit of a batch before any sample has left."""
         score = torch.full((batch,), torch.nan, device=like.device)
         exit_index = torch.full((batch,), self.last, device=like.device)
-        return self.policy.task.empty(like, batch), score, exit_index
+        return self.task.empty(like, batch), score, exit_index
 
     def _one(self, inputs: Sequence[Tensor]) -> ExitOutput:
         """One sample: it leaves or it does not, so nothing is indexed."""
@@ -222,7 +225,8 @@ class Router:
                 answer = run_branch(branch, read(live), log_probs) if self.chained else branch(*read(live))
                 leaves, score, state = self.policy.decide_one(k, answer.logits, answer.confidence, state)
                 if leaves:
-                    return ExitOutput(answer.logits, self._index[k].clone(), score, self.costs, self.original_macs)
+                    logits = self.task.enlarge(answer.logits, self.program.answer)
+                    return ExitOutput(logits, self._index[k].clone(), score, self.costs, self.original_macs)
                 log_probs = answer.log_probs
                 if self.keeps_best:
                     best = self._better(best, answer.logits)
@@ -232,11 +236,17 @@ class Router:
         return ExitOutput(last, index, score, self.costs, self.original_macs)
 
     def _better(self, best: Tensor | None, logits: Tensor) -> Tensor:
-        """Row by row, whichever of two answers (B, C) is more certain; the earlier one of equals."""
+        """Row by row, whichever of two answers (B, C, ...) is more certain; the earlier one of equals."""
+        logits = self.task.enlarge(logits, self.program.answer)
         if best is None:
             return logits
-        better = certainty(logits, self.policy.task) > certainty(best, self.policy.task)
-        return torch.where(better[:, None], logits, best.to(logits.dtype))
+        better = certainty(logits, self.task) > certainty(best, self.task)
+        return torch.where(per_sample(better, logits), logits, best.to(logits.dtype))
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B,) in a shape that goes with tensors (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 class Altered(Exception):

@@ -201,7 +201,7 @@ def search_exits(
         raise BranchError(f"None of {[spec.name for spec in specs]} can be built at any of these points: {left_out}.")
     found.sort(key=lambda probe: (probe.point.index, probe.records.branch_macs))
     records = _side_by_side([probe.records for probe in found])
-    copied = [BRANCHES[probe.branch.name].reads_all for probe in found]
+    copied = [BRANCHES[probe.branch.name].copies for probe in found]
     outlook = records if horizon is None else as_trained(records, probe_steps, horizon, copied)
     widen = _WIDER if horizon is None else _LITTLE_WIDER
     load = load and max(load, _LIGHT / graph.macs)
@@ -397,11 +397,16 @@ def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
     # times were measured separately for every group
     trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}
     rising = accumulate([*(trunk[each.exits[0]] for each in records), first.base_macs], max)
-    return ExitRecords(
-        exits=tuple(name for each in records for name in each.exits),
-        logits=torch.stack([*(each.recorded_logits()[0] for each in records), first.recorded_logits()[-1]]),
-        trunk_macs=tuple(rising),
-        branch_macs=tuple(each.branch_macs[0] for each in records),
-        labels=first.labels,
-        task=first.task,
+    costs = {"trunk_macs": tuple(rising), "branch_macs": tuple(each.branch_macs[0] for each in records)}
+    exits = tuple(name for each in records for name in each.exits)
+    if first.logits is not None:
+        logits = torch.stack([*(each.recorded_logits()[0] for each in records), first.recorded_logits()[-1]])
+        return replace(first, exits=exits, logits=logits, confidence=None, **costs)
+    recorded = {
+        name: torch.stack([*(each.recorded[name][0] for each in records), *rows[1:]])
+        for name, rows in first.recorded.items()
+    }
+    outcomes = torch.stack([*(each.outcomes[0] for each in records), first.outcomes[-1]])
+    return replace(
+        first, exits=exits, outcomes=outcomes, recorded=recorded, confidence=None, tallies=None, **costs
     )

@@ -28,12 +28,20 @@ def as_trained(records: ExitRecords, steps: int, horizon: int, copied: Sequence[
         horizon: of the whole training.
         copied: for each branch, whether it is made of parts of the original.
     """
-    logits, longer = records.recorded_logits(), max(1.0, horizon / steps)
-    original, base = logits[-1], records.base_accuracy
+    longer, base = max(1.0, horizon / steps), records.base_accuracy
+    powers = (
+        _COPIED if copy and macs > _HEAD * records.base_macs else _FRESH
+        for macs, copy in zip(records.branch_macs, copied, strict=True)
+    )
+    shrunk = [1 / min(_MOST, longer**power) for power in powers]
+    if records.logits is None:
+        kept = torch.tensor([*shrunk, 1.0])[:, None]
+        lacking = (records.outcomes[-1] - records.outcomes).clamp_min(0) * (1 - kept)
+        return replace(records, outcomes=records.outcomes + lacking, tallies=None)
+    logits, original = records.logits, records.logits[-1]
     rows = []
-    for row, accuracy, macs, copy in zip(logits[:-1], records.accuracies, records.branch_macs, copied, strict=False):
-        power = _COPIED if copy and macs > _HEAD * records.base_macs else _FRESH
-        lacks = (base - accuracy) / min(_MOST, longer**power)
+    for row, accuracy, share in zip(logits[:-1], records.accuracies, shrunk, strict=False):
+        lacks = (base - accuracy) * share
         rows.append(_moved(records, row, original, base - lacks) if lacks > 0 else row)
     return replace(records, logits=torch.stack([*rows, original]))
 

@@ -588,12 +588,12 @@ def _halves(module: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
 def _float_ways(branched: EarlyExitModel) -> list[PreparedBranch]:
     """What shortcuts need to run in float32 behind a base in half precision: their code was written for its types."""
     mine = branched.engine.backbone
-    if not any(branch.reads_all for branch in branched.branches):
+    if not any(branch.copies for branch in branched.branches):
         return []
     sample = place(mine.sample, None, torch.float32)  # pyright: ignore[reportArgumentType]
     graph = inspect(deepcopy(branched.backbone).float(), sample, opaque=mine.opaque)
     pairs = zip(branched.branches, branched.exits, strict=True)
-    return [branch.prepare(graph, graph[name]) for branch, name in pairs if branch.reads_all]
+    return [branch.prepare(graph, graph[name]) for branch, name in pairs if branch.copies]
 
 
 def _unread(labels: Tensor, rows: int) -> None:

@@ -195,7 +195,7 @@ def cumulative(answers: Answers, config: ObjectiveSettings) -> Tensor:
 @OBJECTIVES.register("normalized", tasks=None)
 def normalized(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """sum_k (mean c_k / sum_j mean c_j) (CE_k + lambda t_k), the original's confidence being 1 (v3 of EENets)."""
-    sure = torch.stack([*(torch.sigmoid(u) for u in _confidences(answers)), torch.ones_like(answers.original[:, 0])])
+    sure = torch.stack([*(torch.sigmoid(u) for u in _confidences(answers)), answers.original.new_ones(len(answers.original))])
     shares = sure.mean(1) / sure.mean(1).sum()
     losses = _means(_losses(answers, all_of_them=True), answers, config)
     return shares @ (losses + config.cost_weight * answers.costs.to(losses))
@@ -235,7 +235,7 @@ def survivor_weights(answers: Answers, threshold: float) -> Tensor:
     Source: survivor weighting of CalexNet (arXiv:2509.08318), which states the product and leaves s open.
     """
     with torch.no_grad():
-        there = [torch.zeros_like(answers.original[:, 0])]  # in log space: nearly all samples may have left
+        there = [answers.original.new_zeros(len(answers.original))]  # in log space: nearly all samples may have left
         for exit in answers.exits:
             top = answers.task.certainty(exit.logits)
             leaves = exit.confidence if exit.confidence is not None else (top - threshold) / _SOFTNESS
