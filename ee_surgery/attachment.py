@@ -16,7 +16,7 @@ from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.branches.base import BRANCHES, Branch, build
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.checks import count, instance
-from ee_surgery.errors import BranchError, ExitPointError
+from ee_surgery.errors import BranchError, ConfigError, ExitPointError
 from ee_surgery.graph.capture import GLOBAL_STATE
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.features import Layout

@@ -102,7 +102,7 @@ def test_several_labels_go_through_the_whole_pipeline_and_no_softmax_sees_them(
     output = branched.predict(PIXELS)
     decided = (output.logits > 0).float()
     assert evaluation.accuracy == pytest.approx((decided == MULTI_HOT).float().mean().item(), abs=1e-6)
-    expected = mean_average_precision(output.logits, MULTI_HOT)
+    expected = mean_average_precision(torch.cat([output.logits, MULTI_HOT], 1))
     assert evaluation.measures["mean_average_precision"] == pytest.approx(expected)
     assert "label accuracy" in str(evaluation)
     assert branched.receipt().unchanged
@@ -346,7 +346,7 @@ def test_mean_average_precision_is_that_of_its_definition(n: int, labels: int, s
         if sum(y):
             above = [[(b, t) for b, t in zip(z, y, strict=True) if b >= a] for a, one in zip(z, y, strict=True) if one]
             expected.append(sum(sum(t for _, t in rows) / len(rows) for rows in above) / sum(y))
-    found = mean_average_precision(logits, target)
+    found = mean_average_precision(torch.cat([logits, target], 1))
     assert found == pytest.approx(sum(expected) / len(expected)) if expected else found != found
 
 
@@ -383,9 +383,10 @@ def test_records_without_logits_find_the_same_thresholds_and_refuse_what_needs_t
             found, expected = (list(ee.Frontier.trace(each, method)) for each in (records, whole))
             assert found == expected
         assert ee.geometric_budget(records, 0.6, "margin") == ee.geometric_budget(whole, 0.6, "margin")
-        for needs in (lambda r: r.scores("entropy"), lambda r: ee.risk_control(r, 0.1), ee.scale_temperatures):
+        for needs in (lambda r: r.scores("entropy"), lambda r: r.recorded_logits(), ee.scale_temperatures):
             with pytest.raises(ee.DataError, match=r"hold no logits.*margin, max_prob"):
                 needs(records)
+        assert ee.risk_control(records, 0.9).thresholds == ee.risk_control(whole, 0.9).thresholds
     assert ee.Frontier.search(small)[-1].macs_fraction <= 1
     assert torch.equal(loaded.keep([1]).outcomes, whole.outcomes[[1, 2]])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _NONE: frozenset[str] = frozenset()
 _BASE = frozenset(vars(nn.Module()))  # tables, hooks and flags that every module has
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_LOOKS_ON = "transformers.utils.output_capturing"  # its hooks collect outputs, and change none
 # Attributes of configuration objects that do not affect the computation; `save_pretrained` writes several of them.
 _LABELS = frozenset(
     {"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id", "dtype"}
@@ -72,7 +72,15 @@ class Signature:
 
     def current(self) -> bool:
         """Whether the model is unchanged, apart from training flags."""
-        return self._all.equal() or not self.differences()
+        if self._all.equal():
+            return True
+        if self.differences():
+            return False
+        if any(table != was for each in self._snapshots.values() for table, was in each.hooks):
+            for each in self._snapshots.values():  # hooks that only look on: they need no second look at every call
+                each.keep_hooks()
+            self._all = Part([*self._snapshots.values()], self._held)
+        return True
 
     def parts(self, groups: Sequence[Iterable[str]]) -> list[Part]:
         """The same comparison in parts: one per group of module paths; modules in no group go to the first."""
@@ -122,21 +130,31 @@ class _Snapshot(_Holding):
         super().__init__(path, vars(module), volatile.get(path, _NONE) | _DESCRIPTIVE.get(type(module), _NONE))
         self.module, self.type = module, type(module)
         self.steady = path not in volatile
-        # Hooks are stored in dicts that change in place.
-        self.hooks = [(table, dict(table)) for table in (module._forward_pre_hooks, module._forward_hooks)]
+        self.keep_hooks()
         self.children = (module._modules, dict(module._modules)) if module._modules else None
         self.absent = [(module._parameters, name) for name, value in module._parameters.items() if value is None]
+
+    def keep_hooks(self) -> None:
+        """Take the hooks of now for those to compare with."""
+        # They are stored in dicts that change in place.
+        tables = (self.module._forward_pre_hooks, self.module._forward_hooks)
+        self.hooks = [(table, dict(table)) for table in tables]
 
     def differences(self) -> dict[str, str]:
         lines = super().differences()
         if type(self.module) is not self.type:
             lines[self.path] = f"{self.type.__name__} -> {type(self.module).__name__}"
-        if any(table != was for table, was in self.hooks):
+        if any(_active(table) != _active(was) for table, was in self.hooks):
             lines[_join(self.path, "hooks")] = "forward hooks added or removed"
         for table, name in self.absent:
             if table.get(name) is not None:
                 lines[_join(self.path, name)] = "nothing -> a parameter"
         return lines
+
+
+def _active(hooks: Mapping[int, Any]) -> dict[int, Any]:
+    """Hooks without those that transformers puts on with the first call that asks for hidden states or attentions."""
+    return {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "") != _LOOKS_ON}
 
 
 class Part:

@@ -372,7 +372,7 @@ class ExitRecords:
         """The same records with these scores in place of the logits: K numbers per sample for any C.
 
         Searches over these scores find the same thresholds, but for outcomes that are not smoothed by the chance of
-        being right; calibrators that read logits, and risks, are refused.
+        being right; calibrators and risks that read logits are refused.
         """
         found = {name: self.scores(name) for name in names("scores", scores)}
         of_all = {CERTAINTY: self.certainty, AGREEMENT: self.agreement}

@@ -96,8 +96,7 @@ def evaluate(
         said = task.labels_from(original)
         target = said if shard.labels is None else task.hard(shard.labels.to(where[0]))
         of_sample = (
-            task.outcome(output.logits, target), task.outcome(original, target),
-            1 - task.disagreement(output.logits, original),
+            task.outcome(output.logits, target), task.outcome(original, target), task.outcome(output.logits, said),
             ~task.ignored(target), output.exit_index, output.macs_fraction,
         )  # fmt: skip
         found.append(working.rows(torch.stack([value.float() for value in of_sample], 1), shard.total).cpu())

@@ -124,8 +124,8 @@ def element_type(dtype: torch.dtype) -> int:
 class Composer:
     """Builds the graph from the last exit inwards: the body of each `If` holds all that comes after."""
 
-    def __init__(self, pieces: Pieces, classes: int, quantize: Quantize | None = None) -> None:
-        self.pieces, self.classes, self.quantize = pieces, classes, quantize
+    def __init__(self, pieces: Pieces, quantize: Quantize | None = None) -> None:
+        self.pieces, self.quantize = pieces, quantize
         self.logits_type = pieces.end.outputs[0].dtype
 
     def graph(self, names: Sequence[str]) -> GraphProto:
@@ -149,7 +149,7 @@ class Composer:
         inputs.append(helper.make_tensor_value_info(THRESHOLDS, TensorProto.FLOAT, [len(self.pieces.exits)]))
         kind = element_type(self.logits_type)
         outputs = [
-            helper.make_tensor_value_info("logits", kind, ["batch", self.classes]),
+            helper.make_tensor_value_info("logits", kind, ["batch", *self.pieces.end.outputs[0].shape[1:]]),
             helper.make_tensor_value_info("exit_index", TensorProto.INT64, ["batch"]),
             helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
         ]

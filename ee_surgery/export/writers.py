@@ -38,7 +38,7 @@ class OneFile:
         if _bytes(engine) > _EMBEDDED:
             self.weights = path.with_name(f"{path.name}.{secrets.token_hex(4)}.weights")
             finish = partial(_outside, self.weights, {}, quantize)
-        graph = Composer(parts, engine.backbone.num_classes, finish).graph(parts.names)
+        graph = Composer(parts, finish).graph(parts.names)
         opsets = [helper.make_opsetid("", OPSET)]
         self.model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="ee_surgery")
 
@@ -84,7 +84,7 @@ def _routing(parts: Pieces) -> Plain:
     dims = [axis.dim for axis in parts.exits[0].stage.axes if axis is not None]
     axes = [[None if a is None else (a.dim, a.before, a.after) for a in part.live_axes] for part in parts.exits]
     # logits that stand for no answer yet, where the fallback compares answers
-    unset = [(t.shape[1], str(t.dtype).removeprefix("torch.")) for t in parts.exits[0].carried.best]
+    unset = [([*t.shape[1:]], str(t.dtype).removeprefix("torch.")) for t in parts.exits[0].carried.best]
     return {"inputs": parts.names, "batch_dim": dims[0], "axes": axes, "unset": unset}
 
 

@@ -33,6 +33,8 @@ class StagedModel(Exported):
         super().__init__(text, path)
         if not self.about.keys() >= {"inputs", "batch_dim", "axes", "unset"}:
             raise OnnxError(f"{path} has damaged metadata: it does not say how its stages are joined.")
+        # older versions wrote the number of classes in place of a shape
+        self._unset = [([shape] if isinstance(shape, int) else shape, kind) for shape, kind in self.about["unset"]]
         self.inputs: list[str] = self.about["inputs"]
         """Names of the inputs, the main one first."""
         self.engine, self.threads = "onnxruntime" if load is None else "another engine", 0
@@ -51,7 +53,7 @@ class StagedModel(Exported):
         rows = np.arange(live[0].shape[self.about["batch_dim"]])
         results: list[np.ndarray] = []
         # between exits: the state of the score, log-probabilities of a chain, and last the best answer so far
-        carried = [np.full((len(rows), classes), np.nan, kind) for classes, kind in self.about["unset"]]
+        carried = [np.full((len(rows), *shape), np.nan, kind) for shape, kind in self._unset]
         best = len(carried)
         for k, seen in enumerate(self._visits(taus)):
             live = [*self._stages[k](live)]

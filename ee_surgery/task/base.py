@@ -264,7 +264,7 @@ def check_vectors(logits: Tensor, rows: int, model_id: str) -> None:
         raise CaptureError(
             f"{model_id} answers with a tensor of shape {tuple(logits.shape)} and type {logits.dtype}, not logits of "
             f"shape ({rows}, classes). Build it with a classification head, or say how many classes a head on these "
-            "features shall tell apart: num_classes=."
+            "features shall tell apart: num_classes=. Detectors and generators have no such logits."
         )
 
 

@@ -31,7 +31,7 @@ POINTS = {
 NEEDS_GRID = {"conv", "conv2", "conv3", "eenet", "msd", "branchy", "strided", "sdn", "residual"}
 NEEDS_SIZE = {"plain"}
 ANYWHERE = {"pool", "bnpool", "mlp", "token", "ztw"}
-NEEDS_GRAPH = {"shortcut"}  # tests/graph/test_shortcut.py
+NEEDS_GRAPH = {"shortcut", "dense"}  # tests/graph/test_shortcut.py, tests/branches/test_dense.py
 HEADS = sorted(set(ee.BRANCHES) - NEEDS_GRAPH)
 
 

@@ -22,6 +22,7 @@ import ee_surgery as ee
 from ee_surgery.calibration.budget import quota_thresholds
 from ee_surgery.calibration.cascade import tail_accuracy
 from ee_surgery.calibration.classwise import class_thresholds
+from ee_surgery.calibration.combined import CombinedScore
 from ee_surgery.calibration.correctness import ChanceOfBeingRight, exit_features
 from ee_surgery.calibration.eenet import eenet_scheduler
 from ee_surgery.calibration.methods import CALIBRATORS, one_threshold
@@ -31,7 +32,8 @@ from ee_surgery.calibration.temperature import expected_calibration_error, scale
 from ee_surgery.calibration.threshold_search import ThresholdSearch
 from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.policy import Fallback
-from ee_surgery.policies.scores import FITTED_SCORES, FittedScore
+from ee_surgery.policies.scores import FITTED_SCORES, FittedScore, scores_of
+from ee_surgery.task import CLASSIFICATION
 from tests.strategies import records as drawn
 from tests.strategies import synthetic
 
@@ -348,6 +350,7 @@ FITS: dict[str, Callable[[ee.ExitRecords], FittedScore | str]] = {
     "chance": ChanceOfBeingRight.fit,
     "eenet": lambda records: eenet_scheduler(records, 0.6, steps=20).score,
     "classwise": lambda records: class_thresholds(records, 0.05, min_tail=5).score,
+    "combined": lambda records: CombinedScore.fit(records.without_logits(["max_prob", "margin", "entropy"])),
     "temperature": scale_temperatures,
     "temperature and entropy": lambda records: scale_temperatures(records, "entropy"),
 }
@@ -383,7 +386,7 @@ def _one_exit_after_the_other(records: ee.ExitRecords, policy: ee.ThresholdPolic
     return left
 
 
-@pytest.mark.parametrize("name", [*ee.SCORES, *FITS])
+@pytest.mark.parametrize("name", [*scores_of(CLASSIFICATION, units=True), *FITS])
 @settings(max_examples=12)
 @given(data=st.data())
 def test_a_replay_equals_deciding_one_exit_after_the_other(name: str, data: st.DataObject) -> None:
@@ -440,7 +443,7 @@ def test_fitted_scores_survive_to_dict_and_from_dict(name: str) -> None:
     assert replay_point(records, back.policy, "test").exit_shares == point.exit_shares
 
 
-@pytest.mark.parametrize("name", [*ee.SCORES, *FITS])
+@pytest.mark.parametrize("name", [*scores_of(CLASSIFICATION, units=True), *FITS])
 def test_scores_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     score, records = _score_of(name), with_units()
     rows = torch.tensor([5, 2, 100])
