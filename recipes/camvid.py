@@ -109,7 +109,10 @@ def rows(calibrating: ee.ExitRecords, test: ee.ExitRecords) -> list[dict[str, An
                 "outcome": replay.outcome.mean().item(),
                 "agreement": test.agreement[replay.answer_index, torch.arange(len(test))].mean().item(),
                 "cost": replay.macs.mean().item() / test.base_macs,
-                "shares": torch.bincount(replay.exit_index, minlength=len(test.exits) + 1).double().div(len(test)).tolist(),
+                "shares": torch.bincount(replay.exit_index, minlength=len(test.exits) + 1)
+                .double()
+                .div(len(test))
+                .tolist(),
                 "thresholds": point.thresholds,
                 "score": str(point.score),
                 **test.measures(replay.answer_index),
@@ -146,7 +149,7 @@ def main() -> None:
     )  # fmt: skip
     print(branched.specs, [f"{m / branched.trunk_macs[-1]:.3f}" for m in branched.branch_macs])
     config = ee.TrainConfig(
-        epochs=epochs, batch_size=4, lr=2e-3, weight_decay=1e-3, distill=1.0, temperature=1.0, validation=0,
+        epochs=epochs, batch_size=4, lr=2e-3, weight_decay=1e-3, distill=0.0 if options.labels else 1.0, temperature=1.0, validation=0,
         teach="labels" if options.labels else "original", ema=0.98, mixed_precision="auto", seed=options.seed,
         checkpoint_dir=None if options.smoke else str(options.out / "training"),
     )  # fmt: skip

@@ -101,7 +101,9 @@ def camvid(split: str, where: Path | None = None) -> StreetScenes:
     labels = read("label_png", "label_offsets")
     drives = [name.decode().split("_")[0] for name in data["names"]]
     return StreetScenes(
-        read("jpeg", "offsets").permute(0, 3, 1, 2).contiguous(), labels.masked_fill(labels == _CAMVID_VOID, 255), drives
+        read("jpeg", "offsets").permute(0, 3, 1, 2).contiguous(),
+        labels.masked_fill(labels == _CAMVID_VOID, 255),
+        drives,
     )
 
 

@@ -121,7 +121,7 @@ def _block(width: int, dilation: int) -> nn.Sequential:
 
 
 def _grid(maps: list[tuple[int, int, int]], picture: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Which map sets the grid, and by how much that is pooled: the finest of at least this stride, else the coarsest."""
+    """Which map sets the grid, the finest of at least this stride, else the coarsest, and by how much it is pooled."""
     strides = [max(1, round(picture[0] / height)) for _, height, _ in maps]
     coarse = [i for i, own in enumerate(strides) if own >= stride]
     if coarse:

@@ -79,9 +79,7 @@ def _brier_gap(records: ExitRecords) -> _Floats:
 
 
 RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None, vectors=True))
-RISKS.register("pixel_disagreement")(
-    Risk(_disagreement, Scale(0, 1, False), labelled=False, tasks=("segmentation",))
-)
+RISKS.register("pixel_disagreement")(Risk(_disagreement, Scale(0, 1, False), labelled=False, tasks=("segmentation",)))
 RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True, tasks=None))
 RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True, tasks=None))
 RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))

@@ -14,9 +14,9 @@ from ee_surgery.data.batches import Data, loader, place
 from ee_surgery.data.distributed import Processes, ShardedBatches
 from ee_surgery.data.labels import Labels
 from ee_surgery.errors import DataError
-from ee_surgery.runtime.engine import Engine
 from ee_surgery.policies.policy import certainty
 from ee_surgery.policies.scores import ScoreOf, scores_of, sound
+from ee_surgery.runtime.engine import Engine
 from ee_surgery.task import IGNORED, Task
 
 

@@ -38,8 +38,8 @@ class StagePart(nn.Module):
 class BranchPart(nn.Module):
     """`AskBranch` over plain tensors: `live` live tensors, then those of `carried`.
 
-    Outputs, in order: logits (B, C, ...), as large as the original's; score (B,); the score that is compared with the threshold; then the tensors of
-    `Carried`.
+    Outputs, in order: logits (B, C, ...), as large as the original's; score (B,); the score that is compared with the
+    threshold; then the tensors of `Carried`.
     """
 
     def __init__(self, ask: AskBranch, score: ScoreOf, live: int, carried: Carried) -> None:

@@ -105,7 +105,8 @@ _FREE = frozenset(
     ones_like full_like empty_like linspace scalar_tensor new_zeros new_ones new_full new_empty tril triu meshgrid
     clone copy_ contiguous to _to_copy type_as reshape flatten unflatten dropout feature_dropout pixel_shuffle
     pixel_unshuffle channel_shuffle fill_ masked_fill_ index_put_ index_put scatter unfold im2col
-    max_unpool2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    max_unpool2d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa
     sym_size glu prelu celu_ hardswish_ silu_ gelu_ lift_fresh_copy detach_ sort topk getitem
     _assert_tensor_metadata cosine_similarity all any eye randn rand bernoulli bernoulli_ eq ne
     hardswish hardsigmoid hardtanh col2im upsample_linear1d

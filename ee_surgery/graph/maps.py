@@ -37,9 +37,7 @@ class ReadMaps:
 
     def __call__(self, live: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inputs of a branch that answers with a map."""
-        return tuple(
-            [_nchw(read(live)[0], each) for read, each in zip(self.readers, self.maps, strict=True)]
-        )
+        return tuple([_nchw(read(live)[0], each) for read, each in zip(self.readers, self.maps, strict=True)])
 
 
 def feature_maps(graph: ModelGraph, point: ExitPoint) -> list[FeatureMap]:
@@ -60,7 +58,9 @@ def read_maps(graph: ModelGraph, point: ExitPoint, crossing: Sequence[fx.Node]) 
     """How to read them from what crosses the cut."""
     maps = tuple(feature_maps(graph, point))
     names = [node.name for node in crossing]
-    readers = (ReadFeatures(names.index(m.features.node), m.features.axis, m.features.channels_first, None) for m in maps)
+    readers = (
+        ReadFeatures(names.index(m.features.node), m.features.axis, m.features.channels_first, None) for m in maps
+    )
     return ReadMaps(tuple(readers), maps)
 
 

@@ -52,7 +52,7 @@ class ThresholdPolicy:
     fallback: Fallback = "last"
     """Whose answer a sample gets that never reached a threshold: the original's, or that of whichever exit on its
     way was the most certain, the original's included (Shallow-Deep Networks, arXiv:1810.07052)."""
-    task: Task | None = field(default=None, repr=False)
+    task: Task | None = field(default=None, repr=False, compare=False)
     """What the answers are; None while it belongs to no model: each runs every policy with its own task."""
 
     def __post_init__(self) -> None:

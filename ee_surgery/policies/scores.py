@@ -171,7 +171,7 @@ def precise(logits: Tensor) -> Tensor:
 
 
 def sound(score: Tensor, logits: Tensor) -> Tensor:
-    """The score (B,), NaN where it or one of the logits (B, ...) is not finite: NaN reaches no threshold, not even -inf.
+    """The score (B,), NaN where it or one of the logits (B, ...) is not finite: NaN reaches no threshold, even -inf.
 
     One sum over all logits of a sample tells; where it overflows in float32, that is no answer either.
     """

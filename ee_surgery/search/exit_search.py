@@ -407,6 +407,4 @@ def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
         for name, rows in first.recorded.items()
     }
     outcomes = torch.stack([*(each.outcomes[0] for each in records), first.outcomes[-1]])
-    return replace(
-        first, exits=exits, outcomes=outcomes, recorded=recorded, confidence=None, tallies=None, **costs
-    )
+    return replace(first, exits=exits, outcomes=outcomes, recorded=recorded, confidence=None, tallies=None, **costs)

@@ -1,4 +1,4 @@
-"""What an answer is: how sure it is, whether it is right, what its labels and its loss are. Everything else asks here."""
+"""What an answer is: how sure it is, whether it is right, what its labels and its loss are. All others ask here."""
 
 from ee_surgery.task.base import IGNORED, TASKS, Task, TaskNames, as_task, fits, require
 from ee_surgery.task.classification import CLASSIFICATION, PROBABILITIES, Classification

@@ -170,9 +170,9 @@ class Segmentation(Task):
             )
         if logits.shape[1] < self.least:
             raise CaptureError(
-                f"{model_id} answers with one number per pixel, {tuple(logits.shape)}: a mask of a sigmoid, or a depth. "
-                "Of a mask, wrap the model in a module that answers with two classes, torch.cat([torch.zeros_like(z), "
-                "z], 1), whose softmax is the sigmoid of z."
+                f"{model_id} answers with one number per pixel, {tuple(logits.shape)}: a mask of a sigmoid, or a "
+                "depth. Of a mask, wrap the model in a module that answers with two classes, "
+                "torch.cat([torch.zeros_like(z), z], 1), whose softmax is the sigmoid of z."
             )
         if are_probabilities(logits):
             raise CaptureError(

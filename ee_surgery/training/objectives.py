@@ -195,7 +195,9 @@ def cumulative(answers: Answers, config: ObjectiveSettings) -> Tensor:
 @OBJECTIVES.register("normalized", tasks=None)
 def normalized(answers: Answers, config: ObjectiveSettings) -> Tensor:
     """sum_k (mean c_k / sum_j mean c_j) (CE_k + lambda t_k), the original's confidence being 1 (v3 of EENets)."""
-    sure = torch.stack([*(torch.sigmoid(u) for u in _confidences(answers)), answers.original.new_ones(len(answers.original))])
+    sure = torch.stack(
+        [*(torch.sigmoid(u) for u in _confidences(answers)), answers.original.new_ones(len(answers.original))]
+    )
     shares = sure.mean(1) / sure.mean(1).sum()
     losses = _means(_losses(answers, all_of_them=True), answers, config)
     return shares @ (losses + config.cost_weight * answers.costs.to(losses))

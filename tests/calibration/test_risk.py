@@ -401,7 +401,12 @@ def test_asking_less_never_costs_more(
             assert rc.risk_control(records, e, d, method=method).macs_fraction <= strict.macs_fraction
 
 
-@given(seed=st.integers(0, 100), eps=st.floats(0.005, 0.3), more=st.floats(1, 3), risk=st.sampled_from(sorted({name for name, _ in CERTIFYING})))
+@given(
+    seed=st.integers(0, 100),
+    eps=st.floats(0.005, 0.3),
+    more=st.floats(1, 3),
+    risk=st.sampled_from(sorted({name for name, _ in CERTIFYING})),
+)
 @pytest.mark.filterwarnings("ignore:No early exit is certified")
 def test_accepting_more_risk_never_costs_more_where_bets_are_made(
     seed: int, eps: float, more: float, risk: str
