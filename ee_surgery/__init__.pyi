@@ -56,7 +56,7 @@ from .runtime.router import ExitOutput
 from .search.effort import EFFORTS, Effort
 from .search.exit_search import ExitSearch, prune_exits, search_exits
 from .search.exit_subset import Subset, cheapest_exits
-from .task import TASKS, Classification, MultiLabel, Task
+from .task import TASKS, Classification, MultiLabel, Segmentation, SegmentationIoU, Task
 from .training.config import TrainConfig
 from .training.loop import TrainReport, train
 from .training.objectives import OBJECTIVES
@@ -109,6 +109,8 @@ __all__ = [
     "Preset",
     "Profile",
     "Receipt",
+    "Segmentation",
+    "SegmentationIoU",
     "Subset",
     "SurgeryError",
     "SurgeryWarning",

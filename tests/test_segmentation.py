@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -208,8 +207,8 @@ QUICK_ONES = {"hf-Segformer", "hf-MobileNetV2", "smp-FPN"}
     "entry", [pytest.param(s, id=s.name, marks=[] if s.name in QUICK_ONES else [pytest.mark.slow]) for s in SEGMENTERS]
 )
 def test_segmenters_of_every_library_go_through_the_whole_pipeline(entry: Segmenter) -> None:
-    if entry.package and importlib.util.find_spec(entry.package) is None:
-        pytest.skip(f"{entry.package} is not installed")
+    if entry.missing:
+        pytest.skip(entry.missing)
     assert run(entry)[-1] == "all"
 
 

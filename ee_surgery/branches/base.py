@@ -112,7 +112,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.layout = point.layout
         self.prefix_tokens = point.prefix_tokens
-        self.classifier: nn.Module = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(width, num_classes)
         self.confidence = nn.Linear(width, 1) if confidence else None
 
     @abstractmethod

@@ -61,11 +61,12 @@ class DenseBranch(Branch):
             )
         self._grid, self._pool = _grid(maps, picture_size(graph), self._stride)
         super().__init__(point, num_classes, confidence, max(1, width))
+        self.options: dict[str, Option] = {}
         for own in (width,) if width else _WIDTHS:
             self._make([c for c, _, _ in maps], num_classes, confidence, own, depth)
+            self.options = {"width": own, "depth": depth, "stride": self._stride}
             if width or module_macs(self, *maps) <= BUDGET * graph.macs:
                 break
-        self.options = {"width": own, "depth": depth, "stride": self._stride}
 
     def _make(self, channels: list[int], classes: int, confidence: bool, width: int, depth: int) -> None:
         self.projections = nn.ModuleList(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ee_surgery.backbone.base import Backbone, State
 from ee_surgery.backbone.inputs import Batch
-from ee_surgery.branches.base import ExitLogits, PreparedBranch
+from ee_surgery.branches.base import ExitLogits, PreparedBranch, Reads
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.errors import OUT_OF_MEMORY, ExitPointError
 from ee_surgery.graph.backends.base import BACKENDS
@@ -297,7 +297,7 @@ class Engine:
     def _compile(self, graph: ModelGraph, sample: Batch, backend: str) -> Entry:
         head = self.branches.head
         head_macs = 0 if head is None or graph.head is None else head.macs(graph.head.shape)
-        reads = [branch.reads for branch in self.branches]
+        reads: list[Reads] = [branch.reads for branch in self.branches]
         program = build_program(graph, self.plan.names, reads, head_macs, backend)
         verify(program, self.backbone, sample)
         prepared = [b.prepare(graph, p) for b, p in zip(self.branches, program.points, strict=True)]

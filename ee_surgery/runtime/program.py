@@ -77,8 +77,8 @@ def build_program(
     segments = cut(graph.capture, graph.liveness, [point.index for point in points], masks)
     stages = [bind(backend, segment, lambda name: graph.backbone.model) for segment in segments]
     readers = tuple(
-        _reader(graph, point, what, crossing(graph.live[point.index], masks))
-        for point, what in zip(points, reads or ["features"] * len(points), strict=True)
+        _reader(graph, point, reads[k] if reads else "features", crossing(graph.live[point.index], masks))
+        for k, point in enumerate(points)
     )
     head = None if graph.head is None else graph.features(graph.head).reader([graph.capture.output])
     macs = (*(point.macs for point in points), graph.macs + head_macs)
