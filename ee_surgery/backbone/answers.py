@@ -15,7 +15,7 @@ OutputKey: TypeAlias = int | str | Sequence[int | str]
 """Which part of an answer the logits are: an index, a name, or several of them from the outside in."""
 
 _FEATURES = ("pooler_output", "last_hidden_state")  # what transformers models without a head answer with
-_LOGITS = ("logits", "out")  # of transformers; of torchvision's segmenters, beside the map of a head for training
+_LOGITS, _MAP = "logits", "out"  # of transformers; of torchvision's segmenters, beside that of a head for training
 _NO_LOGITS = ("pool", "hidden", "embed", "feature", "box")  # in the names of what has the shape of logits
 
 
@@ -180,9 +180,9 @@ _SHAPES = {2: "(B, C)", 4: "(B, C, h, w)"}
 def _logits(
     found: Mapping[tuple[Step, ...], Tensor], rows: int | None, classes: int | None, rank: int
 ) -> list[tuple[Step, ...]]:
-    for name in _LOGITS:
-        if named := [steps for steps in found if len(steps) == 1 and steps[0].key == name]:
-            return named
+    named = [steps for steps in found if len(steps) == 1 and steps[0].key == _LOGITS]
+    if named:
+        return named
     shaped = [
         steps
         for steps, tensor in found.items()
@@ -190,6 +190,8 @@ def _logits(
     ]
     # Some classifiers of transformers have their logits under a name of features (PP-LCNet).
     likely = [steps for steps in shaped if not _named_otherwise(steps[-1].key)]
+    if rank == SEGMENTATION.rank:
+        likely = [steps for steps in likely if steps[-1].key == _MAP] or likely
     return likely or [steps for steps in shaped if found[steps].shape[1] == classes]
 
 
