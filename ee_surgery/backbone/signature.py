@@ -18,7 +18,16 @@ _BASE = frozenset(vars(nn.Module()))  # tables, hooks and flags that every modul
 _LOOKS_ON = "transformers.utils.output_capturing"  # its hooks collect outputs, and change none
 # Attributes of configuration objects that do not affect the computation; `save_pretrained` writes several of them.
 _LABELS = frozenset(
-    {"_name_or_path", "_commit_hash", "architectures", "transformers_version", "id2label", "label2id", "dtype"}
+    {
+        "_name_or_path",
+        "_commit_hash",
+        "architectures",
+        "transformers_version",
+        "id2label",
+        "label2id",
+        "dtype",
+        "_output_capturing_hooks_installed",
+    }  # the last one of models: see `_LOOKS_ON`
 )
 # Attributes of torch modules that follow from their parameters, or that only `repr` reads.
 _DESCRIPTIVE: dict[type, frozenset[str]] = {

@@ -276,3 +276,19 @@ def test_a_pickled_or_copied_model_reads_its_own_original() -> None:
     again.operate(thresholds=2.0)
     again.backbone.blocks[1].scale = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportOptionalSubscript]
     torch.testing.assert_close(again(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_transformers_that_only_look_on_are_no_change() -> None:
+    model = BY_NAME["hf-ViT"].make().eval()
+    x = BY_NAME["hf-ViT"].sample()
+    branched = ee.augment(model, 1, sample=x)
+    branched.operate(thresholds=2.0)
+    before = branched.predict(x).logits
+    assert model(x, output_hidden_states=True).hidden_states is not None
+    assert any(module._forward_hooks for module in model.modules())
+    assert branched.receipt().unchanged
+    assert torch.equal(branched.predict(x).logits, before)
+    assert len(branched.engine.programs) == 1  # nothing was captured anew
+    model.classifier.register_forward_hook(lambda module, given, answer: answer + 1)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    assert not branched.receipt().unchanged
+    torch.testing.assert_close(branched.predict(x).logits, before + 1, rtol=1e-4, atol=1e-4)
