@@ -180,6 +180,11 @@ three training drives, thresholds were chosen on the third by pixel accuracy and
 its pictures are of a drive that trained the branches, 171 of one that nothing here has seen. MACs count every branch
 visited, as fractions of the original's. Times are of test pictures, measured in one run with the original's, as
 fractions of it.
+
+ESPNetv2 was trained on Cityscapes and has never seen CamVid: where its branches learn with labels, even the first is
+better than it, and all pictures leave there. What is saved then is the rest of the encoder and the decoder, which works
+on large maps: 0.73 of the MACs are a third of the time. Branches that are better than the
+original disagree with it, so that the certificate of agreement lets no picture leave.
 """
 
 

@@ -258,7 +258,11 @@ python -m benchmarks.segmenters
 
 Every class of `AutoModelForSemanticSegmentation` in transformers, four models of torchvision and four of
 segmentation_models_pytorch, at random weights and small sizes, each with `dense` branches at two exits. Checked of
-each: {checks}. Any module from pictures to maps (B, C, h, w) goes the same way; see [segmentation](segmentation.md).
+each:
+
+{checks}
+
+Any module from pictures to maps (B, C, h, w) goes the same way; see [segmentation](segmentation.md).
 
 {table}
 
@@ -278,7 +282,9 @@ def main() -> None:
 
     names = ("torch", "torchvision", "transformers", "timm", *(() if smoke else (SMP,)))
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    page = _PAGE.format(checks="; ".join(CHECKS.values()), table=table(head, rows), versions=versions)
+    page = _PAGE.format(
+        checks="\n".join(f"- {check};" for check in CHECKS.values()), table=table(head, rows), versions=versions
+    )
     print(page)
     if not smoke:
         PAGE.write_text(page)
