@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +199,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few pictures; writes nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.smoke and options.folder is None:
+        with tempfile.TemporaryDirectory() as out:
+            given = ["--smoke", "--out", out, "--threads", str(options.threads)]
+            subprocess.run([sys.executable, "-m", "recipes.camvid", *given], check=True)
+            print(part(report(Path(out) / "espnetv2_150", smoke=True)))
+        return
     if options.folder is not None:
         found = report(options.folder, options.smoke)
         print(part(found))
