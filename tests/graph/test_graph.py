@@ -238,8 +238,11 @@ def test_a_model_without_input_size_asks_for_a_sample() -> None:
 
 
 def test_a_model_without_a_head_is_refused() -> None:
-    with pytest.raises(ee.CaptureError, match="not logits of shape"):
-        ee.inspect(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
+    tokens = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2))
+    with pytest.raises(ee.CaptureError, match=r"not logits of shape.*num_classes="):
+        ee.inspect(tokens, torch.randn(2, 3, 8, 8))
+    with pytest.raises(ee.CaptureError, match="not logits of shape"):  # maps, of which the user says otherwise
+        ee.inspect(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8), task="classification")
 
 
 def test_stages_follow_moved_and_replaced_parameters() -> None:
