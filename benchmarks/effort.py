@@ -155,9 +155,9 @@ training follow from the model and the data. The original is frozen and its rece
 counted; MACs are means over 20 halves of images that neither network, branches nor search have seen, with thresholds on
 the score that `calibrate` chooses, and on the largest probability. Minutes are those of the whole call, beside other
 work. For the ResNet-56 they stand beside the time that the 36 epochs of `recipes.cifar10_shortcuts`, with exits and
-blocks picked by hand, take on the same machine, from steps timed in the same process; the row of seed 0 counts the
-first of twelve, which is slower, so the recipe's minutes are somewhat too many there. Searched exits with ten epochs
-took 40.9 %, the recipe 28.6 % ([frontier](frontier.md)). What has no row was not run yet.
+blocks picked by hand, take on the same machine, from steps timed in the same process; the row of the Intel processor
+counts the first of twelve, which is slower, so the recipe's minutes are somewhat too many there. Searched exits with
+ten epochs took 40.9 %, the recipe 28.6 % ([frontier](frontier.md)). What has no row was not run yet.
 """
 
 

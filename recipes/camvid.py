@@ -107,13 +107,8 @@ def main() -> None:
     for name, data in (("calibrating", held_out), ("test", test)):
         records = ee.record(branched, data, batch_size=4)
         records.save(folder / f"{name}.safetensors")
-        print(
-            name,
-            [
-                f"{name} {value:.2%}"
-                for name, value in zip((*records.exits, "original"), records.accuracies, strict=True)
-            ],
-        )
+        alone = zip((*records.exits, "original"), records.accuracies, strict=True)
+        print(f"{name}, alone:", ", ".join(f"{exit} {value:.2%}" for exit, value in alone))
     ee.calibrate(branched, held_out, batch_size=4)
     print(branched.frontier)
     branched.save_pretrained(folder / "adapter")

@@ -53,18 +53,18 @@ class DenseBranch(Branch):
         graph: ModelGraph,
     ) -> None:
         width, depth = count("width", width, low=0), count("depth", depth, low=0, high=DEEPEST)
-        self._stride = count("stride", stride)
+        stride = count("stride", stride)
         maps = [map.shape for map in feature_maps(graph, point)]
         if not maps:
             raise BranchError(
                 f"Branch 'dense' needs a feature map, and none crosses exit {point.name!r}: choose another exit."
             )
-        self._grid, self._pool = _grid(maps, picture_size(graph), self._stride)
+        self._grid, self._pool = _grid(maps, picture_size(graph), stride)
         super().__init__(point, num_classes, confidence, max(1, width))
         self.options: dict[str, Option] = {}
         for own in (width,) if width else _WIDTHS:
             self._make([c for c, _, _ in maps], num_classes, confidence, own, depth)
-            self.options = {"width": own, "depth": depth, "stride": self._stride}
+            self.options = {"width": own, "depth": depth, "stride": stride}
             if width or module_macs(self, *maps) <= BUDGET * graph.macs:
                 break
 

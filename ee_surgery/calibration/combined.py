@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ee_surgery.calibration.records import ExitRecords
+from ee_surgery.calibration.records import OF_ALL, ExitRecords
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State, fitted
 from ee_surgery.task import CLASSIFICATION, Task, TaskNames
 
@@ -21,7 +22,7 @@ _FINITE = 1e4
 
 def combined_names(records: ExitRecords) -> list[str]:
     """The scores of these records that look at one exit alone, `max_prob` first."""
-    found = [name for name in records.recorded if name not in ("certainty", "agreement")]
+    found = [name for name in records.recorded if name not in OF_ALL]
     return sorted((n for n in found if not ScoreOf(n, records.task).stateful), key=lambda n: (n != _FIRST, n))
 
 
@@ -48,7 +49,7 @@ class CombinedScore(FittedScore):
         self, logits: Tensor, confidence: Tensor | None, state: State, exit_index: int, task: Task = CLASSIFICATION
     ) -> tuple[Tensor, State]:
         """Expected outcome minus the original's, (B,)."""
-        values = [ScoreOf(name, task)(logits, confidence, (), exit_index)[0] for name in self.names]
+        values = [score(logits, confidence, (), exit_index)[0] for score in _looked_up(self.names, task)]
         return _weighted(torch.stack(values, -1), self.weights[exit_index].to(logits.device)), state
 
     def from_scores(self, scores: Sequence[Tensor]) -> Tensor:
@@ -63,6 +64,11 @@ class CombinedScore(FittedScore):
         gaps = (records.outcomes[:-1] - records.outcomes[-1]).numpy()
         rows = [_ridge(x, y) for x, y in zip(values, gaps, strict=True)]
         return cls(names, torch.tensor(np.stack(rows)).float())
+
+
+@lru_cache(maxsize=16)  # asked at every exit of every run
+def _looked_up(names: tuple[str, ...], task: Task) -> list[ScoreOf]:
+    return [ScoreOf(name, task) for name in names]
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class ExitRecords:
             refuse("outcomes", wanted, self.outcomes, DataError)
         k, n = self.outcomes.shape
         for name, rows in self.recorded.items():
-            _check_rows(f"recorded[{name!r}]", rows, k if name in _OF_ALL else k - 1, n)
+            _check_rows(f"recorded[{name!r}]", rows, k if name in OF_ALL else k - 1, n)
         return k, n
 
     def _checked_outcomes(self, outcomes: Tensor, k: int, n: int) -> Tensor:
@@ -187,7 +187,7 @@ class ExitRecords:
             DataError: these records were made without.
         """
         if self.logits is None:
-            known = ", ".join(sorted(self.recorded.keys() - _OF_ALL)) or "none"
+            known = ", ".join(sorted(self.recorded.keys() - OF_ALL)) or "none"
             raise DataError(
                 f"These records hold no logits, which this needs; scores that they hold: {known}. Record again."
             )
@@ -364,7 +364,7 @@ class ExitRecords:
             branch_macs=tuple(self.branch_macs[k] for k in kept),
             confidence=None if self.confidence is None else self.confidence[kept],
             outcomes=self.outcomes[rows],
-            recorded={name: found[rows if name in _OF_ALL else kept] for name, found in self.recorded.items()},
+            recorded={name: found[rows if name in OF_ALL else kept] for name, found in self.recorded.items()},
             tallies=None if self.tallies is None else self.tallies[rows],
         )
 
@@ -429,7 +429,7 @@ class ExitRecords:
 _STORED = {"exits": "", "trunk_macs": "", "branch_macs": "", "chained": "false"}  # and what stands for a missing one
 _RECORDED = "score."
 CERTAINTY, AGREEMENT = "certainty", "agreement"
-_OF_ALL = frozenset({CERTAINTY, AGREEMENT})
+OF_ALL = frozenset({CERTAINTY, AGREEMENT})
 """What is recorded of the original too."""
 
 
