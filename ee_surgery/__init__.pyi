@@ -56,7 +56,18 @@ from .runtime.router import ExitOutput
 from .search.effort import EFFORTS, Effort
 from .search.exit_search import ExitSearch, prune_exits, search_exits
 from .search.exit_subset import Subset, cheapest_exits
-from .task import TASKS, Classification, MultiLabel, Segmentation, SegmentationIoU, Task
+from .task import (
+    TASKS,
+    Classification,
+    Embedding,
+    Gallery,
+    MapRegression,
+    MultiLabel,
+    Regression,
+    Segmentation,
+    SegmentationIoU,
+    Task,
+)
 from .training.config import TrainConfig
 from .training.loop import TrainReport, train
 from .training.objectives import OBJECTIVES
@@ -88,6 +99,7 @@ __all__ = [
     "DataError",
     "EarlyExitModel",
     "Effort",
+    "Embedding",
     "Evaluation",
     "ExitLogits",
     "ExitOutput",
@@ -100,7 +112,9 @@ __all__ = [
     "FingerprintError",
     "FittedScore",
     "Frontier",
+    "Gallery",
     "HubError",
+    "MapRegression",
     "Measurement",
     "ModelGraph",
     "MultiLabel",
@@ -109,6 +123,7 @@ __all__ = [
     "Preset",
     "Profile",
     "Receipt",
+    "Regression",
     "Segmentation",
     "SegmentationIoU",
     "Subset",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -66,6 +67,7 @@ def attach(
     check_weights(graph.backbone.model, graph.backbone.model_id, needed=True)
     if isinstance(branch, (str, BranchSpec)):
         given *= len(plan.points)
+    given = [_with_unit(spec, graph.backbone.task) for spec in given]
     for spec in given:
         _check_task(spec, graph)
     if len(given) != len(plan.points):
@@ -110,6 +112,11 @@ def attach_stored(graph: ModelGraph, plan: ExitPlan, specs: Sequence[BranchSpec]
         bank = BranchBank(branches, _head(graph))
     weights.fill(bank)
     return EarlyExitModel(graph, plan, specs, bank)
+
+
+def _with_unit(spec: BranchSpec, task: Task) -> BranchSpec:
+    """A branch that says how sure it is, where its answers do not."""
+    return spec if task.chooses else replace(spec, confidence=True)
 
 
 def _check_task(spec: BranchSpec, graph: ModelGraph) -> None:

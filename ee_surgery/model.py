@@ -150,7 +150,8 @@ class EarlyExitModel(ServedModel):
                 samples, with confidence 1 - delta. The certificate is on the point.
             risk_of: `disagreement` (when left out), or `accuracy_gap` where the calibration data had labels.
             thresholds: one per branch, or one for all; their accuracy is unknown then. inf closes an exit.
-            score: what thresholds are compared with; `max_prob` when left out.
+            score: what thresholds are compared with; `max_prob` when left out, `learned` where answers are no
+                choices.
         Returns:
             The operating point now in force; None for never.
         Raises:
@@ -160,6 +161,7 @@ class EarlyExitModel(ServedModel):
             ConfigError: the score needs confidence units that the branches do not have.
         """
         wanted = {"max_accuracy_drop": max_accuracy_drop, "budget": budget, "latency_ms": latency_ms, "risk": risk}
+        score = self.task.default_score if score is None and thresholds is not None else score
         by_hand = {"thresholds": thresholds, "score": score}
         found = chosen(self.frontier, len(self.branches), point, **wanted, risk_of=risk_of, **by_hand)
         if latency_ms is not None and self.frontier is not None and self.frontier.profile is not None:

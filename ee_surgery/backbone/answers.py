@@ -14,6 +14,7 @@ from ee_surgery.task import CLASSIFICATION, SEGMENTATION, TASKS, Task, as_task
 OutputKey: TypeAlias = int | str | Sequence[int | str]
 """Which part of an answer the logits are: an index, a name, or several of them from the outside in."""
 
+_EMBEDDINGS = ("image_embeds", "text_embeds", "sentence_embedding", "pooler_output")
 _FEATURES = ("pooler_output", "last_hidden_state")  # what transformers models without a head answer with
 _LOGITS, _MAP = "logits", "out"  # of transformers; of torchvision's segmenters, beside that of a head for training
 _NO_LOGITS = ("pool", "hidden", "embed", "feature", "box")  # in the names of what has the shape of logits
@@ -100,9 +101,11 @@ def locate(
         return LogitsPlace()
     if features:
         candidates, what = _features(output, found), "features that a head could read"
+    elif task is not None and task.of_features:
+        candidates, what = _embeddings(found, rows), "embeddings of shape (B, D)"
     else:
-        tried = (CLASSIFICATION, SEGMENTATION) if task is None else (task,)
-        looks = [(_logits(found, rows, classes, each.rank), f"logits of shape {_SHAPES[each.rank]}") for each in tried]
+        ranks = (CLASSIFICATION.rank, SEGMENTATION.rank) if task is None else task.ranks or (task.rank,)
+        looks = [(_logits(found, rows, classes, rank), f"logits of shape {_SHAPES[rank]}") for rank in ranks]
         candidates, what = next((look for look in looks if look[0]), looks[0])
     if len(candidates) == 1:
         return LogitsPlace(candidates[0])
@@ -139,8 +142,8 @@ def pick_task(
     found = next((task for task in TASKS.values() if problem_type in task.problem_types), None)
     if found is None and not headless:
         raise CaptureError(
-            f"The configuration of {model_id} says problem_type={problem_type!r}: its answers have no confidence that "
-            "a sample could leave by. If it is an ordinary classifier, set config.problem_type to "
+            f"The configuration of {model_id} says problem_type={problem_type!r}: say how large an error still counts "
+            "as right, task=ee.Regression(tolerance=). If it is an ordinary classifier, set config.problem_type to "
             "'single_label_classification', or say task=\"classification\"; if each answer goes through a sigmoid, "
             'task="multi_label".'
         )
@@ -162,10 +165,11 @@ def check_logits(logits: Tensor, rows: int, model: nn.Module, model_id: str, tas
         CaptureError: what they are instead, and the way out.
     """
     task.check(logits, rows, model_id)
-    if declared_classes(model) == 0:
+    if declared_classes(model) == 0 and not task.of_features:
         raise CaptureError(
             f"{model_id} was built without a classification head (for 0 classes) and answers with features, not logits "
-            f"of shape ({rows}, classes): say how many classes a head on them shall tell apart, num_classes=."
+            f"of shape ({rows}, classes): say how many classes a head on them shall tell apart, num_classes=; or that "
+            "features are the answer, task=ee.Embedding()."
         )
 
 
@@ -174,7 +178,7 @@ def declared_classes(model: nn.Module) -> int | None:
     return getattr(model, "num_classes", getattr(getattr(model, "config", None), "num_labels", None))
 
 
-_SHAPES = {2: "(B, C)", 4: "(B, C, h, w)"}
+_SHAPES = {2: "(B, C)", 3: "(B, h, w)", 4: "(B, C, h, w)"}
 
 
 def _logits(
@@ -183,11 +187,7 @@ def _logits(
     named = [steps for steps in found if len(steps) == 1 and steps[0].key == _LOGITS]
     if named:
         return named
-    shaped = [
-        steps
-        for steps, tensor in found.items()
-        if tensor.ndim == rank and tensor.is_floating_point() and (rows is None or tensor.shape[0] == rows)
-    ]
+    shaped = [steps for steps, tensor in found.items() if tensor.ndim == rank and _of_rows(tensor, rows)]
     # Some classifiers of transformers have their logits under a name of features (PP-LCNet).
     likely = [steps for steps in shaped if not _named_otherwise(steps[-1].key)]
     if rank == SEGMENTATION.rank:
@@ -206,6 +206,17 @@ def _features(output: object, found: Mapping[tuple[Step, ...], Tensor]) -> list[
         if named := [steps for steps in floats if len(steps) == 1 and steps[0].key == name]:
             return named
     return floats[-1:] if isinstance(output, list) else floats  # maps of several depths end in the deepest
+
+
+def _embeddings(found: Mapping[tuple[Step, ...], Tensor], rows: int | None) -> list[tuple[Step, ...]]:
+    for name in _EMBEDDINGS:
+        if named := [steps for steps in found if len(steps) == 1 and steps[0].key == name]:
+            return named
+    return [steps for steps, tensor in found.items() if tensor.ndim == CLASSIFICATION.rank and _of_rows(tensor, rows)]
+
+
+def _of_rows(tensor: Tensor, rows: int | None) -> bool:
+    return tensor.is_floating_point() and (rows is None or tensor.shape[0] == rows)
 
 
 def _parts(value: object) -> dict[Any, Any]:

@@ -195,9 +195,9 @@ class Backbone:
         assert logits is not None
         self._rank = logits.ndim
         if not self.headless:
-            self.task = said or task_of(logits)
+            self.task = (said or task_of(logits)).of(logits)
             check_logits(logits, rows, self.named, self.model_id, self.task)
-        self.num_classes = int(logits.shape[1]) if num_classes is None else num_classes
+        self.num_classes = self.task.width(logits) if num_classes is None else num_classes
         self._flat = not self.headless and self._one_is_flat()
 
     def __call__(self, inputs: Inputs) -> Output:

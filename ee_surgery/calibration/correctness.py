@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore, State, fitted, precise
-from ee_surgery.task import CLASSIFICATION, Task, TaskNames
+from ee_surgery.task import CHOICES, CLASSIFICATION, Task, TaskNames
 
 _LIMIT = 15.0
 _RIDGE = 100.0  # in samples: how many it takes to change a weight on a standardized feature
@@ -52,7 +52,7 @@ def _odds(log_p: Tensor) -> Tensor:
 class ChanceOfBeingRight(FittedScore):
     """Estimated log-odds that an exit is correct, given its logits and the previous exit's."""
 
-    tasks: ClassVar[TaskNames] = None
+    tasks: ClassVar[TaskNames] = CHOICES
 
     weights: tuple[Tensor, ...]
     """One vector (D + 1,) per exit, the constant last; optionally one more for the original's head."""

@@ -8,12 +8,13 @@ from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.policies.scores import FittedScore
 
 
-def failure_auroc(records: ExitRecords, score: str | FittedScore = "max_prob") -> list[float | None]:
+def failure_auroc(records: ExitRecords, score: str | FittedScore | None = None) -> list[float | None]:
     """Of each branch, the chance that a right answer has a higher score than a wrong one, K - 1 numbers in [0, 1].
 
     0.5 is guessing. Unlike calibration errors, it sees how samples are ranked, and so goes with the cost saved at an
     accuracy (Kubaty et al., arXiv:2508.21495). None where all answers of a branch are right, or all are wrong.
     """
+    score = records.task.default_score if score is None else score
     found: list[float | None] = []
     for row, right in zip(records.scores(score).double().numpy(), records.correct[:-1].numpy(), strict=True):
         hits = int(right.sum())

@@ -63,15 +63,16 @@ class Frontier(Sequence[OperatingPoint]):
     """Of each branch, how well the score tells right answers from wrong ones; see `failure_auroc`."""
 
     @classmethod
-    def search(cls, records: ExitRecords, scores: Iterable[str] = ("max_prob",)) -> Frontier:
+    def search(cls, records: ExitRecords, scores: Iterable[str] | None = None) -> Frontier:
         """Search thresholds for the best realised trade-offs.
 
         Args:
             records: of held-out data: neither what trained the branches nor what will be reported.
-            scores: the scores to search; each operating point uses one of them.
+            scores: the scores to search; each operating point uses one of them. By default that of the task.
         """
         instance("records", records, ExitRecords)
-        return cls.of(records, [point for score in names("scores", scores) for point in search(records, score)])
+        wanted = [records.task.default_score] if scores is None else names("scores", scores)
+        return cls.of(records, [point for score in wanted for point in search(records, score)])
 
     @classmethod
     def trace(cls, records: ExitRecords, method: str = "search", *, policy: str | None = None) -> Frontier:
@@ -93,7 +94,7 @@ class Frontier(Sequence[OperatingPoint]):
         Args:
             profile: time is the cost then, and not MACs.
         """
-        never = ThresholdPolicy((NEVER,) * len(records.exits))
+        never = ThresholdPolicy((NEVER,) * len(records.exits), records.task.default_score)
         points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
         if profile is not None:
             points = [profile.timed(records, point) for point in points]

@@ -24,6 +24,7 @@ from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import Fallback, ThresholdPolicy
 from ee_surgery.policies.scores import FittedScore
 from ee_surgery.registry import Registry
+from ee_surgery.task import CHOICES
 
 Calibrator: TypeAlias = Callable[..., list[OperatingPoint]]
 
@@ -31,12 +32,11 @@ CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False, ta
 """Name -> function from records to operating points, in any order. `Frontier.trace` keeps the Pareto-optimal ones.
 
 Properties: `takes_score=True` for one that is called as `(records, score)` for each allowed score, and so works with
-`calibrate(scores=...)`; others have their own score. `tasks=("classification",)` for one that is for
-some tasks alone.
+`calibrate(scores=...)`; others have their own score. `tasks=` the names of those it is for, or `CHOICES`.
 """
 
 CALIBRATORS.register("search", takes_score=True)(search)
-CALIBRATORS.register("stopping")(stopping)
+CALIBRATORS.register("stopping", tasks=CHOICES)(stopping)
 
 _DROPS = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1.0)
 
@@ -52,19 +52,19 @@ def one_threshold(
     return [replay_point(records, policy, rule) for policy in policies]
 
 
-@CALIBRATORS.register("shared")
+@CALIBRATORS.register("shared", tasks=CHOICES)
 def shared(records: ExitRecords) -> list[OperatingPoint]:
     """One threshold on the largest probability (Shallow-Deep Networks, Zero Time Waste)."""
     return one_threshold(records, "max_prob")
 
 
-@CALIBRATORS.register("most_confident")
+@CALIBRATORS.register("most_confident", tasks=CHOICES)
 def most_confident(records: ExitRecords) -> list[OperatingPoint]:
     """The same, with the most confident prediction as the fallback (Shallow-Deep Networks)."""
     return one_threshold(records, "max_prob", "most_confident", "most_confident")
 
 
-@CALIBRATORS.register("scaled")
+@CALIBRATORS.register("scaled", tasks=CHOICES)
 def scaled(records: ExitRecords) -> list[OperatingPoint]:
     """One threshold on the largest probability after temperature scaling (arXiv:1706.04599)."""
     return one_threshold(records, scale_temperatures(records), rule="scaled")
@@ -84,7 +84,7 @@ def patience(records: ExitRecords) -> list[OperatingPoint]:
     return [replay_point(records, ThresholdPolicy((float(m),) * k, "patience"), "patience") for m in range(k + 1)]
 
 
-@CALIBRATORS.register("entropy")
+@CALIBRATORS.register("entropy", tasks=CHOICES)
 def entropy(records: ExitRecords) -> list[OperatingPoint]:
     """Thresholds on the entropy: for up to three exits, every combination of 17 values per exit, BranchyNet's grid
     search (arXiv:1709.01686); for more, where the grid is too large, one value for all exits.
@@ -98,7 +98,7 @@ def entropy(records: ExitRecords) -> list[OperatingPoint]:
     return pareto(points, lambda p: p.macs_fraction, lambda p: p.accuracy)
 
 
-@CALIBRATORS.register("cascade")
+@CALIBRATORS.register("cascade", tasks=CHOICES)
 def cascade(records: ExitRecords) -> list[OperatingPoint]:
     """Per-exit thresholds from an accepted accuracy drop (cascaded inference, arXiv:1805.10982)."""
     return [accuracy_drop_rule(records, drop) for drop in _DROPS]
@@ -113,7 +113,7 @@ def classwise(records: ExitRecords) -> list[OperatingPoint]:
 @CALIBRATORS.register("geometric")
 def geometric(records: ExitRecords) -> list[OperatingPoint]:
     """Exit shares in geometric progression, for budgets (MSDNet, arXiv:1703.09844)."""
-    return list(_within(records, 40, geometric_budget))
+    return list(_within(records, 40, functools.partial(geometric_budget, score=records.task.default_score)))
 
 
 @CALIBRATORS.register("eenet", tasks=("classification",))

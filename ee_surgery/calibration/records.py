@@ -24,7 +24,7 @@ from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State, sound
-from ee_surgery.task import CLASSIFICATION, Task, as_task
+from ee_surgery.task import CLASSIFICATION, Task, as_task, stored_task
 
 FORMAT_VERSION = 2
 FIRST_FORMAT = 1
@@ -55,7 +55,7 @@ def _checked_labels(labels: Tensor, task: Task, n: int, classes: int | None) -> 
         return labels.long()
     if not isinstance(labels, Tensor) or labels.ndim < 1:
         refuse("labels", f"a tensor of {n} rows", labels, DataError)
-    return labels if classes is None else task.hard(task.check_target(labels, classes, n))
+    return labels if classes is None else task.hard(task.check_target(labels, task.classes(classes), n))
 
 
 def _check_rows(name: str, found: object, rows: int, n: int) -> None:
@@ -368,13 +368,17 @@ class ExitRecords:
             tallies=None if self.tallies is None else self.tallies[rows],
         )
 
-    def without_logits(self, scores: Sequence[str] = ("max_prob",)) -> ExitRecords:
+    def without_logits(self, scores: Sequence[str] = ()) -> ExitRecords:
         """The same records with these scores in place of the logits: K numbers per sample for any C.
 
         Searches over these scores find the same thresholds, but for outcomes that are not smoothed by the chance of
         being right; calibrators and risks that read logits are refused.
+
+        Args:
+            scores: their names; by default that of the task.
         """
-        found = {name: self.scores(name) for name in names("scores", scores)}
+        wanted = names("scores", scores) or [self.task.default_score]
+        found = {name: self.scores(name) for name in wanted}
         of_all = {CERTAINTY: self.certainty, AGREEMENT: self.agreement}
         return replace(self, logits=None, recorded={**found, **of_all})
 
@@ -391,6 +395,9 @@ class ExitRecords:
         version = FIRST_FORMAT
         if self.logits is None or self.task != CLASSIFICATION:
             version, plain = FORMAT_VERSION, {**plain, "task": self.task.name, "labelled": self.labelled}
+            options = self.task.options()
+            plain["task_options"] = {key: value for key, value in options.items() if not isinstance(value, Tensor)}
+            tensors |= {f"{_OPTION}{key}": value for key, value in options.items() if isinstance(value, Tensor)}
             tensors["outcomes"] = self.outcomes.contiguous()
             tensors |= {f"{_RECORDED}{name}": found.contiguous() for name, found in self.recorded.items()}
         meta = {"format_version": str(version), **{key: json.dumps(value) for key, value in plain.items()}}
@@ -416,18 +423,20 @@ class ExitRecords:
             raise DataError(
                 f"{path} holds no exit records of format {FORMAT_VERSION} or older: its metadata is {meta}."
             )
-        stored = {**_STORED, "task": json.dumps(CLASSIFICATION.name), "labelled": "false"}
+        stored = {**_STORED, "task": json.dumps(CLASSIFICATION.name), "labelled": "false", "task_options": "{}"}
         try:
             plain = {name: json.loads(meta.get(name, default)) for name, default in stored.items()}
         except ValueError as error:
             raise DataError(f"{path} holds damaged exit records: {error}. Record them again.") from error
         recorded = {n.removeprefix(_RECORDED): t for n, t in tensors.items() if n.startswith(_RECORDED)}
         own = {name: tensors.get(name) for name in ("logits", "labels", "confidence", "outcomes", "tallies")}
-        return cls(**own, recorded=recorded, **plain)  # pyright: ignore[reportArgumentType]
+        options = {n.removeprefix(_OPTION): t for n, t in tensors.items() if n.startswith(_OPTION)}
+        task = stored_task(plain.pop("task"), {**plain.pop("task_options"), **options})
+        return cls(**own, recorded=recorded, task=task, **plain)  # pyright: ignore[reportArgumentType]
 
 
 _STORED = {"exits": "", "trunk_macs": "", "branch_macs": "", "chained": "false"}  # and what stands for a missing one
-_RECORDED = "score."
+_RECORDED, _OPTION = "score.", "task."
 CERTAINTY, AGREEMENT = "certainty", "agreement"
 OF_ALL = frozenset({CERTAINTY, AGREEMENT})
 """What is recorded of the original too."""

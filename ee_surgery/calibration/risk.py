@@ -79,7 +79,8 @@ def _brier_gap(records: ExitRecords) -> _Floats:
 
 
 RISKS.register("disagreement")(Risk(_disagreement, ZERO_ONE, labelled=False, tasks=None, vectors=True))
-RISKS.register("pixel_disagreement")(Risk(_disagreement, Scale(0, 1, False), labelled=False, tasks=("segmentation",)))
+_MAPS = ("segmentation", "map_regression")
+RISKS.register("pixel_disagreement")(Risk(_disagreement, Scale(0, 1, False), labelled=False, tasks=_MAPS))
 RISKS.register("accuracy_gap")(Risk(_accuracy_gap, Scale(-1, 1, True), labelled=True, whole_outcomes=True, tasks=None))
 RISKS.register("outcome_gap")(Risk(_accuracy_gap, Scale(-1, 1, False), labelled=True, tasks=None))
 RISKS.register("brier_gap")(Risk(_brier_gap, Scale(-2, 2, False), labelled=True))
@@ -93,7 +94,7 @@ def risk_control(
     risk: str = "disagreement",
     method: str | None = None,
     per_exit: bool = False,
-    score: str = "max_prob",
+    score: str | None = None,
     seed: int = 0,
 ) -> OperatingPoint:
     """The cheapest policy that is certified to lose at most `eps`.
@@ -110,7 +111,8 @@ def risk_control(
             `wsr`, which bets. `ltt-trinomial` joins two binomial bounds, `ltt-hb` needs only the mean. `crc` promises
             only the expected risk; each sample's largest loss so far on the path stands for its loss.
         per_exit: a threshold for each exit, searched on a random 30 % of the records and certified on the rest.
-        score: a registered name with values in [0, 1], or one that counts exits (`patience`).
+        score: a registered name with values in [0, 1], or one that counts exits (`patience`); by default that of the
+            task.
         seed: of that split, and of the order of bets in `wsr`.
     Returns:
         The point, evaluated on the certifying samples, with its certificate.
@@ -123,6 +125,7 @@ def risk_control(
     instance("records", records, ExitRecords)
     eps, delta = _levels(eps, delta)
     per_exit, seed = flag("per_exit", per_exit), count("seed", seed, low=0)
+    score = score or records.task.default_score
     kind, method, _ = _risk(risk, records), _method(method, risk), SCORES[score]  # raises for an unknown score
     if per_exit:
         part, records = _halves(records, seed)
@@ -244,13 +247,14 @@ def risk_tables(records: ExitRecords) -> tuple[RiskTable, ...]:
     return tuple(risk_table(records, name) for name in known) if records.logits is not None else ()
 
 
-def risk_table(records: ExitRecords, risk: str = "disagreement", score: str = "max_prob") -> RiskTable:
+def risk_table(records: ExitRecords, risk: str = "disagreement", score: str | None = None) -> RiskTable:
     """Count the losses of every policy on the shared path, with the settings of `risk_control`.
 
     Raises:
         ConfigError: the losses of this risk are not integers, so counts do not determine their mean.
     """
     instance("records", records, ExitRecords)
+    score = score or records.task.default_score
     kind, _ = _risk(risk, records), (SCORES[score], _counted(risk))
     path = _Path(records, _shared_path(records, score), score)
     worse, better = [0], [0]

@@ -44,7 +44,7 @@ class Candidate:
 
 def fit(records: ExitRecords, score: str | FittedScore) -> ThresholdSearch:
     """A search over the records, with outcomes replaced by estimated probabilities of being correct if logits exist."""
-    if records.logits is None:
+    if records.logits is None or not records.task.chooses:
         return ThresholdSearch(records, CombinedScore.fit(records) if score == "chance" else score)
     chance = ChanceOfBeingRight.fit(records)
     return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))
@@ -96,7 +96,7 @@ def cross_validate(
 
 def search(
     records: ExitRecords,
-    score: str | FittedScore = "max_prob",
+    score: str | FittedScore | None = None,
     *,
     fallbacks: Sequence[Fallback] = FALLBACKS,
     prices: int = 64,
@@ -114,6 +114,7 @@ def search(
         prices: number of prices; time grows linearly.
     """
     instance("records", records, ExitRecords)
+    score = records.task.default_score if score is None else score
     given: list[Fallback] = [choice("fallbacks", each, FALLBACKS) for each in names("fallbacks", fallbacks)]
     return best_of(records, [score], f"search({score})", given, count("prices", prices, low=2))
 
@@ -127,9 +128,9 @@ def best_score(records: ExitRecords) -> list[OperatingPoint]:
 
     The others are the margin, the entropy, the estimated probability of being correct (see `stopping`), and the
     confidence units where branches have them; of records without logits, all scores recorded and `CombinedScore`. Fewer
-    than 200 records cannot tell.
+    than 200 records cannot tell, and of answers that are no choices the confidence units alone say something.
     """
-    if len(records) < _TELLING:
+    if len(records) < _TELLING or not records.task.chooses:
         return search(records)
     if records.logits is None:
         return best_of(records, [*combined_names(records), "chance"], "search")
@@ -159,6 +160,8 @@ def best_of(
 
     Ascent takes longest, so it is tried only with the best score and fallback of the other two methods.
     """
+    if not records.task.chooses:
+        fallbacks = FALLBACKS[:1]  # no answer says how sure it is beside another
     candidates = [Candidate(*each) for each in itertools.product(scores, HOWS[:2], fallbacks)]
     curve, best = None, candidates[0]
     if len(records) >= 2 * _FOLDS:
@@ -198,7 +201,7 @@ def _simplest(curves: Sequence[Curve], candidates: Sequence[Candidate]) -> tuple
     return curves[chosen], candidates[chosen]
 
 
-def realised_drop(records: ExitRecords, drop: float, score: str = "max_prob") -> OperatingPoint:
+def realised_drop(records: ExitRecords, drop: float, score: str | None = None) -> OperatingPoint:
     """The cheapest thresholds whose drop on these records is at most `drop`.
 
     The drop on new data will be larger, the more so with few records: `Frontier.at` uses the expected accuracy instead.

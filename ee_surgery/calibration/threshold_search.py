@@ -33,16 +33,16 @@ class ThresholdSearch:
     """
 
     def __init__(
-        self, records: ExitRecords, score: str | FittedScore = "max_prob", outcomes: Floats | None = None
+        self, records: ExitRecords, score: str | FittedScore | None = None, outcomes: Floats | None = None
     ) -> None:
-        self.score: str | FittedScore = score
+        self.score: str | FittedScore = records.task.default_score if score is None else score
         self.fallback: Fallback = "last"
         # If later exits depend on earlier ones, those run and cost MACs even when closed.
-        self.always = records.chained or ScoreOf(score, records.task).stateful
+        self.always = records.chained or ScoreOf(self.score, records.task).stateful
         self.outcomes = records.outcomes.numpy() if outcomes is None else outcomes
         self.trunk = np.array(records.trunk_macs) / records.base_macs
         self.branch = np.array([*records.branch_macs, 0]) / records.base_macs
-        self.scores = records.scores(score).double().numpy()
+        self.scores = records.scores(self.score).double().numpy()
         self.exits, self.n = self.scores.shape  # (K - 1, N), as are order, ranked, ends and position
         self.order = np.argsort(-self.scores, axis=1, kind="stable")
         self.ranked = np.take_along_axis(self.scores, self.order, 1)

@@ -48,7 +48,8 @@ class Labels:
 
     def __init__(self, engine: Engine, class_map: ClassMap | None = None) -> None:
         self.backbone: Backbone = engine.backbone
-        self.classes, self.task = engine.backbone.num_classes, engine.backbone.task
+        self.task = engine.backbone.task
+        self.classes = self.task.classes(engine.backbone.num_classes)
         if class_map is not None and not self.task.class_numbers:
             raise ConfigError(f"class_map= maps class numbers, and labels of the task {self.task.name!r} are none.")
         self.table = None if class_map is None else class_numbers(class_map, self.backbone)

@@ -70,7 +70,8 @@ def calibrate(
     if method == "search" and wanted is None:
         points = best_score(costed)
     elif takes_score:
-        wanted = wanted or ["max_prob", *(["learned"] if records.confidence is not None else [])]
+        units = ["learned"] if records.confidence is not None else []
+        wanted = wanted or list(dict.fromkeys([records.task.default_score, *units]))
         points = [point for score in wanted for point in CALIBRATORS[method](costed, score)]
     else:
         points = CALIBRATORS[method](costed)

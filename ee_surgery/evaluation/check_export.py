@@ -29,7 +29,9 @@ def check_export(
     """
     instance("branched", branched, EarlyExitModel)
     file = StagedModel(path) if Path(path).is_dir() else OnnxModel(path)
-    point = branched.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(branched.branches))
+    point = branched.operating_point or OperatingPoint.by_hand(
+        NEVER, branched.task.default_score, len(branched.branches)
+    )
     policy, weight = point.policy_for(branched.task), next(branched.branches.parameters())
     found = ExportCheck(0, 0, 0, 0.0)
     for inputs, _ in batches(data, batch_size, weight.device, weight.dtype):

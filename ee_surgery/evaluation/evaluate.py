@@ -34,7 +34,7 @@ class Evaluation:
     original_accuracy: float
     """Accuracy of the original on the same samples; 1.0 if there were no labels."""
     agreement: float
-    """Share of the samples given the same class as by the original; of several labels, of these."""
+    """How far answers are the original's: the share of the samples given the same class, of several labels of these."""
     macs_fraction: float
     """Mean MACs per sample, including every branch visited, as a fraction of the original's."""
     exits: tuple[str, ...]
@@ -56,10 +56,10 @@ class Evaluation:
             for name, share, accuracy in zip(self.exits, self.exit_shares, self.exit_accuracies, strict=True)
         ]
         head = (
-            f"{what} {self.accuracy:.2%} (original {self.original_accuracy:.2%}, same class {self.agreement:.2%}) at "
+            f"{what} {self.accuracy:.2%} (original {self.original_accuracy:.2%}, agreement {self.agreement:.2%}) at "
             f"{self.macs_fraction:.1%} of its MACs, {self.samples} samples; share and {what} at each exit:"
         )
-        return "\n".join([head, *rows, *(f"  {name}: {value:.2%}" for name, value in self.measures.items())])
+        return "\n".join([head, *rows, *(f"  {name}: {value:.4g}" for name, value in self.measures.items())])
 
 
 def evaluate(

@@ -44,7 +44,7 @@ def profile(
 
     Args:
         served: a branched model, on the backend and device that it has, or an exported file. A branched model is
-            asked by the score and fallback of its operating point, or by `max_prob`.
+            asked by the score and fallback of its operating point, or by the default one.
         inputs: a batch of any size, repeated as needed; by default what a branched model was augmented with.
         batch_size: samples per call in production.
         sizes: numbers of samples still in flight to time besides `batch_size`, at most that; by default 1, a quarter
@@ -105,7 +105,7 @@ def _routed(branched: EarlyExitModel, inputs: Inputs | Mapping[str, Any] | None)
     batch = branched.engine.backbone.batch(branched.sample if inputs is None else inputs)
     if not batch.size:
         raise DataError("No inputs to time: the batch is empty.")
-    point = branched.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(branched.exits))
+    point = branched.operating_point or OperatingPoint.by_hand(NEVER, branched.task.default_score, len(branched.exits))
     engine, policy = branched.engine, point.policy_for(branched.task)
 
     def run_of(n: int) -> Run:

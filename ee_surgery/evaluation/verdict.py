@@ -180,7 +180,7 @@ def _check(name: str, other: object, timed: bool) -> None:
 def _captured(branched: EarlyExitModel, other: nn.Module) -> ModelGraph:
     sample = branched.sample
     own = sample if len(sample) > 1 else next(iter(sample.values()))  # it has its own name for the input
-    return inspect(other, own, task=type(branched.task))
+    return inspect(other, own, task=branched.task)
 
 
 def _batches(branched: EarlyExitModel, data: Data, size: int) -> Iterator[tuple[Inputs, Tensor | None]]:

@@ -86,7 +86,9 @@ def export(
         raise SurgeryError(f"Exporting needs onnx ({error}): pip install 'ee-surgery[onnx]'.") from error
     if any(tensor.dtype == torch.bfloat16 for _, tensor in engine.backbone.tensors()):
         raise ConfigError("numpy and most engines have no bfloat16: export the model in float32, after .float().")
-    point = state.operating_point or OperatingPoint.by_hand(NEVER, "max_prob", len(engine.branches))
+    point = state.operating_point or OperatingPoint.by_hand(
+        NEVER, engine.backbone.task.default_score, len(engine.branches)
+    )
     path = Path(path)
     with eval_mode(list(engine.branches.modules())), weights_beside(path) as publish, atomic_write(path) as partial:
         parts = pieces(engine, point.policy_for(engine.backbone.task))

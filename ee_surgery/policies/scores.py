@@ -21,7 +21,7 @@ from torch import Tensor
 from ee_surgery.checks import instance
 from ee_surgery.errors import ConfigError
 from ee_surgery.registry import Registry
-from ee_surgery.task import CLASSIFICATION, Task, TaskNames, fits, require
+from ee_surgery.task import CHOICES, CLASSIFICATION, Task, TaskNames, fits, require
 
 State: TypeAlias = tuple[Tensor, ...]
 
@@ -214,7 +214,7 @@ def _hands_state_on(score: Score) -> bool:
         return True
 
 
-@SCORES.register("max_prob", stateful=False, tasks=None)
+@SCORES.register("max_prob", stateful=False, tasks=CHOICES)
 def max_prob(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:
@@ -222,7 +222,7 @@ def max_prob(
     return task.certainty(logits), ()
 
 
-@SCORES.register("margin", stateful=False, tasks=None)
+@SCORES.register("margin", stateful=False, tasks=CHOICES)
 def margin(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:
@@ -231,7 +231,7 @@ def margin(
     return task.weakest(top[..., 0] - top[..., 1]), ()
 
 
-@SCORES.register("entropy", stateful=False, tasks=None)
+@SCORES.register("entropy", stateful=False, tasks=CHOICES)
 def entropy(
     logits: Tensor, confidence: Tensor | None = None, state: State = (), task: Task = CLASSIFICATION
 ) -> tuple[Tensor, State]:

@@ -55,12 +55,13 @@ from ee_surgery.files import (
     sha256,
 )
 from ee_surgery.policies.operating_point import OperatingPoint
+from ee_surgery.policies.scores import for_task
 from ee_surgery.runtime.engine import Engine
 from ee_surgery.share.json_files import FORMAT_VERSION, OLD_FORMAT, check_size, read_json
 from ee_surgery.share.probe import InputSpec, Probe
 from ee_surgery.share.state import AdapterState
 from ee_surgery.share.weights import POLICY, TENSOR, Weights
-from ee_surgery.task import CLASSIFICATION
+from ee_surgery.task import CLASSIFICATION, TASKS
 
 CONFIG, WEIGHTS, FRONTIER, BASE = "config.json", "ee_adapter.safetensors", "frontier.json", "base.safetensors"
 CARD, PLOT, RESULTS = "README.md", "assets/frontier.png", ".eval_results/ee_surgery.yaml"
@@ -127,6 +128,8 @@ class AdapterConfig:
     """Which part of the base's output the logits are, if the user had to specify it."""
     task: str = "classification"
     """What the base answers, by its name in `TASKS`."""
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of that task; see `Task.options`."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How the branches were made; see `EarlyExitModel.provenance`."""
     probe: Probe | None = None
@@ -163,6 +166,7 @@ class AdapterConfig:
             preprocessing=processor_settings(state.processor) or state.preprocessing,
             output=backbone.output,
             task=backbone.task.name,
+            task_options=backbone.task.options(),
             provenance=state.provenance,
         )
 
@@ -172,6 +176,8 @@ class AdapterConfig:
         data = {**asdict(self_without), "operating_point": point.to_dict() if point else None}
         if self.task == CLASSIFICATION.name:  # left out: versions that know no other task read it as before
             del data["task"]
+        if not self.task_options:
+            del data["task_options"]
         if self.preprocessing is not None:  # for AutoImageProcessor, which looks here and so for timm's own models
             data |= {"image_processor_type": "TimmWrapperImageProcessor", "pretrained_cfg": self.preprocessing}
         return {"model_type": "ee_surgery", "format_version": FORMAT_VERSION, **data}
@@ -197,6 +203,7 @@ class AdapterConfig:
             preprocessing=data["preprocessing"],
             output=tuple(output) if isinstance(output, list) else output,
             task=data["task"],
+            task_options=data["task_options"],
             provenance=data["provenance"],
             probe=Probe.from_dict(data["probe"]) if data["probe"] else None,
             files=listed(data),
@@ -490,8 +497,8 @@ def _check_scores(config: AdapterConfig, frontier: Frontier | None, folder: Path
     points = [*([] if config.operating_point is None else [config.operating_point]), *(frontier or ())]
     asked: set[str] = set()
     asked_tensors: dict[str, Tensor] = {}  # many points share one score
-    classes = config.head_classes or config.base.num_classes
-    logits = torch.linspace(-1, 1, 2 * classes).view(2, classes)
+    classes, task = config.head_classes or config.base.num_classes, TASKS.get(config.task, CLASSIFICATION)
+    logits = task.blank(2, classes)
     for score in (point.score for point in points):
         if isinstance(score, str) or (key := str(without_tensors(score.to_dict(), asked_tensors))) in asked:
             continue
@@ -499,7 +506,7 @@ def _check_scores(config: AdapterConfig, frontier: Frontier | None, folder: Path
         state = ()
         for k in range(len(config.exits)):
             try:
-                found, state = score(logits, torch.zeros(2), state, k)
+                found, state = for_task(score, task)(logits, torch.zeros(2), state, k)
             except Exception as error:  # anything that a user-registered score may raise
                 found = error
             if not isinstance(found, Tensor) or found.shape != (2,):

@@ -263,7 +263,7 @@ def _well_formed(found: Mapping[str, Any]) -> bool:
         and several("exit_accuracies", lambda value: value is None or share(value))
         and len(found["exits"]) == len(found["exit_shares"]) == len(found["exit_accuracies"])
         and isinstance(measures := found.get("measures", {}), Mapping)
-        and all(map(share, measures.values()))
+        and all(isinstance(value, (int, float)) and abs(value) < 1e15 for value in measures.values())
     )
 
 

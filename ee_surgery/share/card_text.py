@@ -173,7 +173,7 @@ def measured(found: Mapping[str, Any], data: str, task: Task) -> dict[str, str]:
         more = found.get("measures", {})
         for name in (name for name in task.measures if more.keys() >= {name, f"original_{name}"}):
             routed, original = more[name], more[f"original_{name}"]
-            text += f" {name.replace('_', ' ').capitalize()}: {routed:.2%}, of the original {original:.2%}."
+            text += f" {name.replace('_', ' ').capitalize()}: {routed:.4g}, of the original {original:.4g}."
     rows = [
         [code(name), f"{share:.2%}", "" if accuracy is None else f"{accuracy:.2%}"]
         for name, share, accuracy in zip(found["exits"], found["exit_shares"], found["exit_accuracies"], strict=True)

@@ -25,7 +25,7 @@ from ee_surgery.branches.base import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import path, word
-from ee_surgery.errors import AdapterError, FingerprintError, SurgeryWarning
+from ee_surgery.errors import AdapterError, ConfigError, FingerprintError, SurgeryWarning
 from ee_surgery.receipt import Receipt
 from ee_surgery.runtime.engine import Engine
 from ee_surgery.share.adapter import AdapterConfig, change_adapter, load_adapter, load_base, save_adapter
@@ -43,7 +43,7 @@ from ee_surgery.share.processor import (
 from ee_surgery.share.provenance import as_stated
 from ee_surgery.share.state import AdapterState, Carried
 from ee_surgery.share.weights import Weights
-from ee_surgery.task import as_task
+from ee_surgery.task import Task, as_task, stored_task
 
 
 class SharedModel(nn.Module):
@@ -207,7 +207,7 @@ def load(
         folder = fetch(str(source), revision=revision, **hub)
     model = None if model is None else unwrapped(model)
     config, weights, frontier = load_adapter(folder)
-    as_task(config.task)  # a name that is known, before anything is downloaded
+    task = _task(config, folder)  # a name that is known, before anything is downloaded
     model = _base(config, folder, model, source, expected=own_base, **hub)
     if sample is None:
         sample = make_inputs(config.inputs, config.options)
@@ -216,7 +216,7 @@ def load(
             f"{folder} keeps modules {unknown[:5]} whole, but {type(model).__name__} does not have them."
         )
     place = config.output if output is None else output
-    backbone = Backbone(model, sample, config.opaque, config.head_classes, place, config.task)
+    backbone = Backbone(model, sample, config.opaque, config.head_classes, place, task)
     calibrated = frontier is not None or config.operating_point is not None
     name = folder.resolve().name if local else str(source)
     provenance = as_stated(config.provenance, name, calibrated=calibrated)
@@ -235,6 +235,20 @@ def load(
         frontier=frontier,
     )
     return Loaded(backbone, config, weights, state, same=differ is None)
+
+
+def _task(config: AdapterConfig, folder: Path) -> Task:
+    """The stored task, its options checked.
+
+    Raises:
+        AdapterError: there are no such options.
+        UnknownNameError: no such task.
+    """
+    as_task(config.task)
+    try:
+        return stored_task(config.task, config.task_options)
+    except ConfigError as error:
+        raise AdapterError(f"{folder} states a task that cannot be: {error} Save the adapter again.") from error
 
 
 def _base(

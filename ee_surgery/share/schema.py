@@ -304,6 +304,7 @@ class ConfigForm(_Form):
     output: int | Name | Annotated[list[int | Name], Field(min_length=1, max_length=10)] | None = None
     provenance: Plain = {}
     task: Name = CLASSIFICATION.name
+    task_options: Plain = {}
     probe: ProbeForm | None = None
     files: Annotated[dict[Name, Sha256], Field(max_length=100)] = {}
     digest: Sha256 | None = None

@@ -8,6 +8,9 @@ that is near), fill in the five abstract methods, and register the class:
 
     ee.augment(model, task="ordinal")
 
+One with parameters is a frozen dataclass whose fields are plain values or tensors, with defaults; adapters and records
+store them.
+
 What only some tasks can use (a branch, a score, a calibrator, a loss) names them in `tasks`, see `require`; scores,
 losses and risks that say nothing are for one right class.
 """
@@ -16,7 +19,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, TypeAlias
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,13 +34,15 @@ IGNORED = -100
 
 TaskNames: TypeAlias = tuple[str, ...] | None
 """Names of the tasks that something is for, their descendants included; None: for all."""
+CHOICES = ("choices",)
+"""In place of names: for all tasks that choose, see `Task.chooses`."""
 
 
 class Task(ABC):
-    """One kind of answer, without state: B samples, C numbers each, or maps of them.
+    """One kind of answer: B samples, C numbers each, or maps of them. It never changes.
 
-    An answer is one or several *choices*, each among some *options*: one choice among C classes, or C choices between
-    yes and no. `log_probabilities` says how likely each option is, and scores are worked out from that.
+    Most answers are one or several *choices*, each among some *options*: one choice among C classes, or C choices
+    between yes and no. `log_probabilities` says how likely each option is, and scores are worked out from that.
     """
 
     name: ClassVar[str] = ""
@@ -45,6 +51,9 @@ class Task(ABC):
     """What reports call the mean outcome on labelled data; a fraction in [0, 1]."""
     measures: ClassVar[Mapping[str, Callable[[Tensor], float]]] = {}
     """More to report of a whole labelled data set: name -> function of the tallies of all samples, (N, T)."""
+    chooses: ClassVar[bool] = True
+    """Whether answers are choices, whose probabilities say how sure they are. Of numbers nothing says so: branches
+    learn it, with a confidence unit."""
     whole: ClassVar[bool] = False
     """Whether each outcome is 0 or 1, which exact tests of counts rely on."""
     class_numbers: ClassVar[bool] = False
@@ -63,23 +72,53 @@ class Task(ABC):
     class_dim: ClassVar[int] = 1
     """The dimension of the logits that holds classes."""
     rank: ClassVar[int] = 2
-    """How many dimensions the logits have."""
+    """How many dimensions the logits of branches have."""
+    ranks: ClassVar[tuple[int, ...]] = ()
+    """How many the original's may have, the likeliest first; none: as those of branches."""
+    of_features: ClassVar[bool] = False
+    """Whether its answers are features, as of a model without a head."""
     keeps_logits: ClassVar[bool] = True
     """Whether records hold logits. Of maps, scores and outcomes are worked out at once, and the logits let go."""
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
+        if type(self) is not type(other):
+            return False
+        mine, others = self.options(), other.options()  # pyright: ignore[reportAttributeAccessIssue]
+        return all(_equal(value, others[name]) for name, value in mine.items())
 
     def __hash__(self) -> int:
         return hash(type(self))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        shown = (f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v!r}" for k, v in self.options().items())
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @classmethod
     def kinds(cls) -> set[str]:
-        """Its name, and those of the tasks that it derives from."""
-        return {vars(base)["name"] for base in cls.__mro__ if vars(base).get("name")}
+        """Its name, and those of the tasks that it derives from; `choices` among them if it chooses."""
+        names = {vars(base)["name"] for base in cls.__mro__ if vars(base).get("name")}
+        return names | set(CHOICES) if cls.chooses else names
+
+    def options(self) -> dict[str, Any]:
+        """Its parameters by name: plain values and tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+
+    @property
+    def default_score(self) -> str:
+        """The score where none is asked for."""
+        return "max_prob" if self.chooses else "learned"
+
+    def of(self, logits: Tensor) -> Task:
+        """The task of a model that answers so: itself, or a near one for answers of that form."""
+        return self
+
+    def width(self, logits: Tensor) -> int:
+        """C: how many numbers each answer of a branch has, by an answer of the original."""
+        return int(logits.shape[1])
+
+    def classes(self, width: int) -> int:
+        """How many classes labels can name, of answers of this width."""
+        return width
 
     # --- what every task says
 
@@ -153,7 +192,10 @@ class Task(ABC):
         return self.log_probabilities(logits).exp()
 
     def certainty(self, logits: Tensor) -> Tensor:
-        """How sure an answer is, (B,) in [0, 1]: the probability of the most likely option, mean over the choices."""
+        """How sure an answer is, (B,) in [0, 1]: the probability of the most likely option, mean over the choices; 0
+        where answers are no choices."""
+        if not self.chooses:
+            return logits.new_zeros(logits.shape[0])
         return self.reduce(self.probabilities(logits).amax(-1))
 
     def reduce(self, choices: Tensor) -> Tensor:
@@ -189,14 +231,17 @@ class Task(ABC):
         return like.new_empty((rows, *like.shape[1:]))
 
 
+Made = TypeVar("Made", bound=type[Task])
+
+
 class Tasks(Registry[Task]):
     """Holds one object of each class that is registered, and tells the class its name."""
 
-    def register(self, name: str, **properties: object) -> Callable[[type[Task]], type[Task]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def register(self, name: str, **properties: object) -> Callable[[Made], Made]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Decorator of a class derived from `Task`."""
         add = super().register(name, **properties)
 
-        def named(cls: type[Task]) -> type[Task]:
+        def named(cls: Made) -> Made:
             if not (isinstance(cls, type) and issubclass(cls, Task)):
                 raise ConfigError(f"A task is a class derived from ee_surgery.Task, not {cls!r}.")
             cls.name = name
@@ -223,11 +268,24 @@ def as_task(task: str | Task | type[Task]) -> Task:
     if isinstance(task, str):
         return TASKS[task]
     found = task() if isinstance(task, type) and issubclass(task, Task) else task
-    if not isinstance(found, Task) or TASKS.get(found.name) != found:
+    if not isinstance(found, Task) or type(TASKS.get(found.name)) is not type(found):
         raise ConfigError(
             f"task must be a name in TASKS ({', '.join(TASKS)}) or a class registered there, got {task!r}."
         )
     return found
+
+
+def stored_task(name: str, options: Mapping[str, Any]) -> Task:
+    """A task by its name and its `options`.
+
+    Raises:
+        ConfigError: it has no such options, or they make no sense.
+        UnknownNameError: no task of that name.
+    """
+    cls = type(TASKS[name])
+    if unknown := sorted(options.keys() - TASKS[name].options().keys()):
+        raise ConfigError(f"The task {name!r} has no option {unknown[0]!r}.")
+    return cls(**options)
 
 
 def fits(tasks: TaskNames, task: Task) -> bool:
@@ -245,9 +303,14 @@ def require(what: str, tasks: TaskNames, task: Task) -> None:
     """
     if not fits(tasks, task):
         known = " or ".join(map(repr, tasks or ()))
-        raise ConfigError(
-            f"{what} is made for the task {known}, and this model's task is {task.name!r}: choose another."
-        )
+        made = "for answers that are choices" if tasks == CHOICES else f"for the task {known}"
+        raise ConfigError(f"{what} is made {made}, and this model's task is {task.name!r}: choose another.")
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a == b.to(a.device)).all())
+    return type(a) is type(b) and a == b
 
 
 def _share(right: Tensor) -> Tensor:
@@ -264,7 +327,8 @@ def check_vectors(logits: Tensor, rows: int, model_id: str) -> None:
         raise CaptureError(
             f"{model_id} answers with a tensor of shape {tuple(logits.shape)} and type {logits.dtype}, not logits of "
             f"shape ({rows}, classes). Build it with a classification head, or say how many classes a head on these "
-            "features shall tell apart: num_classes=. Detectors and generators have no such logits."
+            "features shall tell apart: num_classes=. Features are answers too: task=ee.Embedding(); and numbers, with "
+            "task=ee.Regression(tolerance=). Detectors and generators answer with lists of no fixed shape."
         )
 
 

@@ -94,7 +94,8 @@ class Classification(Task):
                 "regression, not a softmax over classes. If a sigmoid makes a probability of it, say "
                 'task="multi_label" (the answer must be of shape (B, 1)), or wrap the model in a module that answers '
                 "with two classes, [0, z], whose softmax is the sigmoid of z: torch.stack([torch.zeros_like(z), z], 1) "
-                "for z (B,). A regression has no confidence to leave by."
+                "for z (B,). Of a regression, say how large an error still counts as right: "
+                "task=ee.Regression(tolerance=)."
             )
         check_vectors(logits, rows, model_id)
         if are_probabilities(logits):

@@ -11,7 +11,7 @@ from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.task import CLASSIFICATION, Task
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.objectives import OBJECTIVES, Answers, kd
+from ee_surgery.training.objectives import OBJECTIVES, Answers, foretelling, kd
 
 
 def relative_costs(branched: EarlyExitModel) -> Tensor:
@@ -46,6 +46,8 @@ def batch_loss(
 ) -> Tensor:
     """The loss of one batch as `config` says: the objective on labels, and the KL term towards the original.
 
+    Where answers are no choices, confidence units learn what each answer will be worth.
+
     Args:
         exits: answers of the branches, with gradients.
         original: logits of the original or, with `new_head`, of the head that stands in for the one it lacks, (B, C).
@@ -62,7 +64,7 @@ def batch_loss(
     if config.teach == "original":
         labels = task.labels_from(original)
     elif labels is not None:
-        classes = exits[0].logits.shape[task.class_dim]
+        classes = task.classes(exits[0].logits.shape[task.class_dim])
         labels = task.check_target(labels.to(original.device), classes, len(original))
         counts = ~task.ignored(labels)
         if not counts.any():
@@ -76,6 +78,7 @@ def batch_loss(
     teacher = original.float() if joint else original.detach().float()
     answers = Answers(exits, teacher, labels, costs, progress, task)
     own = task.mean_loss(original.float(), labels) if new_head else 0.0
+    own = own if task.chooses else own + foretelling(answers)
     if config.distill == 1 or OBJECTIVES[config.objective] is kd:
         return own + kd(answers, config)
     loss = own + OBJECTIVES[config.objective](answers, config)

@@ -156,6 +156,17 @@ def kd(answers: Answers, config: ObjectiveSettings) -> Tensor:
     return t * t * _means(losses, answers, config).sum()
 
 
+def foretelling(answers: Answers) -> Tensor:
+    """Sum over the branches of the cross-entropy between confidence units and the outcomes of their answers."""
+    total = answers.original.new_zeros(())
+    for exit in answers.exits:
+        if exit.confidence is not None:
+            with torch.no_grad():
+                wanted = answers.task.outcome(exit.logits, answers.labels).to(exit.confidence)
+            total = total + F.binary_cross_entropy_with_logits(exit.confidence, wanted)
+    return total
+
+
 def mixture(answers: Answers) -> tuple[list[Tensor], list[Tensor]]:
     """The network's prediction and cost if each exit is taken with the probability given by its confidence.
 
