@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +15,20 @@ from typing import Annotated, Any, Optional
 import torch
 import typer
 from huggingface_hub import hf_hub_download
-from PIL import Image
 from rich.console import Console
 from torch import nn
 
 import ee_surgery as ee
-from ee_surgery.backbone.base import Backbone, make_model
+from ee_surgery.backbone.base import make_model
 from ee_surgery.checks import accuracy_drop, count, positive, renamed
-from ee_surgery.data.labels import class_numbers
 from ee_surgery.evaluation.engines import ENGINES
 from ee_surgery.export.onnx_file import Precision
 from ee_surgery.files import atomic_write
+from ee_surgery.folders import pictures as pictures_of
 from ee_surgery.search.effort import EffortName
 from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
 from ee_surgery.share.card import update_card
 from ee_surgery.share.hub import fetch, push_folder
-from ee_surgery.share.processor import picture_transform
 from ee_surgery.share.tables import adapter_table
 from ee_surgery.text import paragraph, plain, visible
 
@@ -45,12 +43,20 @@ console = Console()
 Model = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder.")]
 Seen = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder, of a model or an adapter.")]
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder that `augment` wrote.")]
-Weights = Annotated[str, typer.Option(help="Weights file for a timm model, instead of its pretrained weights.")]
+Weights = Annotated[
+    str,
+    typer.Option(help="Weights file for a timm model, instead of its pretrained ones; or folder of an adapter's base."),
+]
 Random = Annotated[
     bool, typer.Option("--random-weights", help="Use a timm model with random weights (to inspect, not to use).")
 ]
-Images = Annotated[Path, typer.Option(help="Folder with one sub-folder of images per class.")]
-MaybeImages = Annotated[Optional[Path], typer.Option(help="Folder with one sub-folder of images per class.")]  # noqa: UP045
+Images = Annotated[
+    Path, typer.Option(help="Folder with one sub-folder of images per class; for a segmenter, `images` and `masks`.")
+]
+MaybeImages = Annotated[
+    Path | None,
+    typer.Option(help="Folder with one sub-folder of images per class; for a segmenter, `images` and `masks`."),
+]
 Unlabelled = Annotated[
     bool, typer.Option(help="Ignore the classes: train on the original's predictions and measure agreement with it.")
 ]
@@ -148,8 +154,8 @@ def augment(
             placement,
             branch.split(",") if branch is not None and "," in branch else branch,
             preset=preset,
-            train=None if train is None else _images(base, train, unlabelled),
-            calibrate=None if calibrate is None else _images(base, calibrate, unlabelled),
+            train=None if train is None else pictures_of(base, train, unlabelled),
+            calibrate=None if calibrate is None else pictures_of(base, calibrate, unlabelled),
             config=config,
             effort=effort,
             time_budget=time_budget,
@@ -180,7 +186,7 @@ def calibrate(
         method = renamed("--policy", policy, "--method", method)
         asked = _asked(max_accuracy_drop, budget)
         branched = _load(adapter, checkpoint, random_weights)
-        pictures = _images(branched, data, unlabelled)
+        pictures = pictures_of(branched, data, unlabelled)
         frontier = ee.calibrate(branched, pictures, method=method, batch_size=batch_size)
         try:
             if asked:
@@ -207,7 +213,7 @@ def evaluate(
     """Run an adapter with early exit on images, at its stored operating point unless another one is given."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        pictures = _images(branched, data, unlabelled)
+        pictures = pictures_of(branched, data, unlabelled)
         _say(ee.evaluate(branched, pictures, batch_size=batch_size))
         if save:
             branched.save_pretrained(adapter)
@@ -233,7 +239,7 @@ def bench(
         sizes = [count("--batch-size", int(size) if size.isdecimal() else size) for size in batch_size.split(",")]
         samples = count("--samples", samples, low=max(sizes))
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        pictures = _images(branched, data, unlabelled=True)
+        pictures = pictures_of(branched, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
         inputs = torch.stack([pictures[int(i)] for i in order])
         found = ee.bench(branched, inputs, engines=engines.split(","), batch_sizes=sizes)
@@ -261,7 +267,7 @@ def export(
     """Write an adapter and its original as one ONNX file in which samples exit early; checked against the model."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        held_out = None if calibrate is None else _images(branched, calibrate, unlabelled)
+        held_out = None if calibrate is None else pictures_of(branched, calibrate, unlabelled)
         layout = "stages" if stages else "file"
         _say(f"wrote {branched.export(out, layout=layout, quantize=quantize, calibrate=held_out)}")
 
@@ -413,56 +419,14 @@ def _load(
     adapter: Path, checkpoint: str, random_weights: bool, asked: Mapping[str, Any] | None = None
 ) -> ee.EarlyExitModel:
     base = None  # created by its library from the id in the adapter
-    if checkpoint or random_weights:
+    if Path(checkpoint).is_dir() and checkpoint:
+        base = _model(checkpoint, "", random_weights=False)
+    elif checkpoint or random_weights:
         base = _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights)
     branched = ee.from_pretrained(adapter, base)
     if asked:
         branched.operate(**asked)
     return branched
-
-
-def _images(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
-    """Images with the model's own preprocessing; folders named by class, WordNet id or number, or in class order."""
-    from torchvision.datasets import ImageFolder
-
-    backbone = model.engine.backbone if isinstance(model, ee.EarlyExitModel) else Backbone(model)
-    try:
-        pictures = ImageFolder(folder, transform=_preprocess(model, backbone), loader=_picture)
-    except OSError as error:
-        raise ee.DataError(f"{folder} has no images in sub-folders: {error}") from error
-    if unlabelled:
-        return ee.unlabelled(pictures)
-    index = _class_index(pictures.classes, backbone, folder)
-    pictures.target_transform = index.__getitem__
-    return pictures
-
-
-def _picture(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for damaged files
-        raise ee.DataError(f"Cannot read the image {path}: {error}. Remove or replace it.") from error
-
-
-def _class_index(names: list[str], backbone: Backbone, folder: Path) -> list[int]:
-    """The class number of each folder."""
-    try:
-        return class_numbers(names, backbone).tolist()
-    except ee.ConfigError as error:
-        if all(name.isdigit() and int(name) < backbone.num_classes for name in names):
-            return [int(name) for name in names]
-        if len(names) == backbone.num_classes:
-            return list(range(backbone.num_classes))
-        raise ee.DataError(
-            f"The {len(names)} folders in {folder} ({', '.join(names[:5])} ...) are not the {backbone.num_classes} "
-            f"classes of {backbone.model_id} ({error}). Name them by class, WordNet id or class number, or use "
-            "--unlabelled."
-        ) from error
-
-
-def _preprocess(model: nn.Module, backbone: Backbone) -> Callable[..., torch.Tensor]:
-    return model.transform() if isinstance(model, ee.EarlyExitModel) else picture_transform(backbone)
 
 
 def main() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -145,3 +148,64 @@ def test_errors_are_one_sentence_and_exit_code_1(files: Path, tmp_path: Path) ->
         code=1,
     )  # fmt: skip
     assert "--unlabelled" in out
+
+
+# --- pictures with masks
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A segmenter of transformers in a folder of its own, and six pictures with masks of its four classes."""
+    folder = tmp_path_factory.mktemp("masked")
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        num_labels=4, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16,
+        num_attention_heads=[1, 1, 2, 2],
+    )  # fmt: skip
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder / "model")
+    size = {"height": 64, "width": 64}
+    transformers.SegformerImageProcessor(size=size, do_reduce_labels=False).save_pretrained(folder / "model")
+    made = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (folder / "data" / part).mkdir(parents=True)
+    for i in range(6):
+        Image.fromarray(made.integers(0, 256, (48, 80, 3), dtype=np.uint8)).save(folder / "data/images" / f"{i}.png")
+        mask = made.integers(0, 4, (48, 80), dtype=np.uint8)
+        mask[0, 0] = 255
+        Image.fromarray(mask).save(folder / "data/masks" / f"{i}.png")
+    return folder
+
+
+def test_a_segmenter_learns_and_is_measured_on_pictures_beside_masks(masked: Path, tmp_path: Path) -> None:
+    model, data, adapter = str(masked / "model"), str(masked / "data"), str(tmp_path / "adapter")
+    out = _run(
+        "augment", model, "--out", adapter, "--exits", "1", "--train", data, "--calibrate", data, "--epochs", "1",
+        "--batch-size", "2",
+    )  # fmt: skip
+    assert "unchanged: all" in out
+    assert "pixel accuracy" in out
+    base = ("--checkpoint", model)  # an adapter may not name folders
+    evaluated = _run("evaluate", adapter, "--data", data, *base)
+    assert "mean_iou" in evaluated
+    assert "6 samples" in evaluated
+    assert "agreement" in _run("evaluate", adapter, "--data", data, "--unlabelled", *base)
+    assert "interleaved rounds" in _run("bench", adapter, "--data", data, "--samples", "2", *base)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: (data / "masks" / "3.png").unlink(), "1 of 6 pictures have no mask"),
+        (lambda data: Image.new("RGB", (80, 48)).save(data / "masks" / "3.png"), "one channel"),
+        (lambda data: Image.new("L", (81, 48)).save(data / "masks" / "3.png"), "81, 48"),
+        (lambda data: Image.new("L", (80, 48), 9).save(data / "masks" / "3.png"), "class numbers below 4"),
+        (lambda data: (data / "masks" / "3.png").write_text("no picture"), "Cannot read the mask"),
+        (lambda data: (data / "images").rename(data / "pictures"), "needs the folders 'images' and"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(spoil: Any, says: str, masked: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(masked / "data", data)
+    spoil(data)
+    arguments = ("augment", str(masked / "model"), "--out", str(tmp_path / "out"), "--exits", "1", "--train", str(data))
+    assert says in " ".join(_run(*arguments, "--epochs", "1", code=1).split())

@@ -21,7 +21,7 @@ ROOMS = [
     "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
     "export", "model", "attachment", "training", "evaluation", "search",
-    "presets", "pipeline", "integrations", "demo", "cli",
+    "presets", "pipeline", "integrations", "folders", "demo", "cli",
 ]  # fmt: skip
 
 

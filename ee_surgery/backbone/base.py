@@ -62,6 +62,9 @@ class Identity:
     """Hub repository of the weights, where there is one."""
 
 
+_SEGMENTER = "ForSemanticSegmentation"
+
+
 def make_model(
     library: Library,
     model_id: str,
@@ -78,7 +81,8 @@ def make_model(
 
     Args:
         pretrained: False spares a timm model weights that will be replaced.
-        architecture: transformers class to build; the image classifier that the checkpoint names by default.
+        architecture: transformers class to build; by default the segmenter that the checkpoint is of, else an image
+            classifier.
         checkpoint: weights file for a timm model, in place of its pretrained ones.
         num_classes: of a timm model, where not the architecture's own.
         hub_id: repository of a timm model's weights, for one whose name this timm does not know.
@@ -94,8 +98,12 @@ def make_model(
         return timm.create_model(model_id, pretrained=pretrained, checkpoint_path=checkpoint or None, **options).eval()
     import transformers
 
-    cls: Any = getattr(transformers, architecture or "AutoModelForImageClassification", None)
-    if architecture and transformers.PreTrainedModel not in getattr(cls, "__mro__", ()):
+    if not architecture:
+        config = transformers.AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False, **hub)
+        segments = any(name.endswith(_SEGMENTER) for name in config.architectures or ())
+        architecture = f"AutoModel{_SEGMENTER if segments else 'ForImageClassification'}"
+    cls: Any = getattr(transformers, architecture, None)
+    if not architecture.startswith("AutoModel") and transformers.PreTrainedModel not in getattr(cls, "__mro__", ()):
         raise DataError(f"transformers {transformers.__version__} has no model class {architecture!r}.")
     # False, not the default, which asks at the terminal whether to run code from the repository.
     return cls.from_pretrained(model_id, revision=revision, trust_remote_code=False, **hub)

@@ -193,6 +193,11 @@ class ExitRecords:
             )
         return self.logits
 
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether probabilities can be worked out: there are logits, and of choices."""
+        return self.logits is not None and self.task.chooses
+
     @cached_property
     def target(self) -> Tensor:
         """The labels, or the original's answers where there are none, (N, ...)."""

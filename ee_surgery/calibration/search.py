@@ -44,7 +44,7 @@ class Candidate:
 
 def fit(records: ExitRecords, score: str | FittedScore) -> ThresholdSearch:
     """A search over the records, with outcomes replaced by estimated probabilities of being correct if logits exist."""
-    if records.logits is None or not records.task.chooses:
+    if not records.has_probabilities:
         return ThresholdSearch(records, CombinedScore.fit(records) if score == "chance" else score)
     chance = ChanceOfBeingRight.fit(records)
     return ThresholdSearch(records, chance if score == "chance" else score, chance.probabilities(records))

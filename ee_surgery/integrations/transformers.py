@@ -24,12 +24,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForDepthEstimation,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    DepthEstimatorOutput,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+    SequenceClassifierOutput,
+)
 from transformers.utils.generic import ModelOutput
 
 from ee_surgery.errors import ConfigError, DataError
@@ -107,13 +116,19 @@ def _imagenet_names(base: Mapping[str, Any]) -> list[str] | None:
     return list(ImageNetInfo(subset).label_descriptions()) if subset else None
 
 
-class _EarlyExitForClassification(PreTrainedModel):
-    """Base of image and text classifiers. The only registered submodule is the list of branches."""
+class _EarlyExitForAnswers(PreTrainedModel):
+    """Base of all of them. The only registered submodule is the list of branches."""
 
     config_class = EarlyExitConfig
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides by accumulation steps
     answers_with: type[ModelOutput]
     """Output class if the base has none of its own."""
+    answers_in = "logits"
+    """Its field for the answers."""
+    rank = 2
+    """Dimensions of the answers of branches."""
+    of_features = False
+    """Whether answers are embeddings; see `Task.of_features`."""
 
     def __init__(self, config: EarlyExitConfig, branched: EarlyExitModel | None = None) -> None:
         if branched is None:
@@ -133,10 +148,19 @@ class _EarlyExitForClassification(PreTrainedModel):
         self.train(branched.branches.training)
 
     @classmethod
-    def of(cls, branched: EarlyExitModel, train_config: TrainConfig | None = None) -> _EarlyExitForClassification:
-        """Wrap a branched model, which is shared, not copied."""
+    def of(cls, branched: EarlyExitModel, train_config: TrainConfig | None = None) -> _EarlyExitForAnswers:
+        """Wrap a branched model, which is shared, not copied.
+
+        Raises:
+            ConfigError: its answers are of another form.
+        """
+        task = branched.task
+        if (task.rank, task.of_features) != (cls.rank, cls.of_features):
+            fitting = [own for own in _CLASSES if (own.rank, own.of_features) == (task.rank, task.of_features)]
+            names = " or ".join(own.__name__ for own in fitting)
+            raise ConfigError(f"{cls.__name__} is not for the task {task.name!r}: use {names}.")
         model = cls(EarlyExitConfig.of(branched), branched)
-        own, task = getattr(getattr(branched.backbone, "config", None), "problem_type", None), branched.task
+        own = getattr(getattr(branched.backbone, "config", None), "problem_type", None)
         # what a pipeline makes of the logits
         stated = own if own in task.problem_types else task.states
         model.config.problem_type = stated  # pyright: ignore[reportAttributeAccessIssue]
@@ -161,7 +185,7 @@ class _EarlyExitForClassification(PreTrainedModel):
         device_map: Any = None,
         own_base: bool = False,
         **others: Any,
-    ) -> _EarlyExitForClassification:
+    ) -> _EarlyExitForAnswers:
         """Load an adapter onto its base, as `ee_surgery.from_pretrained` does, ready to exit early.
 
         Args:
@@ -229,13 +253,13 @@ class _EarlyExitForClassification(PreTrainedModel):
 
     # --- what transformers sees: only the branches
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _EarlyExitForClassification:
+    def _apply(self, fn: Any, recurse: bool = True) -> _EarlyExitForAnswers:
         # Devices and dtypes also apply to the original, which is not a submodule.
         super()._apply(fn, recurse)
         self.branched.backbone._apply(fn, recurse)
         return self
 
-    def train(self, mode: bool = True) -> _EarlyExitForClassification:
+    def train(self, mode: bool = True) -> _EarlyExitForAnswers:
         """Put the branches in train or eval mode; the original stays as it is."""
         self.branched.train(mode)
         return super().train(mode)
@@ -267,8 +291,14 @@ class _EarlyExitForClassification(PreTrainedModel):
             self._counts = self._counts.to(index.device)
             self._counts.index_add_(0, index, torch.ones_like(index))
         given = self.branched.engine.backbone.answer(fields["logits"])
-        own = isinstance(given, ModelOutput) and "logits" in given and hasattr(given, "loss")
-        output = _with_exits(type(given) if own else self.answers_with)(**fields)
+        kind, name = self.answers_with, self.answers_in
+        own = (
+            [key for key, value in given.items() if value is fields["logits"]] if isinstance(given, ModelOutput) else []
+        )
+        if own:
+            kind, name = type(given), own[0]
+        fields[name] = fields.pop("logits")
+        output = _with_exits(kind)(**{key: value for key, value in fields.items() if value is not None})
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -290,7 +320,7 @@ class _EarlyExitForClassification(PreTrainedModel):
         fields = {"loss": loss, "logits": original.detach(), "exit_index": last}
         if self.training:
             fields["logits"] = _NotToLearnFrom.apply(fields["logits"], loss)
-        else:
+        elif self.branched.task.keeps_logits:  # maps of all exits are large, and of several sizes
             fields["exit_logits"] = torch.stack(
                 [*(exit.logits.float() for exit in exits), original.float()], 1
             ).detach()
@@ -356,7 +386,7 @@ class _EarlyExitForClassification(PreTrainedModel):
         return self.branched.push_to_hub(repo_id, **hub)
 
 
-class EarlyExitForImageClassification(_EarlyExitForClassification):
+class EarlyExitForImageClassification(_EarlyExitForAnswers):
     """An image classifier with early exits, on a base from timm, transformers or plain torch."""
 
     main_input_name = "pixel_values"
@@ -390,7 +420,7 @@ class EarlyExitForImageClassification(_EarlyExitForClassification):
         return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
 
 
-class EarlyExitForSequenceClassification(_EarlyExitForClassification):
+class EarlyExitForSequenceClassification(_EarlyExitForAnswers):
     """A text classifier with early exits."""
 
     main_input_name = "input_ids"
@@ -422,6 +452,64 @@ class EarlyExitForSequenceClassification(_EarlyExitForClassification):
         return self._answer(main, {**own, **inputs}, labels, return_dict)  # pyright: ignore[reportCallIssue]
 
 
+class _EarlyExitForPictures(_EarlyExitForAnswers):
+    """Reads pictures, answers otherwise than with classes."""
+
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Answer; samples leave early according to the operating point.
+
+        Args:
+            pixel_values: as for images; `labels`: of the task, see `Task.check_target`.
+            return_dict: False: a tuple.
+            inputs: other inputs of the base, by name.
+        Returns:
+            The base's output class with `loss`, `exit_index`, `score` and `macs`, each (B,).
+        """
+        main = () if pixel_values is None else (pixel_values,)
+        return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
+
+
+class EarlyExitForSemanticSegmentation(_EarlyExitForPictures):
+    """A segmenter with early exits; `post_process_semantic_segmentation` of its processor works as before."""
+
+    answers_with = SemanticSegmenterOutput
+    rank = 4
+
+
+class EarlyExitForDepthEstimation(_EarlyExitForPictures):
+    """A model of depths, or other maps of numbers, with early exits."""
+
+    answers_with = DepthEstimatorOutput
+    answers_in = "predicted_depth"
+    rank = 4
+
+
+class EarlyExitForFeatures(_EarlyExitForPictures):
+    """Embeddings of pictures or texts, with early exits."""
+
+    answers_with = BaseModelOutputWithPooling
+    answers_in = "pooler_output"
+    of_features = True
+
+
+_CLASSES: tuple[type[_EarlyExitForAnswers], ...] = (
+    EarlyExitForImageClassification,
+    EarlyExitForSequenceClassification,
+    EarlyExitForSemanticSegmentation,
+    EarlyExitForDepthEstimation,
+    EarlyExitForFeatures,
+)
+
+
 class _NotToLearnFrom(torch.autograd.Function):
     """Marks the original's logits next to a loss: backward through them would train nothing, so it raises."""
 
@@ -436,8 +524,9 @@ class _NotToLearnFrom(torch.autograd.Function):
 
 @cache
 def _with_exits(answer: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class of a base with four more fields at the end."""
-    fields = [(name, "Tensor | None", None) for name in ("exit_index", "score", "macs", "exit_logits")]
+    """The output class of a base with more fields at the end."""
+    more = ("loss", "exit_index", "score", "macs", "exit_logits")
+    fields = [(name, "Tensor | None", None) for name in more if name not in answer.__dataclass_fields__]
     name = f"EarlyExit{answer.__name__}"
     return make_dataclass(name, fields, bases=(answer,), namespace={"__module__": __name__})
 
@@ -465,5 +554,11 @@ def _device(device_map: Any) -> torch.device:
 def register() -> None:
     """Register with transformers' Auto classes; idempotent."""
     AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
-    AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitForImageClassification, exist_ok=True)
-    AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True)
+    for auto, own in (
+        (AutoModelForImageClassification, EarlyExitForImageClassification),
+        (AutoModelForSequenceClassification, EarlyExitForSequenceClassification),
+        (AutoModelForSemanticSegmentation, EarlyExitForSemanticSegmentation),
+        (AutoModelForDepthEstimation, EarlyExitForDepthEstimation),
+        (AutoModel, EarlyExitForFeatures),
+    ):
+        auto.register(EarlyExitConfig, own, exist_ok=True)

@@ -254,8 +254,8 @@ def _search(
 
 def _distilled(setting: Setting, branched: EarlyExitModel, config: TrainConfig, found: Findings) -> TrainConfig:
     """Distill only where the original's answers say more than the labels: not on data that it has memorised."""
-    if config.teach == "original":
-        return config
+    if config.teach == "original" or setting.graph.backbone.task.of_features:
+        return config  # an embedding is always learned from the original's
     few = math.ceil(_SEEN / config.batch_size)
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(setting.seed)

@@ -397,14 +397,19 @@ def _side_by_side(records: Sequence[ExitRecords]) -> ExitRecords:
     # times were measured separately for every group
     trunk = {each.exits[0]: each.trunk_macs[0] for each in reversed(records)}
     rising = accumulate([*(trunk[each.exits[0]] for each in records), first.base_macs], max)
-    costs = {"trunk_macs": tuple(rising), "branch_macs": tuple(each.branch_macs[0] for each in records)}
-    exits = tuple(name for each in records for name in each.exits)
+    units = [each.confidence[0] for each in records if each.confidence is not None]
+    shared = {
+        "exits": tuple(name for each in records for name in each.exits),
+        "trunk_macs": tuple(rising),
+        "branch_macs": tuple(each.branch_macs[0] for each in records),
+        "confidence": torch.stack(units) if len(units) == len(records) else None,
+    }
     if first.logits is not None:
         logits = torch.stack([*(each.recorded_logits()[0] for each in records), first.recorded_logits()[-1]])
-        return replace(first, exits=exits, logits=logits, confidence=None, **costs)
+        return replace(first, logits=logits, **shared)
     recorded = {
         name: torch.stack([*(each.recorded[name][0] for each in records), *rows[1:]])
         for name, rows in first.recorded.items()
     }
     outcomes = torch.stack([*(each.outcomes[0] for each in records), first.outcomes[-1]])
-    return replace(first, exits=exits, outcomes=outcomes, recorded=recorded, confidence=None, tallies=None, **costs)
+    return replace(first, outcomes=outcomes, recorded=recorded, tallies=None, **shared)

@@ -83,7 +83,7 @@ class Costs:
 
     def __init__(self, records: ExitRecords, drop: float) -> None:
         records = records.keep(range(len(records.exits)))  # raises for chained branches
-        outcomes = chances(records) if records.logits is not None else records.outcomes.numpy()
+        outcomes = chances(records) if records.has_probabilities else records.outcomes.numpy()
         self.search = ThresholdSearch(records, outcomes=outcomes)
         self.floor = float(outcomes[-1].mean()) - drop
         self.places = records.trunk_macs[:-1]

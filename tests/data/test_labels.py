@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ee_surgery as ee
-from ee_surgery import cli
+from ee_surgery import folders
 from ee_surgery.backbone.base import Backbone
 from ee_surgery.data.batches import halves
 from ee_surgery.data.labels import Labels, check_labels, class_numbers, hard, strangers
@@ -326,6 +326,6 @@ def test_folders_named_by_wordnet_ids_are_found_on_the_command_line(tmp_path: Pa
     for name in ("n01440764", "English springer"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    found = cli._images(timm.create_model("test_resnet", num_classes=1000).eval(), tmp_path, unlabelled=False)
+    found = folders.pictures(timm.create_model("test_resnet", num_classes=1000).eval(), tmp_path, unlabelled=False)
     assert [label for _, label in found] == [217, 0]
-    assert torch.is_tensor(cli._images(timm.create_model("test_resnet").eval(), tmp_path, unlabelled=True)[0])
+    assert torch.is_tensor(folders.pictures(timm.create_model("test_resnet").eval(), tmp_path, unlabelled=True)[0])
