@@ -64,6 +64,39 @@ def points(profile: Profile, calibrating: ee.ExitRecords, test: ee.ExitRecords) 
     return found
 
 
+def on_halves(profile: Profile, test: ee.ExitRecords) -> list[Row]:
+    """Thresholds from one half of test, results on the other, both ways, over random splits; each drop's mean row."""
+    last = torch.full((len(test),), len(test.exits))
+    found: list[Row] = []
+    for drop in DROPS:
+        rows: list[Row] = []
+        for seed in range(SPLITS // 2):
+            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+            halves = order[: len(test) // 2], order[len(test) // 2 :]
+            for choosing, reported in (halves, halves[::-1]):
+                seen, new = test.take(choosing), test.take(reported)
+                point = ee.Frontier.of(seen, best_score(profile.in_time(seen)), profile).at(max_accuracy_drop=drop)
+                replay, own = new.replay(point.policy), profile.timed(new, point)
+                measured, original = new.measures(replay.answer_index), new.measures(last[: len(new)])
+                rows.append(
+                    {
+                        "pixel_accuracy": replay.outcome.mean().item(),
+                        "mean_iou": measured["mean_iou"],
+                        "below": original["mean_iou"] - measured["mean_iou"],
+                        "macs": own.macs_fraction,
+                        "expected_time": (own.latency_ms or 0) / profile.full_ms,
+                        "point": point,
+                        "shares": list(own.exit_shares),
+                    }
+                )
+        means = {key: statistics.mean(row[key] for row in rows) for key in ("pixel_accuracy", "mean_iou", "macs")}
+        means |= {key: statistics.mean(row[key] for row in rows) for key in ("below", "expected_time")}
+        shares = [statistics.mean(each) for each in zip(*(row["shares"] for row in rows), strict=True)]
+        spread = statistics.stdev(row["below"] for row in rows)
+        found.append({"accepted": drop, **means, "spread": spread, "shares": shares, "point": rows[0]["point"]})
+    return found
+
+
 def certified(calibrating: ee.ExitRecords, test: ee.ExitRecords) -> Row:
     """Pixel disagreement of at most 2 % per picture, certified on two thirds of all pictures, on the third left."""
     both = [records.unlabelled() for records in (calibrating, test)]
@@ -94,7 +127,8 @@ def report(folder: Path, smoke: bool) -> Row:
         sibling = ee.augment(model, 1, sample=torch.zeros(2, 3, *SIZE))
         others[other] = sibling, inputs(other, few, few)
         found["siblings"] = {**found.get("siblings", {}), other: static(model, mean, std, smoke)}
-    for row in rows:
+    halves = [] if smoke else on_halves(profile, test)
+    for row in (*rows, *halves):
         branched.operate(row.pop("point"))
         for size in (1, 4):
             row[f"time_{size}"] = against(branched, others, inputs(name, few, few), batch_size=size, rounds=3)
@@ -104,6 +138,7 @@ def report(folder: Path, smoke: bool) -> Row:
         "alone_agreement": test.agreement[:-1].mean(1).tolist(),
         "profile": profile.to_dict(),
         "rows": rows,
+        "halves": halves,
         "certificate": certified(calibrating, test),
         "device": processor(torch.device("cpu")),
         "torch": torch.__version__,
@@ -145,6 +180,13 @@ def part(found: Row) -> str:
         rows.append(
             _row(f"exits, {100 * row['accepted']:g} points accepted", row, [f"{100 * row['macs']:.1f}", *times, shares])
         )
+    for row in found.get("halves", ()):
+        times = [_time(row[f"time_{size}"], "exits") for size in (1, 4)]
+        shares = " ".join(f"{100 * share:.0f}" for share in row["shares"])
+        named = (
+            f"halves of test, {100 * row['accepted']:g} points: {-100 * row['below']:+.1f} ± {100 * row['spread']:.1f}"
+        )
+        rows.append(_row(named, row, [f"{100 * row['macs']:.1f}", *times, shares]))
     for name, measures in found.get("siblings", {}).items():
         rows.append(_row(name, measures, ["", *(_time(last[f"time_{size}"], name) for size in (1, 4)), ""]))
     alone = ", ".join(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ee_surgery as ee
+from ee_surgery.branches.scaled import Scaled
 from ee_surgery.policies.scores import scores_of
 from ee_surgery.task import CLASSIFICATION, TASKS, Task, stored_task
 from ee_surgery.training.loss import batch_loss
@@ -272,6 +273,25 @@ def test_confidence_units_learn_what_an_answer_will_be_worth() -> None:
         rate.step()
     assert bool((units[::2] > 1).all())
     assert bool((units[1::2] < -1).all())
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 4e3])
+@pytest.mark.parametrize("branch", ["auto", "mlp"])
+def test_branches_take_over_the_scale_of_what_they_learn(size: float, branch: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2).eval()
+    images = torch.randn(32, 3, SIZE, SIZE)
+    labels = size * (torch.tensor([1.0, 50.0]) + images.mean((2, 3))[:, :2] * torch.tensor([20.0, 1000.0]))
+    task = ee.Regression(tolerance=2 * size)
+    branched = ee.augment(model, 1, task=task, sample=images[:2], branch=branch)
+    ee.train(branched, [(images, labels)], ee.TrainConfig(epochs=30, lr=1e-2, distill=0.0, progress=False))
+    answers = branched.all_exits(images)[0]
+    assert bool(((answers - labels).abs().mean(0) < 0.8 * labels.std(0)).all())
+    before = [layer.scale.clone() for layer in branched.branches.modules() if isinstance(layer, Scaled)]
+    ee.train(branched, [(images, 7 * labels)], ee.TrainConfig(epochs=1, progress=False))
+    after = [layer.scale for layer in branched.branches.modules() if isinstance(layer, Scaled)]
+    assert before
+    assert all(map(torch.equal, before, after))  # what it has learned is in the scale of then
 
 
 # --- refusals

@@ -37,7 +37,7 @@ def resolve(
         return replace(spec, name="dense", options=dense.resolved_options()), dense
     if point.layout in ("tokens", "sequence", "nhwc"):
         chosen = replace(spec, name="token")
-        return chosen, build(chosen, point, num_classes)
+        return chosen, build(chosen, point, num_classes, graph=graph)
     size = grid(point)
     if size is not None and min(size) >= 4:
         c = channels(point)
@@ -47,8 +47,8 @@ def resolve(
             if 9 * min(width, 2 * c) * width > _WEIGHTS:
                 continue
             chosen = replace(spec, name="strided", options={**spec.options, "width": width})
-            branch = build(chosen, point, num_classes)
+            branch = build(chosen, point, num_classes, graph=graph)
             if branch.macs(point.shape) <= BUDGET * macs:
                 return chosen, branch
     chosen = replace(spec, name="pool")
-    return chosen, build(chosen, point, num_classes)
+    return chosen, build(chosen, point, num_classes, graph=graph)

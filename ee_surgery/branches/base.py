@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ee_surgery.branches.scaled import Scaled
 from ee_surgery.checks import flag, instance, number, refuse, word
 from ee_surgery.errors import BranchError, ConfigError, SurgeryError
 from ee_surgery.graph.cost import module_macs
@@ -112,7 +113,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.layout = point.layout
         self.prefix_tokens = point.prefix_tokens
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier: nn.Module = nn.Linear(width, num_classes)
         self.confidence = nn.Linear(width, 1) if confidence else None
 
     @abstractmethod
@@ -133,7 +134,7 @@ class Branch(nn.Module, ABC):
 
         Where the caller's own autocast is on, it picks types, and nothing is changed.
         """
-        own = self.classifier.weight.dtype
+        own: torch.dtype = self.classifier.weight.dtype  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
         if features.dtype == own or torch.is_autocast_enabled(features.device.type):
             return features
         return features.to(own)
@@ -217,7 +218,10 @@ def build(
         place["graph"] = graph
 
     def make() -> Branch:
-        return cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        made = cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if graph is not None and graph.backbone.task.scaled and not cls.copies:
+            made.classifier = Scaled(made.classifier, num_classes)
+        return made
 
     try:
         if spec.options and not cls.copies:

@@ -54,6 +54,8 @@ class Task(ABC):
     chooses: ClassVar[bool] = True
     """Whether answers are choices, whose probabilities say how sure they are. Of numbers nothing says so: branches
     learn it, with a confidence unit."""
+    scaled: ClassVar[bool] = False
+    """Whether answers have a scale of their own, which branches take over before they learn; see `values`."""
     whole: ClassVar[bool] = False
     """Whether each outcome is 0 or 1, which exact tests of counts rely on."""
     class_numbers: ClassVar[bool] = False
@@ -217,6 +219,11 @@ class Task(ABC):
     def enlarge(self, logits: Tensor, shape: Sequence[int]) -> Tensor:
         """A branch's answer in the form of the original's, which is of this shape for one sample."""
         return logits
+
+    def values(self, answers: Tensor) -> Tensor:
+        """Answers or labels as rows of C numbers, (N, C), without those that count nowhere."""
+        rows = answers if answers.ndim == 2 else answers.movedim(1, -1).flatten(0, -2)
+        return rows[torch.isfinite(rows).all(1)]
 
     def blank(self, rows: int, classes: int) -> Tensor:
         """An answer of zeros, to try a score on."""

@@ -97,6 +97,7 @@ class Gallery(Task):
     """
 
     measure = "recall@1"
+    scaled = True
     whole = True
     of_features = True
     hub_tags = {"image": "image-feature-extraction", "text": "feature-extraction"}  # noqa: RUF012

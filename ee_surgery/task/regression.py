@@ -20,6 +20,7 @@ class Numbers(Task):
     """Answers that are no choices: no probability says how sure they are."""
 
     chooses = False
+    scaled = True
 
     @abstractmethod
     def outcome(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -86,21 +87,24 @@ class Regression(Numbers):
     def outcome(self, logits: Tensor, target: Tensor) -> Tensor:
         """The share of labelled values within the tolerance, (B,)."""
         error, counts = self._errors(logits, target)
-        near = self.tolerance * (_placed(target, logits).abs() if self.relative else 1.0)
-        return ((error <= near) & counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp_min(1)
+        near = error <= self._near(target, error)
+        return (near & counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp_min(1)
 
     def tally(self, logits: Tensor, target: Tensor) -> Tensor:
         """Sum of absolute errors, and how many there are, (B, 2)."""
         error, counts = self._errors(logits, target)
         return torch.stack([error.double().flatten(1).sum(1), counts.flatten(1).sum(1).double()], 1)
 
+    def error(self, answer: Tensor, target: Tensor) -> Tensor:
+        """How far each value is from its label, at least 0; override it for angles, say."""
+        return (answer - target).abs()
+
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Smooth L1 in units of the tolerance, mean over the labelled values, (B,)."""
-        target = _placed(target, logits)
-        counts, known = ~target.isnan(), target.nan_to_num()
-        scale = self.tolerance * (known.abs().clamp_min(1e-3) if self.relative else 1.0)
-        found = F.smooth_l1_loss(self._fitted(logits, known) / scale, known / scale, reduction="none")
-        return (found * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp_min(1)
+        error, counts = self._errors(logits, target)
+        scaled = error / self._near(target, error, least=1e-3)
+        found = F.smooth_l1_loss(scaled, torch.zeros_like(scaled), reduction="none")
+        return found.flatten(1).sum(1) / counts.flatten(1).sum(1).clamp_min(1)
 
     def ignored(self, target: Tensor) -> Tensor:
         """Samples without a labelled value."""
@@ -140,10 +144,16 @@ class Regression(Numbers):
             )
 
     def _errors(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Absolute errors, 0 where nothing is labelled, and where something is."""
+        """Errors, 0 where nothing is labelled, and where something is."""
         target = _placed(target, logits)
-        counts = ~target.isnan()
-        return (self._fitted(logits, target) - target).abs().where(counts, 0), counts
+        counts, known = ~target.isnan(), target.nan_to_num()
+        return self.error(self._fitted(logits, known), known).where(counts, 0), counts
+
+    def _near(self, target: Tensor, like: Tensor, least: float = 0.0) -> Tensor | float:
+        """The largest error that counts as right, of each value; labels below `least` count as that."""
+        if not self.relative:
+            return self.tolerance
+        return self.tolerance * _placed(target, like).nan_to_num().abs().clamp_min(least)
 
     def _fitted(self, logits: Tensor, target: Tensor) -> Tensor:
         """The answer in the size of the labels."""
@@ -167,6 +177,10 @@ class MapRegression(Regression):
     def width(self, logits: Tensor) -> int:
         """1 for maps (B, h, w)."""
         return 1 if logits.ndim == 3 else int(logits.shape[1])
+
+    def values(self, answers: Tensor) -> Tensor:
+        """Of all pixels, (N, C)."""
+        return super().values(answers[:, None] if answers.ndim == 3 else answers)
 
     def enlarge(self, logits: Tensor, shape: Sequence[int]) -> Tensor:
         """A map in the form of the original's: (H, W) or (C, H, W) for one sample."""

@@ -21,6 +21,7 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.branches.base import PreparedBranch
+from ee_surgery.branches.scaled import Scaled
 from ee_surgery.checks import flag, instance
 from ee_surgery.data.batches import Data, is_samples, loader, place
 from ee_surgery.data.distributed import GlobalBatchNorm, Processes, ShardedBatches
@@ -371,6 +372,8 @@ class _Run:
             reads_original = needs_original(self.config, self.branched, self._progress())
             branch_batch = self.source.branch_batch(batch, reads_original)
         require_labels(branch_batch.labels, self.config, self.branched.branches.head is not None)
+        if self.branched.task.scaled and not self.taken:
+            self._take_scale(branch_batch)
         exits, original = self._answers(branch_batch)
         return batch_loss(
             [self._of_all(exit, branch_batch.total) for exit in exits],
@@ -383,6 +386,16 @@ class _Run:
             progress=self._progress(),
             task=self.branched.task,
         )
+
+    def _take_scale(self, batch: BranchBatch) -> None:
+        """Before the first step, branches take over the scale of what they learn, the same in all processes."""
+        by_original = self.config.teach == "original" or batch.labels is None or batch.labels.ndim == 1
+        wanted = batch.original if by_original else batch.labels  # class numbers of a gallery have no scale
+        assert wanted is not None
+        values = self.branched.task.values(self.processes.rows(wanted.float(), batch.total))
+        for layer in self.branched.branches.modules():
+            if isinstance(layer, Scaled):
+                layer.fit(values)
 
     def _answers(self, branch_batch: BranchBatch) -> tuple[list[ExitLogits], Tensor]:
         """Logits of the branches, and of the original or a new head, in training."""
