@@ -24,6 +24,8 @@ are in `benchmarks/results/`.
 
 {machine}
 
+Segmentation models have [a matrix of their own](segmenters.md).
+
 A model passes when all of these hold:
 
 - it is captured, and the captured graph gives the model's own logits (*difference*: the largest);
