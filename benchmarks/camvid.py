@@ -66,35 +66,38 @@ def points(profile: Profile, calibrating: ee.ExitRecords, test: ee.ExitRecords) 
 
 def on_halves(profile: Profile, test: ee.ExitRecords) -> list[Row]:
     """Thresholds from one half of test, results on the other, both ways, over random splits; each drop's mean row."""
-    last = torch.full((len(test),), len(test.exits))
+    rows: dict[float, list[Row]] = {drop: [] for drop in DROPS}
+    for seed in range(SPLITS // 2):
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+        halves = order[: len(test) // 2], order[len(test) // 2 :]
+        for choosing, reported in (halves, halves[::-1]):
+            seen, new = test.take(choosing), test.take(reported)
+            frontier = ee.Frontier.of(seen, best_score(profile.in_time(seen)), profile)
+            for drop in DROPS:
+                rows[drop].append(_one_half(profile, new, frontier.at(max_accuracy_drop=drop)))
     found: list[Row] = []
-    for drop in DROPS:
-        rows: list[Row] = []
-        for seed in range(SPLITS // 2):
-            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-            halves = order[: len(test) // 2], order[len(test) // 2 :]
-            for choosing, reported in (halves, halves[::-1]):
-                seen, new = test.take(choosing), test.take(reported)
-                point = ee.Frontier.of(seen, best_score(profile.in_time(seen)), profile).at(max_accuracy_drop=drop)
-                replay, own = new.replay(point.policy), profile.timed(new, point)
-                measured, original = new.measures(replay.answer_index), new.measures(last[: len(new)])
-                rows.append(
-                    {
-                        "pixel_accuracy": replay.outcome.mean().item(),
-                        "mean_iou": measured["mean_iou"],
-                        "below": original["mean_iou"] - measured["mean_iou"],
-                        "macs": own.macs_fraction,
-                        "expected_time": (own.latency_ms or 0) / profile.full_ms,
-                        "point": point,
-                        "shares": list(own.exit_shares),
-                    }
-                )
-        means = {key: statistics.mean(row[key] for row in rows) for key in ("pixel_accuracy", "mean_iou", "macs")}
-        means |= {key: statistics.mean(row[key] for row in rows) for key in ("below", "expected_time")}
-        shares = [statistics.mean(each) for each in zip(*(row["shares"] for row in rows), strict=True)]
-        spread = statistics.stdev(row["below"] for row in rows)
-        found.append({"accepted": drop, **means, "spread": spread, "shares": shares, "point": rows[0]["point"]})
+    for drop, of_drop in rows.items():
+        names = ("pixel_accuracy", "mean_iou", "below", "macs", "expected_time")
+        means = {name: statistics.mean(row[name] for row in of_drop) for name in names}
+        shares = [statistics.mean(each) for each in zip(*(row["shares"] for row in of_drop), strict=True)]
+        spread = statistics.stdev(row["below"] for row in of_drop)
+        found.append({"accepted": drop, **means, "spread": spread, "shares": shares, "point": of_drop[0]["point"]})
     return found
+
+
+def _one_half(profile: Profile, new: ee.ExitRecords, point: ee.OperatingPoint) -> Row:
+    """What a point gives on pictures that have not chosen it."""
+    replay, own = new.replay(point.policy), profile.timed(new, point)
+    measured, original = new.measures(replay.answer_index), new.measures()
+    return {
+        "pixel_accuracy": replay.outcome.mean().item(),
+        "mean_iou": measured["mean_iou"],
+        "below": original["mean_iou"] - measured["mean_iou"],
+        "macs": own.macs_fraction,
+        "expected_time": (own.latency_ms or 0) / profile.full_ms,
+        "shares": list(own.exit_shares),
+        "point": point,
+    }
 
 
 def certified(calibrating: ee.ExitRecords, test: ee.ExitRecords) -> Row:
