@@ -36,6 +36,7 @@ from .evaluation.bench import Bench, Measurement, bench, measure
 from .evaluation.calibrate import calibrate
 from .evaluation.check_export import check_export
 from .evaluation.engines import ENGINES
+from .evaluation.estimate import Estimate, estimate
 from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.profile import profile
 from .evaluation.record import record
@@ -100,6 +101,7 @@ __all__ = [
     "EarlyExitModel",
     "Effort",
     "Embedding",
+    "Estimate",
     "Evaluation",
     "ExitLogits",
     "ExitOutput",
@@ -148,6 +150,7 @@ __all__ = [
     "check_export",
     "class_thresholds",
     "eenet_scheduler",
+    "estimate",
     "evaluate",
     "failure_auroc",
     "from_pretrained",

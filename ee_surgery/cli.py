@@ -95,6 +95,35 @@ def inspect(
         console.print(graph.table(everything), plain(graph.best_case()))
 
 
+@app.command(epilog="Example: ee-surgery estimate resnet18 --data photos")
+def estimate(
+    model: Model,
+    data: MaybeImages = None,
+    exits: Annotated[str, typer.Option(help="Number, `all`, or comma-separated names.")] = "4",
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,32",
+    threads: Annotated[Optional[int], typer.Option(help="Number of threads; default: torch's.")] = None,  # noqa: UP045
+    max_accuracy_drop: Annotated[
+        float, typer.Option(help="At which a linear probe of the images is judged; 0.01 is one percentage point.")
+    ] = 0.01,
+    seconds: Annotated[float, typer.Option(help="About how long to time each batch size.")] = 15.0,
+    unlabelled: Unlabelled = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Before any training: what leaving where would save on this machine, and whether exits are worth a try."""
+    with _errors():
+        if threads is not None:
+            torch.set_num_threads(count("--threads", threads))
+        sizes = _sizes(batch_size)
+        base = _model(model, checkpoint, random_weights)
+        pictures = None if data is None else pictures_of(base, data, unlabelled)
+        named = _exits(exits)
+        options = {"batch_sizes": sizes, "max_accuracy_drop": max_accuracy_drop, "seconds": seconds}
+        found = ee.estimate(base, pictures, exits=4 if named is None else named, **options)
+        console.print(found.table())
+        _say(f"{found.answer}: {found.reason}")
+
+
 @app.command(epilog="Example: ee-surgery augment test_resnet --random-weights --exits 2 --out runs/adapter")
 def augment(
     model: Model,
@@ -236,7 +265,7 @@ def bench(
     """Time an adapter against its original on one or more engines, interleaved, on real images."""
     with _errors():
         torch.set_num_threads(count("--threads", threads))
-        sizes = [count("--batch-size", int(size) if size.isdecimal() else size) for size in batch_size.split(",")]
+        sizes = _sizes(batch_size)
         samples = count("--samples", samples, low=max(sizes))
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
         pictures = pictures_of(branched, data, unlabelled=True)
@@ -352,6 +381,10 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the adapter and the 
 def _say(text: object) -> None:
     """Print text that may contain names from an adapter: no markup, no control characters."""
     console.print(plain(text), soft_wrap=True)
+
+
+def _sizes(text: str) -> list[int]:
+    return [count("--batch-size", int(size) if size.isdecimal() else size) for size in text.split(",")]
 
 
 def _exits(text: str | None) -> int | str | list[str] | None:
