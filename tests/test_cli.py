@@ -209,3 +209,13 @@ def test_masks_that_do_not_fit_are_named(spoil: Any, says: str, masked: Path, tm
     spoil(data)
     arguments = ("augment", str(masked / "model"), "--out", str(tmp_path / "out"), "--exits", "1", "--train", str(data))
     assert says in " ".join(_run(*arguments, "--epochs", "1", code=1).split())
+
+
+def test_estimate_tells_times_and_an_answer(files: Path) -> None:
+    out = _run(
+        "estimate", "test_resnet", "--random-weights", "--data", str(files / "pictures"), "--unlabelled",
+        "--exits", "2", "--batch-size", "1", "--seconds", "0.1",
+    )  # fmt: skip
+    assert "probe %" in out
+    assert any(answer in out for answer in ("go:", "perhaps:", "no-go:"))
+    assert "must be" in _run("estimate", "test_resnet", "--random-weights", "--batch-size", "0", code=1)

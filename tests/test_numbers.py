@@ -312,6 +312,7 @@ def _vit(classes: int) -> nn.Module:
         (lambda: ee.augment(_vit(3), task=ee.Regression(-1)), ee.ConfigError, "tolerance"),
         (lambda: ee.Embedding(0.0), ee.ConfigError, "floor"),
         (lambda: ee.Gallery(torch.randn(3, 4), torch.arange(2)), ee.ConfigError, "labels"),
+        (lambda: ee.Gallery(torch.randn(3, 4), torch.tensor([0, 1, 1 << 40])), ee.ConfigError, "entries x classes"),
         (lambda: ee.Gallery([1.0]), ee.ConfigError, "embeddings"),  # pyright: ignore[reportArgumentType]
         (lambda: stored_task("embedding", {"flor": 1}), ee.ConfigError, "no option 'flor'"),
     ],

@@ -48,7 +48,7 @@ from ee_surgery.pipeline import from_pretrained
 from ee_surgery.share.adapter import CONFIG, without_tensors
 from ee_surgery.share.schema import ConfigForm, parse
 from ee_surgery.training.config import TrainConfig
-from ee_surgery.training.loss import batch_loss, relative_costs
+from ee_surgery.training.loss import batch_loss, relative_costs, take_scale
 
 _LABELS_TAKEN = (
     "The model itself computes a loss over all exits from `labels`. Trainer removes them for label_smoothing_factor "
@@ -311,6 +311,8 @@ class _EarlyExitForAnswers(PreTrainedModel):
         if self.training:
             self._forget_what_was_measured()
         features, original = self.branched.engine.features(*main, **named)
+        if self.training and self.branched.task.scaled:
+            take_scale(bank, self.branched.task, original, labels, config)
         exits, original = bank.split(bank(features), original)
         costs = relative_costs(self.branched).to(original.device)
         loss = batch_loss(

@@ -15,6 +15,7 @@ from ee_surgery.task.base import TASKS, Task, check_vectors, one_a_sample
 from ee_surgery.task.classification import CLASSIFICATION
 from ee_surgery.task.regression import Numbers
 
+_LARGEST = 1 << 26  # numbers in the table of entries and classes
 _LENGTH = 0.1  # weight of the length in the loss, beside the direction
 
 
@@ -110,7 +111,8 @@ class Gallery(Task):
     scale: float = 100.0
     """CLIP's `logit_scale.exp()`."""
 
-    _unit: ClassVar[Tensor]  # of length 1; set for each
+    _unit: ClassVar[Tensor]  # of length 1; set for each, as is the next
+    _table: ClassVar[Tensor]  # which entry is of which class, (G, classes)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", positive("scale", self.scale))
@@ -126,7 +128,10 @@ class Gallery(Task):
         labels = self.labels.detach().long()
         if len(labels) and int(labels.min()) < 0:
             refuse("labels", "class numbers from 0", self.labels)
+        if len(labels) and len(labels) * (int(labels.max()) + 1) > _LARGEST:
+            refuse("labels", f"class numbers of which entries x classes is at most {_LARGEST:,}", self.labels)
         object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "_table", F.one_hot(labels).float())
 
     def options(self) -> dict[str, Any]:
         """Labels as floating point numbers, which adapters store."""
@@ -197,8 +202,7 @@ class Gallery(Task):
         """Probabilities of entries summed over those of a class."""
         if self.labels is None:
             return of_entries
-        table = F.one_hot(self.labels.to(of_entries.device), self.classes(0)).to(of_entries)
-        return of_entries @ table
+        return of_entries @ self._table.to(of_entries)
 
 
 def _check_embeddings(logits: Tensor, rows: int, model_id: str) -> None:

@@ -21,7 +21,6 @@ from torch.utils.data import random_split
 
 from ee_surgery.branches import ExitLogits
 from ee_surgery.branches.base import PreparedBranch
-from ee_surgery.branches.scaled import Scaled
 from ee_surgery.checks import flag, instance
 from ee_surgery.data.batches import Data, is_samples, loader, place
 from ee_surgery.data.distributed import GlobalBatchNorm, Processes, ShardedBatches
@@ -37,7 +36,7 @@ from ee_surgery.training.ema import AveragedWeights
 from ee_surgery.training.ensemble import ensembles, fit_ensembles
 from ee_surgery.training.features import Batch, BranchBatch, FeatureSource, compare, needs_original
 from ee_surgery.training.joint import JointModel
-from ee_surgery.training.loss import batch_loss, relative_costs, require_labels
+from ee_surgery.training.loss import batch_loss, relative_costs, require_labels, take_scale
 from ee_surgery.training.objectives import OBJECTIVES
 from ee_surgery.training.optimizer import learning_rate, make_optimizer
 from ee_surgery.training.precision import resolve_precision
@@ -372,13 +371,15 @@ class _Run:
             reads_original = needs_original(self.config, self.branched, self._progress())
             branch_batch = self.source.branch_batch(batch, reads_original)
         require_labels(branch_batch.labels, self.config, self.branched.branches.head is not None)
+        labels = None if branch_batch.labels is None else self.processes.rows(branch_batch.labels, branch_batch.total)
         if self.branched.task.scaled and not self.taken:
-            self._take_scale(branch_batch)
+            answers = self.processes.rows(branch_batch.original, branch_batch.total)
+            take_scale(self.branched.branches, self.branched.task, answers, labels, self.config)
         exits, original = self._answers(branch_batch)
         return batch_loss(
             [self._of_all(exit, branch_batch.total) for exit in exits],
             self.processes.rows(original, branch_batch.total),
-            None if branch_batch.labels is None else self.processes.rows(branch_batch.labels, branch_batch.total),
+            labels,
             self.costs,
             self.config,
             new_head=self.branched.branches.head is not None,
@@ -386,16 +387,6 @@ class _Run:
             progress=self._progress(),
             task=self.branched.task,
         )
-
-    def _take_scale(self, batch: BranchBatch) -> None:
-        """Before the first step, branches take over the scale of what they learn, the same in all processes."""
-        by_original = self.config.teach == "original" or batch.labels is None or batch.labels.ndim == 1
-        wanted = batch.original if by_original else batch.labels  # class numbers of a gallery have no scale
-        assert wanted is not None
-        values = self.branched.task.values(self.processes.rows(wanted.float(), batch.total))
-        for layer in self.branched.branches.modules():
-            if isinstance(layer, Scaled):
-                layer.fit(values)
 
     def _answers(self, branch_batch: BranchBatch) -> tuple[list[ExitLogits], Tensor]:
         """Logits of the branches, and of the original or a new head, in training."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ee_surgery.branches import ExitLogits
+from ee_surgery.branches.scaled import Scaled
 from ee_surgery.errors import DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.exit_costs import exit_costs
@@ -30,6 +31,20 @@ def require_labels(labels: Tensor | None, config: TrainConfig, new_head: bool) -
         raise DataError("The model has no head of its own to learn from: its new head needs labels.")
     if labels is None and config.teach != "original" and OBJECTIVES.property(config.objective, "reads_labels"):
         raise DataError('The batches have no labels. Use TrainConfig(teach="original") to learn without.')
+
+
+def take_scale(branches: nn.Module, task: Task, original: Tensor, labels: Tensor | None, config: TrainConfig) -> None:
+    """Before branches learn, they take over the scale of what they will answer: labels, or the original's answers.
+
+    Args:
+        original: answers of the original to a batch; zeros, where it did not run, have no scale.
+        labels: of the batch; class numbers, of a gallery, have none.
+    """
+    by_original = config.teach == "original" or labels is None or labels.ndim == 1
+    values = task.values(original.float() if by_original or labels is None else labels.float())
+    for layer in branches.modules():
+        if isinstance(layer, Scaled):
+            layer.fit(values)
 
 
 def batch_loss(
