@@ -1,4 +1,7 @@
-"""`ee-surgery`: one sub-command per step, each a call of a public function."""
+"""`ee-surgery`: one sub-command per step, each a call of a public function.
+
+torch and what needs it are imported where a command runs, so that `--help` and wrong arguments answer at once.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +13,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-import torch
 import typer
-from huggingface_hub import hf_hub_download
 from rich.console import Console
-from torch import nn
 
 import ee_surgery as ee
-from ee_surgery.backbone.base import make_model
-from ee_surgery.checks import accuracy_drop, count, positive, renamed
-from ee_surgery.evaluation.engines import ENGINES
-from ee_surgery.export.onnx_file import Precision
-from ee_surgery.files import atomic_write
-from ee_surgery.folders import pictures as pictures_of
-from ee_surgery.search.effort import EffortName
-from ee_surgery.share.adapter import CONFIG, load_adapter, own_files
-from ee_surgery.share.card import update_card
-from ee_surgery.share.hub import fetch, push_folder
-from ee_surgery.share.tables import adapter_table
+from ee_surgery import names
+from ee_surgery.names import EffortName, Precision
 from ee_surgery.text import paragraph, plain, visible
+
+if TYPE_CHECKING:
+    from torch import nn
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Early exit for any pretrained timm or Hugging Face vision model. Start with: ee-surgery demo",
 )
 console = Console()
 
@@ -67,11 +60,28 @@ Repo = Annotated[str, typer.Argument(help="Repository on the Hub: user/name.")]
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit; default: the main branch.")]  # noqa: UP045
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(ee.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def every(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Early exit for any pretrained timm or Hugging Face vision model. Start with: ee-surgery demo"""
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     try:
         yield
-    except ee.SurgeryError as error:
+    except Exception as error:
+        if not isinstance(error, ee.SurgeryError):
+            raise
         name = plain(f"{type(error).__name__}: ", "bold red")
         Console(stderr=True).print(name.append_text(plain(error)))
         raise typer.Exit(1) from error
@@ -113,10 +123,10 @@ def estimate(
     """Before any training: what leaving where would save on this machine, and whether exits are worth a try."""
     with _errors():
         if threads is not None:
-            torch.set_num_threads(count("--threads", threads))
+            _set_threads(threads)
         sizes = _sizes(batch_size)
         base = _model(model, checkpoint, random_weights)
-        pictures = None if data is None else pictures_of(base, data, unlabelled)
+        pictures = None if data is None else _pictures(base, data, unlabelled)
         named = _exits(exits)
         options = {"batch_sizes": sizes, "max_accuracy_drop": max_accuracy_drop, "seconds": seconds}
         found = ee.estimate(base, pictures, exits=4 if named is None else named, **options)
@@ -128,15 +138,15 @@ def estimate(
 def augment(
     model: Model,
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    preset: Annotated[str | None, typer.Option(help=f"A published method: {', '.join(ee.PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"A published method: {', '.join(names.PRESETS)}.")] = None,
     exits: Annotated[
         str | None, typer.Option(help="Number (default 3), `all`, `auto` (searched), or comma-separated names.")
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help=f"Placement rule (default linear): {', '.join(ee.PLACEMENTS)}.")
+        str | None, typer.Option(help=f"Placement rule (default linear): {', '.join(names.PLACEMENTS)}.")
     ] = None,
     branch: Annotated[
-        str | None, typer.Option(help=f"auto, {', '.join(ee.BRANCHES)}; comma-separated for `--exits auto`.")
+        str | None, typer.Option(help=f"auto, {', '.join(names.BRANCHES)}; comma-separated for `--exits auto`.")
     ] = None,
     train: MaybeImages = None,
     calibrate: MaybeImages = None,
@@ -183,8 +193,8 @@ def augment(
             placement,
             branch.split(",") if branch is not None and "," in branch else branch,
             preset=preset,
-            train=None if train is None else pictures_of(base, train, unlabelled),
-            calibrate=None if calibrate is None else pictures_of(base, calibrate, unlabelled),
+            train=None if train is None else _pictures(base, train, unlabelled),
+            calibrate=None if calibrate is None else _pictures(base, calibrate, unlabelled),
             config=config,
             effort=effort,
             time_budget=time_budget,
@@ -201,7 +211,7 @@ def augment(
 def calibrate(
     adapter: Adapter,
     data: Images,
-    method: Annotated[str, typer.Option(help=f"How to choose thresholds: {', '.join(ee.CALIBRATORS)}.")] = "search",
+    method: Annotated[str, typer.Option(help=f"How to choose thresholds: {', '.join(names.CALIBRATORS)}.")] = "search",
     policy: Annotated[str | None, typer.Option(hidden=True, help="Old name of --method.")] = None,
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
@@ -212,10 +222,12 @@ def calibrate(
 ) -> None:
     """Search thresholds on held-out images, and store the frontier and the operating point in the adapter folder."""
     with _errors():
+        from ee_surgery.checks import renamed
+
         method = renamed("--policy", policy, "--method", method)
         asked = _asked(max_accuracy_drop, budget)
         branched = _load(adapter, checkpoint, random_weights)
-        pictures = pictures_of(branched, data, unlabelled)
+        pictures = _pictures(branched, data, unlabelled)
         frontier = ee.calibrate(branched, pictures, method=method, batch_size=batch_size)
         try:
             if asked:
@@ -242,7 +254,7 @@ def evaluate(
     """Run an adapter with early exit on images, at its stored operating point unless another one is given."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        pictures = pictures_of(branched, data, unlabelled)
+        pictures = _pictures(branched, data, unlabelled)
         _say(ee.evaluate(branched, pictures, batch_size=batch_size))
         if save:
             branched.save_pretrained(adapter)
@@ -254,7 +266,7 @@ def bench(
     data: Images,
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
-    engines: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ENGINES)}.")] = "eager",
+    engines: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(names.ENGINES)}.")] = "eager",
     batch_size: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     samples: Annotated[int, typer.Option(help="Number of images to time.")] = 64,
     threads: Annotated[int, typer.Option(help="Number of threads.")] = 1,
@@ -264,11 +276,15 @@ def bench(
 ) -> None:
     """Time an adapter against its original on one or more engines, interleaved, on real images."""
     with _errors():
-        torch.set_num_threads(count("--threads", threads))
+        import torch
+
+        from ee_surgery.checks import count
+
+        _set_threads(threads)
         sizes = _sizes(batch_size)
         samples = count("--samples", samples, low=max(sizes))
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        pictures = pictures_of(branched, data, unlabelled=True)
+        pictures = _pictures(branched, data, unlabelled=True)
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
         inputs = torch.stack([pictures[int(i)] for i in order])
         found = ee.bench(branched, inputs, engines=engines.split(","), batch_sizes=sizes)
@@ -296,7 +312,7 @@ def export(
     """Write an adapter and its original as one ONNX file in which samples exit early; checked against the model."""
     with _errors():
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        held_out = None if calibrate is None else pictures_of(branched, calibrate, unlabelled)
+        held_out = None if calibrate is None else _pictures(branched, calibrate, unlabelled)
         layout = "stages" if stages else "file"
         _say(f"wrote {branched.export(out, layout=layout, quantize=quantize, calibrate=held_out)}")
 
@@ -321,6 +337,8 @@ def card(
         about = {"license": license, "datasets": dataset, "language": language, "tags": tag, "repo_id": repo_id,
                  "eval_dataset": eval_dataset, "eval_name": eval_name, "eval_split": eval_split,
                  "eval_task": eval_task}  # fmt: skip
+        from ee_surgery.share.card import update_card
+
         path = update_card(adapter, **{name: value for name, value in about.items() if value})
         _say(f"wrote {path}")
 
@@ -339,6 +357,9 @@ def push(
 ) -> None:
     """Upload an adapter folder to the Hub in one commit. Log in first with `hf auth login`."""
     with _errors():
+        from ee_surgery.share.card import update_card
+        from ee_surgery.share.hub import push_folder
+
         update_card(adapter, repo_id=repo_id)
         hub = {"private": private, "revision": revision, "message": message, "create_pr": create_pr}
         _say(push_folder(adapter, repo_id, **hub))
@@ -352,6 +373,10 @@ def pull(
 ) -> None:
     """Download an adapter from the Hub and describe it."""
     with _errors():
+        from ee_surgery.files import atomic_write
+        from ee_surgery.share.adapter import load_adapter, own_files
+        from ee_surgery.share.hub import fetch
+
         if out is not None and out.exists():
             raise ee.ConfigError(f"{out} already exists: give --out a new folder.")
         folder = fetch(repo_id, revision=revision)
@@ -383,7 +408,23 @@ def _say(text: object) -> None:
     console.print(plain(text), soft_wrap=True)
 
 
+def _set_threads(threads: int) -> None:
+    import torch
+
+    from ee_surgery.checks import count
+
+    torch.set_num_threads(count("--threads", threads))
+
+
+def _pictures(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
+    from ee_surgery.folders import pictures
+
+    return pictures(model, folder, unlabelled)
+
+
 def _sizes(text: str) -> list[int]:
+    from ee_surgery.checks import count
+
     return [count("--batch-size", int(size) if size.isdecimal() else size) for size in text.split(",")]
 
 
@@ -398,6 +439,8 @@ def _exits(text: str | None) -> int | str | list[str] | None:
 
 def _asked(drop: float | None, budget: float | None) -> dict[str, Any]:
     """Arguments for `operate`, checked before anything is loaded."""
+    from ee_surgery.checks import accuracy_drop, positive
+
     asked: dict[str, Any] = {}
     if drop is not None:
         asked["max_accuracy_drop"] = accuracy_drop("--max-accuracy-drop", drop)
@@ -410,6 +453,11 @@ def _asked(drop: float | None, budget: float | None) -> dict[str, Any]:
 
 def _adapter_folder(name: str) -> Path | None:
     """The folder of an adapter, given as a folder or a repository; None if the name is that of a model."""
+    from huggingface_hub import hf_hub_download
+
+    from ee_surgery.share.adapter import CONFIG
+    from ee_surgery.share.hub import fetch
+
     path = Path(name)
     if not path.is_dir():
         if "/" not in name:
@@ -428,12 +476,17 @@ def _adapter_folder(name: str) -> Path | None:
 
 
 def _show(folder: Path) -> None:
+    from ee_surgery.share.adapter import load_adapter
+    from ee_surgery.share.tables import adapter_table
+
     config, _, frontier = load_adapter(folder)
     console.print(adapter_table(config, frontier))
 
 
 def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
     import timm
+
+    from ee_surgery.backbone.base import make_model
 
     known = timm.is_model(name.partition(".")[0])
     if known and random_weights:
@@ -451,6 +504,8 @@ def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
 def _load(
     adapter: Path, checkpoint: str, random_weights: bool, asked: Mapping[str, Any] | None = None
 ) -> ee.EarlyExitModel:
+    from ee_surgery.share.adapter import load_adapter
+
     base = None  # created by its library from the id in the adapter
     if Path(checkpoint).is_dir() and checkpoint:
         base = _model(checkpoint, "", random_weights=False)

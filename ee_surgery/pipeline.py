@@ -25,10 +25,11 @@ from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
 from ee_surgery.graph.inspection import inspect, read
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.names import EffortName
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.presets import PRESETS, Preset
-from ee_surgery.search.effort import EffortName, Setting, affordable, fit, make_setting, note
+from ee_surgery.search.effort import Setting, affordable, fit, make_setting, note
 from ee_surgery.search.exit_search import TRIED, Cost, prune_exits, search_exits
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load

@@ -219,3 +219,8 @@ def test_estimate_tells_times_and_an_answer(files: Path) -> None:
     assert "probe %" in out
     assert any(answer in out for answer in ("go:", "perhaps:", "no-go:"))
     assert "must be" in _run("estimate", "test_resnet", "--random-weights", "--batch-size", "0", code=1)
+
+
+def test_the_version_is_told() -> None:
+    assert _run("--version").strip() == ee.__version__
+    assert "ee-surgery demo" in _run("--help")

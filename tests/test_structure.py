@@ -18,7 +18,7 @@ from tests import ROOT
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
+    "names", "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
     "export", "model", "attachment", "training", "evaluation", "search",
     "presets", "pipeline", "integrations", "folders", "demo", "cli",
@@ -111,3 +111,18 @@ def test_what_is_warned_of_is_shown_as_errors_are(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
             assert "SurgeryWarning" in map(ast.unparse, node.args), f"{path}:{node.lineno}"
+
+
+def test_the_names_that_help_shows_are_those_that_are_registered() -> None:
+    from ee_surgery import names
+    from ee_surgery.evaluation.engines import ENGINES
+
+    known = {"BRANCHES": ee.BRANCHES, "CALIBRATORS": ee.CALIBRATORS, "ENGINES": ENGINES}
+    for name, registered in {**known, "PLACEMENTS": ee.PLACEMENTS, "PRESETS": ee.PRESETS}.items():
+        assert getattr(names, name) == tuple(registered)
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    code = "import sys, ee_surgery.cli; print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -17,6 +17,7 @@ from ee_surgery.errors import ConfigError, SurgeryError
 from ee_surgery.export.parts import Pieces, pieces
 from ee_surgery.export.verify import verify
 from ee_surgery.files import atomic_write
+from ee_surgery.names import Precision
 from ee_surgery.onnx import FORMAT_VERSION
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER
@@ -26,7 +27,6 @@ from ee_surgery.share.state import AdapterState
 
 Plain: TypeAlias = dict[str, Any]
 Layout = Literal["file", "stages"]
-Precision = Literal["int8", "int8_reduced"]
 
 
 def export(

@@ -8,7 +8,8 @@ from typing import Any
 
 from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
-from ee_surgery.export.onnx_file import Layout, Precision, export
+from ee_surgery.export.onnx_file import Layout, export
+from ee_surgery.names import Precision
 from ee_surgery.runtime.compilation import Compilation
 from ee_surgery.share.save_load import SharedModel
 

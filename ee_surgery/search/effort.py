@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from ee_surgery.errors import ExitPointError
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ModelGraph
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.names import EffortName
 from ee_surgery.placement import ExitPlan, place
 from ee_surgery.search.exit_search import Cost, ExitSearch, prune_exits, search_exits, timed
 from ee_surgery.search.exit_subset import cheapest_exits
@@ -34,8 +35,6 @@ from ee_surgery.training.report import TrainReport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-EffortName: TypeAlias = Literal["quick", "standard", "best"]
 
 
 def _kinds(*budgets: float) -> tuple[str | BranchSpec, ...]:
