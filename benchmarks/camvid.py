@@ -64,8 +64,16 @@ def points(profile: Profile, calibrating: ee.ExitRecords, test: ee.ExitRecords) 
     return found
 
 
+def by_iou(branched: ee.EarlyExitModel, name: str) -> ee.ExitRecords:
+    """Records of test whose outcome is the IoU of each picture, which is nearer to mIoU than pixel accuracy is."""
+    model, mean, std = network(name)
+    other = ee.augment(model, branched.plan, branch=branched.specs, sample=branched.sample, task="segmentation_iou")
+    other.branches.load_state_dict(branched.branches.state_dict())
+    return ee.record(other, Pictures(scenes("test", None), mean, std, labels=True), batch_size=4)
+
+
 def on_halves(profile: Profile, test: ee.ExitRecords) -> list[Row]:
-    """Thresholds from one half of test, results on the other, both ways, over random splits; each drop's mean row."""
+    """Thresholds by the IoU of one half of test, results on the other, both ways, over random splits; mean rows."""
     rows: dict[float, list[Row]] = {drop: [] for drop in DROPS}
     for seed in range(SPLITS // 2):
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
@@ -77,11 +85,11 @@ def on_halves(profile: Profile, test: ee.ExitRecords) -> list[Row]:
                 rows[drop].append(_one_half(profile, new, frontier.at(max_accuracy_drop=drop)))
     found: list[Row] = []
     for drop, of_drop in rows.items():
-        names = ("pixel_accuracy", "mean_iou", "below", "macs", "expected_time")
+        names = ("mean_iou", "below", "macs", "expected_time")
         means = {name: statistics.mean(row[name] for row in of_drop) for name in names}
         shares = [statistics.mean(each) for each in zip(*(row["shares"] for row in of_drop), strict=True)]
         spread = statistics.stdev(row["below"] for row in of_drop)
-        found.append({"accepted": drop, **means, "spread": spread, "shares": shares, "point": of_drop[0]["point"]})
+        found.append({"accepted": drop, **means, "spread": spread, "shares": shares})
     return found
 
 
@@ -90,13 +98,11 @@ def _one_half(profile: Profile, new: ee.ExitRecords, point: ee.OperatingPoint) -
     replay, own = new.replay(point.policy), profile.timed(new, point)
     measured, original = new.measures(replay.answer_index), new.measures()
     return {
-        "pixel_accuracy": replay.outcome.mean().item(),
         "mean_iou": measured["mean_iou"],
         "below": original["mean_iou"] - measured["mean_iou"],
         "macs": own.macs_fraction,
         "expected_time": (own.latency_ms or 0) / profile.full_ms,
         "shares": list(own.exit_shares),
-        "point": point,
     }
 
 
@@ -130,8 +136,8 @@ def report(folder: Path, smoke: bool) -> Row:
         sibling = ee.augment(model, 1, sample=torch.zeros(2, 3, *SIZE))
         others[other] = sibling, inputs(other, few, few)
         found["siblings"] = {**found.get("siblings", {}), other: static(model, mean, std, smoke)}
-    halves = [] if smoke else on_halves(profile, test)
-    for row in (*rows, *halves):
+    halves = [] if smoke else on_halves(profile, by_iou(branched, name))
+    for row in rows:
         branched.operate(row.pop("point"))
         for size in (1, 4):
             row[f"time_{size}"] = against(branched, others, inputs(name, few, few), batch_size=size, rounds=3)
@@ -184,12 +190,11 @@ def part(found: Row) -> str:
             _row(f"exits, {100 * row['accepted']:g} points accepted", row, [f"{100 * row['macs']:.1f}", *times, shares])
         )
     for row in found.get("halves", ()):
-        times = [_time(row[f"time_{size}"], "exits") for size in (1, 4)]
         shares = " ".join(f"{100 * share:.0f}" for share in row["shares"])
-        named = (
-            f"halves of test, {100 * row['accepted']:g} points: {-100 * row['below']:+.1f} ± {100 * row['spread']:.1f}"
-        )
-        rows.append(_row(named, row, [f"{100 * row['macs']:.1f}", *times, shares]))
+        below = f"{-100 * row['below']:+.1f} ± {100 * row['spread']:.1f}"
+        named = f"halves of test, {100 * row['accepted']:g} points of IoU accepted: {below}"
+        time = f"{row['expected_time']:.2f} expected"
+        rows.append([named, f"{100 * row['mean_iou']:.2f}", "", f"{100 * row['macs']:.1f}", time, "", shares])
     for name, measures in found.get("siblings", {}).items():
         rows.append(_row(name, measures, ["", *(_time(last[f"time_{size}"], name) for size in (1, 4)), ""]))
     alone = ", ".join(
@@ -221,18 +226,24 @@ _PAGE = """# Street scenes
 
 ```bash
 python -m recipes.camvid && python -m benchmarks.camvid runs/camvid/espnetv2_150
+python -m recipes.camvid --network espnet && python -m benchmarks.camvid runs/camvid/espnet
 ```
 
 CamVid, 233 test pictures of 360 x 480, 11 classes. The original is frozen; branches (`dense`) learned from two of the
 three training drives, thresholds were chosen on the third by pixel accuracy and by time, and test is reported: 62 of
 its pictures are of a drive that trained the branches, 171 of one that nothing here has seen. MACs count every branch
 visited, as fractions of the original's. Times are of test pictures, measured in one run with the original's, as
-fractions of it.
+fractions of it. *Halves of test*: thresholds by time and by each picture's mean IoU on one half of test, results on
+the other, both ways, over 10 random splits, with the difference to the original in points of mIoU.
 
 ESPNetv2 was trained on Cityscapes and has never seen CamVid: where its branches learn with labels, even the first is
 better than it, and all pictures leave there. What is saved then is the rest of the encoder and the decoder, which works
 on large maps: 0.73 of the MACs are a third of the time. Branches that are better than the
 original disagree with it, so that the certificate of agreement lets no picture leave.
+
+ESPNet was trained on all three drives and knows the third by heart, 95 % of its pixels; its branches have not seen it.
+So drops on that drive are far larger than on test, where the second exit is as good as the original: ask for 4 points
+there to lose none, or choose thresholds on pictures that the original has not learned from either.
 """
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     """Fine-tune, find and train exits, calibrate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
-    parser.add_argument("--effort", choices=("quick", "standard", "best"), default="quick")
+    parser.add_argument("--effort", choices=("quick", "standard", "best"), default="standard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/multi_label_pairs"))
