@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 import transformers
 from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,9 +57,7 @@ def segmentation(folder: Path) -> None:
 
 
 def _map(axis: Any, classes: Tensor, title: str) -> None:
-    axis.imshow(
-        classes, cmap=mpl.colors.ListedColormap(COLOURS), vmin=0, vmax=len(COLOURS) - 1, interpolation="nearest"
-    )
+    axis.imshow(classes, cmap=ListedColormap(COLOURS), vmin=0, vmax=len(COLOURS) - 1, interpolation="nearest")
     axis.set_title(title, fontsize=9)
     axis.axis("off")
 
@@ -69,7 +67,7 @@ def embeddings(folder: Path) -> None:
     (gallery, _), mean, std = pictures("train", 2000)
     (queries, _), _, _ = pictures("test", None)
     model = network(56)
-    model.linear = nn.Identity()
+    model.linear = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     branched = ee.from_pretrained(folder / "adapter", model)
     frontier = branched.frontier
     assert frontier is not None
@@ -126,7 +124,8 @@ def regression(folder: Path | None = None) -> None:
     size = (112, 154)
     backbone = transformers.Dinov2Config(
         hidden_size=64, num_hidden_layers=6, num_attention_heads=2, image_size=112, patch_size=14,
-        out_indices=[2, 4, 5, 6], apply_layernorm=True, reshape_hidden_states=False,
+        out_indices=[2, 4, 5, 6],  # pyright: ignore[reportCallIssue]
+        apply_layernorm=True, reshape_hidden_states=False,
     )  # fmt: skip
     config = transformers.DepthAnythingConfig(
         backbone_config=backbone, reassemble_hidden_size=64, patch_size=14, neck_hidden_sizes=[16, 32, 64, 64],

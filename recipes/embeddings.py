@@ -69,7 +69,7 @@ def resnet56(few: int | None) -> Queries:
     images, mean, std = pictures("train", few)
     (train, labels), cut = images, 2000 if few is None else few // 2
     model = network(56)
-    model.linear = nn.Identity()
+    model.linear = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
 
     def batches(x: Tensor, y: Tensor) -> list[Batch]:
         x = (x.float() / 255 - mean) / std
@@ -143,7 +143,7 @@ def main() -> None:
 
     gallery, classes = embedded(original, queries.gallery)
     with_gallery = options.floor is None
-    task = ee.Gallery(gallery, classes, scale=SCALE) if with_gallery else ee.Embedding(options.floor)
+    task = ee.Embedding(options.floor) if options.floor is not None else ee.Gallery(gallery, classes, scale=SCALE)
     inputs = queries.gallery[0][0]
     sample = {name: x[:2] for name, x in inputs.items()} if isinstance(inputs, dict) else inputs[:2]
     started = time.perf_counter()

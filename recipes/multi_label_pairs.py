@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTImageProcessorFast, pipeline
+from transformers import ViTImageProcessor, pipeline
 
 import ee_surgery as ee
 from ee_surgery.evaluation.latency import environment
@@ -69,7 +69,7 @@ def fine_tuned(train: ee.AugmentedBatches, epochs: int, steps: int | None, where
 
 def by_pipeline(branched: ee.EarlyExitModel, images: Tensor, mean: Tensor, std: Tensor) -> list[set[int]]:
     """The labels that `pipeline` finds in images (N, 3, 32, 64): its own post-processing takes a sigmoid of each."""
-    processor = ViTImageProcessorFast(
+    processor = ViTImageProcessor(
         do_resize=False, do_rescale=True, image_mean=mean.flatten().tolist(), image_std=std.flatten().tolist()
     )
     model: Any = EarlyExitForImageClassification.of(branched)

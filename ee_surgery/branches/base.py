@@ -113,7 +113,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.layout = point.layout
         self.prefix_tokens = point.prefix_tokens
-        self.classifier: nn.Module = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(width, num_classes)
         self.confidence = nn.Linear(width, 1) if confidence else None
 
     @abstractmethod
@@ -134,7 +134,7 @@ class Branch(nn.Module, ABC):
 
         Where the caller's own autocast is on, it picks types, and nothing is changed.
         """
-        own: torch.dtype = self.classifier.weight.dtype  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+        own = self.classifier.weight.dtype
         if features.dtype == own or torch.is_autocast_enabled(features.device.type):
             return features
         return features.to(own)
@@ -220,7 +220,7 @@ def build(
     def make() -> Branch:
         made = cls(point, num_classes, spec.confidence, **spec.options, **place)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if graph is not None and graph.backbone.task.scaled and not cls.copies:
-            made.classifier = Scaled(made.classifier, num_classes)
+            made.classifier = Scaled(made.classifier, num_classes)  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
     try:

@@ -304,8 +304,9 @@ def _probed(branched: EarlyExitModel, data: Data, samples: int, class_map: Class
         inputs, labels = unpack(batch)
         features, original = engine.features(place(inputs, *where))
         for rows, read, point in zip(kept, features, branched.plan.points, strict=True):
-            mask = read[1] if len(read) > 1 else None
-            rows.append(summary(read[0].float(), point.layout, point.prefix_tokens, mask).cpu())
+            own, *masks = read
+            mask = masks[0] if masks else None
+            rows.append(summary(own.float(), point.layout, point.prefix_tokens, mask).cpu())
         answers.append(original.float().cpu())
         if labels is not None:
             truth.append(task.hard(known(labels, len(original))).cpu())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import make_dataclass
+from dataclasses import fields, make_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -388,12 +388,11 @@ class _EarlyExitForAnswers(PreTrainedModel):
         return self.branched.push_to_hub(repo_id, **hub)
 
 
-class EarlyExitForImageClassification(_EarlyExitForAnswers):
-    """An image classifier with early exits, on a base from timm, transformers or plain torch."""
+class _EarlyExitForPictures(_EarlyExitForAnswers):
+    """Reads pictures."""
 
     main_input_name = "pixel_values"
     input_modalities = "image"
-    answers_with = ImageClassifierOutput
 
     def forward(
         self,
@@ -402,11 +401,11 @@ class EarlyExitForImageClassification(_EarlyExitForAnswers):
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Classify; samples leave early according to the operating point.
+        """Answer; samples leave early according to the operating point.
 
         Args:
             pixel_values: shape (B, 3, H, W), or whatever the base's main input is.
-            labels: class numbers (B,), or multi-hot (B, C) for a multi-label base: the loss is returned. In training
+            labels: of the task, see `Task.check_target`; class numbers (B,), say: the loss is returned. In training
                 mode, and wherever no operating point is set, it is that of all exits, as `train_config` says, and no
                 samples leave; else that of the answers.
             return_dict: False: a tuple.
@@ -414,12 +413,18 @@ class EarlyExitForImageClassification(_EarlyExitForAnswers):
         Returns:
             The base's output class with `loss`, `logits` and also `exit_index`, `score` and `macs`, each (B,); see
             `ExitOutput`. In eval mode with labels and without an operating point also `exit_logits` (B, K, C) of all
-            exits, the original's last, for `ee_surgery.integrations.exit_metrics`.
+            exits where answers are vectors, the original's last, for `ee_surgery.integrations.exit_metrics`.
         Raises:
             ConfigError: in training mode without labels, which Trainer removes for label smoothing, for example.
         """
         main = () if pixel_values is None else (pixel_values,)
         return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
+
+
+class EarlyExitForImageClassification(_EarlyExitForPictures):
+    """An image classifier with early exits, on a base from timm, transformers or plain torch."""
+
+    answers_with = ImageClassifierOutput
 
 
 class EarlyExitForSequenceClassification(_EarlyExitForAnswers):
@@ -452,32 +457,6 @@ class EarlyExitForSequenceClassification(_EarlyExitForAnswers):
         own = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
         main = () if input_ids is None else (input_ids,)
         return self._answer(main, {**own, **inputs}, labels, return_dict)  # pyright: ignore[reportCallIssue]
-
-
-class _EarlyExitForPictures(_EarlyExitForAnswers):
-    """Reads pictures, answers otherwise than with classes."""
-
-    main_input_name = "pixel_values"
-    input_modalities = "image"
-
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **inputs: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
-        """Answer; samples leave early according to the operating point.
-
-        Args:
-            pixel_values: as for images; `labels`: of the task, see `Task.check_target`.
-            return_dict: False: a tuple.
-            inputs: other inputs of the base, by name.
-        Returns:
-            The base's output class with `loss`, `exit_index`, `score` and `macs`, each (B,).
-        """
-        main = () if pixel_values is None else (pixel_values,)
-        return self._answer(main, inputs, labels, return_dict)  # pyright: ignore[reportCallIssue]
 
 
 class EarlyExitForSemanticSegmentation(_EarlyExitForPictures):
@@ -528,9 +507,10 @@ class _NotToLearnFrom(torch.autograd.Function):
 def _with_exits(answer: type[ModelOutput]) -> type[ModelOutput]:
     """The output class of a base with more fields at the end."""
     more = ("loss", "exit_index", "score", "macs", "exit_logits")
-    fields = [(name, "Tensor | None", None) for name in more if name not in answer.__dataclass_fields__]
+    own = {field.name for field in fields(answer)}  # pyright: ignore[reportArgumentType]
+    added = [(name, "Tensor | None", None) for name in more if name not in own]
     name = f"EarlyExit{answer.__name__}"
-    return make_dataclass(name, fields, bases=(answer,), namespace={"__module__": __name__})
+    return make_dataclass(name, added, bases=(answer,), namespace={"__module__": __name__})
 
 
 def _device(device_map: Any) -> torch.device:
