@@ -483,7 +483,7 @@ def risk_hazards() -> Iterator[Hazard]:
     yield from each("risk", ("disagreemnt", None, 3), control("risk"), NAME, "risk")
     yield from each("method", ("ltt", "ltt-paired", 3), control("method"), CONFIG, "Method")
     yield from each("per_exit", NOT_FLAGS, control("per_exit"), CONFIG, "per_exit")
-    yield from each("risk score", ("maxprob", None, 3), control("score"), NAME, "score")
+    yield from each("risk score", ("maxprob", 3), control("score"), NAME, "score")
     yield from each("risk seed", (-1, "x", None, 0.5), control("seed"), CONFIG, "seed")
     yield Hazard("risk without labels", lambda: ee.risk_control(W.bare, 0.2, risk="accuracy_gap"), DATA, "labels")
     check = ee.check_certificate

@@ -411,7 +411,7 @@ def test_pulling_copies_only_the_adapter_s_own_files(
     (folder / ".env").write_text(SECRET)
     _link(CARD, "ssh/key")(folder, victim)
     _link("more", "")(folder, victim)
-    monkeypatch.setattr(cli, "fetch", lambda name, revision=None: folder)
+    monkeypatch.setattr("ee_surgery.share.hub.fetch", lambda name, revision=None: folder)
     with pytest.warns(UserWarning, match="README.md is left out"):
         done = CliRunner().invoke(cli.app, ["pull", "user/name", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
