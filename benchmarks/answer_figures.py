@@ -3,7 +3,7 @@
     python -m benchmarks.answer_figures segmentation runs/camvid/espnet
     python -m benchmarks.answer_figures embeddings runs/embeddings/resnet56-gallery-0
     python -m benchmarks.answer_figures multi_label runs/multi_label_pairs
-    python -m benchmarks.answer_figures regression            # trains for a minute
+    python -m benchmarks.answer_figures regression            # trains first
 
 Folders are those that the recipes wrote. Maps alone are shown of CamVid, whose licence excludes commercial use.
 """

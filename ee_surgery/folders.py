@@ -19,6 +19,7 @@ from ee_surgery.data.labels import class_numbers
 from ee_surgery.errors import ConfigError, DataError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.share.processor import ProcessorTransform, picture_transform
+from ee_surgery.task import fits
 
 IMAGES, MASKS = "images", "masks"
 _MASK_MODES = ("1", "L", "P", "I", "I;16")
@@ -35,8 +36,8 @@ def pictures(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
     """
     backbone = model.engine.backbone if isinstance(model, EarlyExitModel) else Backbone(model)
     transform = model.transform() if isinstance(model, EarlyExitModel) else picture_transform(backbone)
-    if backbone.task.rank == 4:
-        masked = Masked(folder, transform, backbone.num_classes)
+    if fits(("segmentation",), backbone.task):
+        masked = Masked(folder, transform)
         return without_labels(masked) if unlabelled else masked
     from torchvision.datasets import ImageFolder
 
@@ -55,15 +56,14 @@ class Masked(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         transform: from a picture to pixels; an image processor that takes `segmentation_maps` prepares masks too.
-        classes: of the model; only to say what masks hold.
     Raises:
         DataError: there are no pictures, or some have no mask.
     """
 
-    def __init__(self, folder: Path, transform: Callable[[Image.Image], Tensor], classes: int) -> None:
+    def __init__(self, folder: Path, transform: Callable[[Image.Image], Tensor]) -> None:
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
-        self.transform, self.classes = transform, classes
+        self.transform = transform
         own = {path.stem: path for path in sorted((folder / IMAGES).glob("*")) if path.suffix.lower() in IMG_EXTENSIONS}
         masks = {path.stem: path for path in sorted((folder / MASKS).glob("*"))}
         if not own:
