@@ -185,7 +185,10 @@ def estimate(
         samples: of the data to read at most.
         max_accuracy_drop: at which the probes' cost is told, in [0, 1]; 0.01 is one percentage point.
         seconds: about how long to time each batch size.
-        sample, opaque, output, task: see `inspect`.
+        sample: see `inspect`.
+        opaque: see `inspect`.
+        output: see `inspect`.
+        task: see `inspect`.
         class_map: as for `record`.
     Raises:
         CaptureError, ExitPointError, BranchError: as for `augment`.
