@@ -31,8 +31,9 @@ from benchmarks.methods import TASKS
 from benchmarks.methods_compare import GRID, LOW, append, read, realised
 from benchmarks.tables import table
 from ee_surgery.calibration.search import best_score
+from ee_surgery.evaluation.compare import both_ways
 from ee_surgery.search.exit_search import TRIED
-from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits, pictures, right
+from recipes.cifar10_resnet56 import Requests, network, over_splits, pictures, right
 from recipes.cifar10_shortcuts import EXITS, SIZE
 
 RUNS = Path("runs/frontier")

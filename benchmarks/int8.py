@@ -30,11 +30,12 @@ from torchvision.transforms import v2
 
 import ee_surgery as ee
 from benchmarks.releases import compare
+from ee_surgery.evaluation.compare import both_ways
 from ee_surgery.evaluation.latency import environment
 from ee_surgery.export.int8 import file_records
 from ee_surgery.onnx import OnnxModel
 from recipes import data
-from recipes.cifar10_resnet56 import Requests, both_ways, network, over_splits
+from recipes.cifar10_resnet56 import Requests, network, over_splits
 
 RANGES, SIZE = 256, 160
 NEVER = float("inf")

@@ -25,9 +25,9 @@ import ee_surgery as ee
 from benchmarks.methods import BATCH, COMMON, PASSES, TASKS
 from benchmarks.methods_compare import append, read, realised
 from benchmarks.tables import table
+from ee_surgery.evaluation.compare import both_ways
 from ee_surgery.search.exit_search import shortlist
 from ee_surgery.search.exit_subset import Costs
-from recipes.cifar10_resnet56 import both_ways
 
 RUNS = Path("runs/placement")
 RESULTS = Path("benchmarks/results/placement.jsonl")

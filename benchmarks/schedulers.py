@@ -27,8 +27,8 @@ from benchmarks.tables import table
 from ee_surgery.calibration.correctness import ChanceOfBeingRight
 from ee_surgery.calibration.eenet import eenet_scheduler
 from ee_surgery.calibration.failure import failure_auroc
+from ee_surgery.evaluation.compare import both_ways
 from ee_surgery.policies.exit_costs import exit_costs
-from recipes.cifar10_resnet56 import both_ways
 
 RESULTS = Path("benchmarks/results/schedulers.jsonl")
 PAGE = Path("docs/schedulers.md")

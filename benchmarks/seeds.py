@@ -25,8 +25,9 @@ import ee_surgery as ee
 from benchmarks.methods_compare import append, read
 from benchmarks.tables import table
 from ee_surgery.calibration.profile import processor
+from ee_surgery.evaluation.compare import both_ways
 from ee_surgery.policies.exit_costs import exit_costs
-from recipes.cifar10_resnet56 import both_ways, network, pictures, right
+from recipes.cifar10_resnet56 import network, pictures, right
 
 RUNS = Path("runs/seeds")
 RESULTS = Path("benchmarks/results/seeds.jsonl")

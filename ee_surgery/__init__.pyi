@@ -10,7 +10,7 @@ from .calibration.failure import failure_auroc
 from .calibration.frontier import Frontier
 from .calibration.methods import CALIBRATORS
 from .calibration.profile import Profile
-from .calibration.records import ExitRecords
+from .calibration.records import ExitRecords, replay_point
 from .calibration.risk import RISKS, check_certificate, risk_control
 from .calibration.search import realised_drop
 from .calibration.temperature import scale_temperatures
@@ -35,9 +35,11 @@ from .errors import (
 from .evaluation.bench import Bench, Measurement, bench, measure
 from .evaluation.calibrate import calibrate
 from .evaluation.check_export import check_export
+from .evaluation.compare import Comparison, compare
 from .evaluation.engines import ENGINES
 from .evaluation.estimate import Estimate, estimate
 from .evaluation.evaluate import Evaluation, evaluate
+from .evaluation.plot import plot
 from .evaluation.profile import profile
 from .evaluation.record import record
 from .evaluation.verdict import Verdict, verdict
@@ -96,6 +98,7 @@ __all__ = [
     "CaptureError",
     "Certificate",
     "Classification",
+    "Comparison",
     "ConfigError",
     "DataError",
     "EarlyExitModel",
@@ -149,6 +152,7 @@ __all__ = [
     "check_certificate",
     "check_export",
     "class_thresholds",
+    "compare",
     "eenet_scheduler",
     "estimate",
     "evaluate",
@@ -158,10 +162,12 @@ __all__ = [
     "inspect",
     "measure",
     "place",
+    "plot",
     "profile",
     "prune_exits",
     "realised_drop",
     "record",
+    "replay_point",
     "risk_control",
     "scale_temperatures",
     "search_exits",

@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 import ee_surgery as ee
 from ee_surgery.evaluation.bench import measure
+from ee_surgery.evaluation.compare import both_ways
 from ee_surgery.evaluation.latency import environment, interleave
 from recipes import data
 from recipes.networks import CifarResNet
@@ -177,15 +178,6 @@ def right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 25
     """Which of the images (N, 3, H, W) a network gets right, bool (N,)."""
     with torch.no_grad():
         return torch.cat([model(batch).argmax(-1) for batch in images.split(batch_size)]) == labels
-
-
-def both_ways(n: int, pairs: int = 10) -> list[tuple[Tensor, Tensor]]:
-    """Halves of n samples, to choose on and to report: `pairs` random splits, and each the other way round.
-
-    Halves are complements: if one is easier than average, the other is harder. Over both ways this cancels.
-    """
-    halves = [torch.randperm(n, generator=torch.Generator().manual_seed(i)).chunk(2) for i in range(pairs)]
-    return [split for first, second in halves for split in ((first, second), (second, first))]
 
 
 def over_splits(

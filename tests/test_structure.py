@@ -18,7 +18,7 @@ from tests import ROOT
 PACKAGE = Path(ee.__file__).parent
 # The data flow, top to bottom; a file imports only from its own room and those above.
 ROOMS = [
-    "names", "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
+    "names", "text", "errors", "registry", "checks", "files", "tables", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
     "export", "model", "attachment", "training", "evaluation", "search",
     "presets", "pipeline", "integrations", "folders", "demo", "cli",

@@ -22,7 +22,7 @@ from ee_surgery.checks import accuracy_drop, instance, names, numbers, positive,
 from ee_surgery.errors import DataError, OperatingPointError
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import NEVER, ThresholdPolicy
-from ee_surgery.tables import table
+from ee_surgery.tables import Tabular, table
 from ee_surgery.task import CLASSIFICATION, TASKS, require
 from ee_surgery.text import visible
 
@@ -34,7 +34,7 @@ _LEVELS = "(eps, delta): with confidence 1 - delta, at most a fraction eps of ne
 
 
 @dataclass(frozen=True)
-class Frontier(Sequence[OperatingPoint]):
+class Frontier(Tabular, Sequence[OperatingPoint]):
     """Pareto-optimal operating points in expected accuracy and cost, from the cheapest to the most expensive.
 
     Cost is mean MACs, or with a profile mean time. Costs, shares and `accuracy` are those of exits actually taken on
@@ -98,13 +98,13 @@ class Frontier(Sequence[OperatingPoint]):
         points = [*points, replace(replay_point(records, never, "never"), expected_accuracy=records.base_accuracy)]
         if profile is not None:
             points = [profile.timed(records, point) for point in points]
-        own, best = [*records.branch_macs, 0], _best(points)
+        best = _best(points)
         return cls(
             points=best,
             base_accuracy=records.base_accuracy,
             exits=(*records.exits, "original"),
             exit_accuracies=tuple(records.accuracies),
-            exit_macs=tuple((t + b) / records.base_macs for t, b in zip(records.trunk_macs, own, strict=True)),
+            exit_macs=tuple(records.exit_macs),
             labelled=records.labelled,
             task=records.task.name,
             profile=profile,
@@ -194,6 +194,11 @@ class Frontier(Sequence[OperatingPoint]):
         return TASKS.get(self.task, CLASSIFICATION).measure
 
     @property
+    def what(self) -> str:
+        """What is measured: `measure` where there were labels, else agreement with the original."""
+        return self.measure if self.labelled else "agreement with the original"
+
+    @property
     def _what(self) -> str:
         return self.measure if self.labelled else "agreement"
 
@@ -238,8 +243,23 @@ class Frontier(Sequence[OperatingPoint]):
             rows,
         )
 
-    def __rich_console__(self, console: object, options: object):
-        yield self.table()
+    def rows(self) -> list[dict[str, Any]]:
+        """Every operating point, cheapest first: accuracies in [0, 1], cost, score, thresholds and shares per exit."""
+        return [
+            {
+                "accuracy": p.accuracy,
+                "expected_accuracy": p.expected_accuracy,
+                "expected_drop": self.base_accuracy - p.expected_accuracy,
+                "macs_fraction": p.macs_fraction,
+                **({} if self.profile is None else {"latency_ms": p.latency_ms}),
+                "score": str(p.score),
+                "fallback": p.fallback,
+                "rule": p.rule,
+                **{f"threshold {name}": t for name, t in zip(self.exits, p.thresholds, strict=False)},
+                **{f"share {name}": share for name, share in zip(self.exits, p.exit_shares, strict=True)},
+            }
+            for p in self
+        ]
 
     def milestones(self, drops: Sequence[float] = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)) -> list[OperatingPoint]:
         """The distinct points at some round accuracy drops, from the smallest drop to the largest."""
@@ -256,8 +276,7 @@ class Frontier(Sequence[OperatingPoint]):
             WriteError: the file cannot be written.
         """
         exits = list(zip(self.exits, self.exit_macs, self.exit_accuracies, strict=True))[:-1]
-        what = self.measure if self.labelled else "agreement with the original"
-        return plot_frontier(self.points, exits, self.base_accuracy, what, path)
+        return plot_frontier(self.points, exits, self.base_accuracy, self.what, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, and the tensors of fitted scores."""

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from ee_surgery.policies.exit_costs import exit_costs
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.policies.policy import ThresholdPolicy, certainty
 from ee_surgery.policies.scores import FittedScore, ScoreOf, State, sound
+from ee_surgery.tables import Tabular, table
 from ee_surgery.task import CLASSIFICATION, Task, as_task, stored_task
 
 FORMAT_VERSION = 2
@@ -85,7 +87,7 @@ class Replay(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ExitRecords:
+class ExitRecords(Tabular):
     """What all K exits (the original's head last) answered to N held-out samples, and what each answer is worth.
 
     Without labels, the original's own answer stands for the truth, and accuracy means agreement with it. Thresholds are
@@ -222,6 +224,35 @@ class ExitRecords:
     def base_accuracy(self) -> float:
         """Of the original."""
         return self.accuracies[-1]
+
+    @property
+    def exit_macs(self) -> list[float]:
+        """Cost of leaving at each exit as a fraction of the original's MACs, counting only that exit's own branch."""
+        early = [trunk + branch for trunk, branch in zip(self.trunk_macs, self.branch_macs, strict=False)]
+        return [cost / self.base_macs for cost in (*early, self.base_macs)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One per sample and exit, K N of them: outcome, agreement with the original and certainty, of one class also
+        the answer and the label, and the cost of leaving there with that exit's branch alone."""
+        one = self.target.ndim == 1 and self.logits is not None and self.task.chooses
+        columns = {"outcome": self.outcomes, "agreement": self.agreement, "certainty": self.certainty}
+        if one:
+            answers = self.recorded_logits().argmax(-1)
+            columns |= {"answer": answers, "label": self.target.expand_as(answers)}
+        values, costs = {name: tensor.tolist() for name, tensor in columns.items()}, self.exit_macs
+        return [
+            {"sample": i, "exit": name, "macs_fraction": costs[k], **{key: all[k][i] for key, all in values.items()}}
+            for i in range(len(self))
+            for k, name in enumerate((*self.exits, "original"))
+        ]
+
+    def table(self) -> Table:
+        """Each exit alone: its cost, with its branch, and the mean outcome."""
+        what = self.task.measure if self.labelled else "agreement"
+        each = zip((*self.exits, "original"), self.exit_macs, self.accuracies, strict=True)
+        rows = [[name, f"{cost:.1%}", f"{accuracy:.2%}"] for name, cost, accuracy in each]
+        columns: dict[str, Literal["left", "right"]] = {"exit": "left", "MACs": "right", what: "right"}
+        return table(f"Each exit alone, {len(self)} samples", "", columns, rows)
 
     def scores(self, which: str | FittedScore) -> Tensor:
         """The score of every branch for every sample, (K - 1, N); -inf where it or what it reads is not finite.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
@@ -25,7 +24,7 @@ from ee_surgery.evaluation.engines import ENGINES, Served, served
 from ee_surgery.evaluation.latency import environment, interleave
 from ee_surgery.files import atomic_write
 from ee_surgery.model import EarlyExitModel
-from ee_surgery.tables import table
+from ee_surgery.tables import Tabular, table
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Bench(Sequence[Measurement]):
+class Bench(Tabular, Sequence[Measurement]):
     """Several engines and batch sizes, side by side."""
 
     model: str
@@ -92,9 +91,6 @@ class Bench(Sequence[Measurement]):
         caption = f"{self[0].samples} samples x {self[0].rounds} interleaved rounds; {self[0].environment}"
         return table(self.model, caption, {head: "left" if head == "engine" else "right" for head in heads}, rows)
 
-    def __rich_console__(self, console: object, options: object):
-        yield self.table()
-
     def rows(self) -> list[dict[str, Any]]:
         """Plain data, two rows per measurement, by the names of timm's benchmark script where it has them."""
         return [
@@ -124,16 +120,14 @@ class Bench(Sequence[Measurement]):
             ConfigError: another suffix.
             WriteError: it cannot be written.
         """
-        path, rows = Path(path), self.rows()
-        if path.suffix not in (".csv", ".json"):
+        path = Path(path)
+        if path.suffix == ".csv":
+            self.to_csv(path)
+        elif path.suffix == ".json":
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(self.rows(), indent=2))
+        else:
             raise ConfigError(f"Results are written as .csv or .json, not {path.name!r}.")
-        with atomic_write(path) as partial, partial.open("w", newline="") as file:
-            if path.suffix == ".json":
-                json.dump(rows, file, indent=2)
-            else:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
 
 
 def bench(

@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from ee_surgery.placement import ExitPlan
 from ee_surgery.placement import place as place_exits
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.runtime.engine import eval_mode
-from ee_surgery.tables import table
+from ee_surgery.tables import as_text, table
 from ee_surgery.task import Task
 
 Answer: TypeAlias = Literal["go", "perhaps", "no-go"]
@@ -149,10 +148,7 @@ class Estimate:
         return table(title, "", columns, rows)
 
     def __str__(self) -> str:
-        console = Console(width=160)
-        with console.capture() as written:
-            console.print(self.table())
-        return f"{written.get().rstrip()}\n{self.answer}: {self.reason}"
+        return f"{as_text(self.table())}\n{self.answer}: {self.reason}"
 
 
 def estimate(

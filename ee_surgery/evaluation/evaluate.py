@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from ee_surgery.checks import instance
@@ -18,6 +19,7 @@ from ee_surgery.data.recording import all_or_none, home, labelled_rows
 from ee_surgery.evaluation.record import processes
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.operating_point import describe
+from ee_surgery.tables import Tabular, table
 from ee_surgery.task import Task
 from ee_surgery.text import visible
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Tabular):
     """Results of a branched model on data, run with early exit."""
 
     accuracy: float
@@ -48,6 +50,19 @@ class Evaluation:
     """What `accuracy` is of this model's task, see `Task.measure`: of several labels, the mean share that is right."""
     measures: Mapping[str, float] = field(default_factory=dict)
     """What else the task measures on labelled data, where it is defined; `original_` and the name: of the original."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One per exit: its share of the samples, and their accuracy."""
+        each = zip(self.exits, self.exit_shares, self.exit_accuracies, strict=True)
+        return [{"exit": name, "share": share, "accuracy": accuracy} for name, share, accuracy in each]
+
+    def table(self) -> Table:
+        """The exits, under the results of all samples."""
+        head, *_ = str(self).splitlines()
+        columns: dict[str, Literal["left", "right"]] = {"exit": "left", "share": "right", self.measure: "right"}
+        each = zip(self.exits, self.exit_shares, self.exit_accuracies, strict=True)
+        rows = [[name, f"{share:.1%}", "-" if right is None else f"{right:.2%}"] for name, share, right in each]
+        return table(head.partition("; ")[0], "", columns, rows)
 
     def __str__(self) -> str:
         what = self.measure if self.labelled else "agreement"

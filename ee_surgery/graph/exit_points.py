@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table
 from torch import fx
@@ -16,7 +17,7 @@ from ee_surgery.graph.features import Features, Layout
 from ee_surgery.graph.liveness import Liveness
 from ee_surgery.graph.nodes import op_name
 from ee_surgery.registry import suggest
-from ee_surgery.tables import table
+from ee_surgery.tables import Tabular, table
 from ee_surgery.text import plain, visible
 
 
@@ -50,7 +51,7 @@ class ExitPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelGraph:
+class ModelGraph(Tabular):
     """A captured model: its exit points and its cost. `print` it, or `rich.print` it for a table."""
 
     backbone: Backbone
@@ -127,6 +128,24 @@ class ModelGraph:
             for p in self.blocks
         ]
         return "\n".join([*lines, self.best_case()])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every position in program order, legal or not: what a branch would read there, and what it costs."""
+        return [
+            {
+                "exit": p.name,
+                "block": p.block,
+                "legal": p.legal,
+                "reason": p.reason,
+                "layout": p.layout,
+                "shape": "x".join(map(str, p.shape)),
+                "live": p.live,
+                "macs": p.macs,
+                "macs_fraction": p.macs_fraction,
+                "shortcut_from": self.shortcuts.get(p.name),
+            }
+            for p in sorted([*self.points, *self.illegal], key=lambda p: p.index)
+        ]
 
     def table(self, everything: bool = False) -> Table:
         """Exit points that end a block, or every position with the reasons for illegal ones."""

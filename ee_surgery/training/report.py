@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.tables import Tabular, table
 from ee_surgery.training.speed import Speed
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class TrainReport:
+class TrainReport(Tabular):
     """Results of a training run."""
 
     exits: tuple[str, ...]
@@ -51,6 +54,30 @@ class TrainReport:
         """Last validation accuracy by exit, the original's head as `original`."""
         last = self.epochs[-1].accuracies if self.epochs else ()
         return dict(zip((*self.exits, "original"), last)) if last else {}  # noqa: B905 (same length by construction)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One per epoch: loss, validation accuracy of each exit, seconds, steps skipped."""
+        names = [f"accuracy {name}" for name in (*self.exits, "original")]
+        return [
+            {
+                "epoch": epoch.epoch + 1,
+                "loss": epoch.loss,
+                **dict(zip(names, epoch.accuracies or [None] * len(names), strict=True)),
+                "seconds": epoch.seconds,
+                "skipped": epoch.skipped,
+                "images_per_second": epoch.speed and epoch.speed.images_per_second,
+            }
+            for epoch in self.epochs
+        ]
+
+    def table(self) -> Table:
+        """The same numbers, rounded."""
+        exits = [*self.exits, "original"] if any(epoch.accuracies for epoch in self.epochs) else []
+        rows = [
+            [str(e.epoch + 1), f"{e.loss:.4f}", *(f"{a:.2%}" for a in e.accuracies), f"{e.seconds:.0f}"]
+            for e in self.epochs
+        ]
+        return table("Training", "", dict.fromkeys(["epoch", "loss", *exits, "seconds"], "right"), rows)
 
     def __str__(self) -> str:
         return "\n".join(describe(epoch) for epoch in self.epochs)
