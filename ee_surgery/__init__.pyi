@@ -42,6 +42,7 @@ from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.plot import plot
 from .evaluation.profile import profile
 from .evaluation.record import record
+from .evaluation.report import report
 from .evaluation.verdict import Verdict, verdict
 from .export.verify import ExportCheck
 from .graph.exit_points import ExitPoint, ModelGraph
@@ -168,6 +169,7 @@ __all__ = [
     "realised_drop",
     "record",
     "replay_point",
+    "report",
     "risk_control",
     "scale_temperatures",
     "search_exits",

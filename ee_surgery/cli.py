@@ -5,6 +5,7 @@ torch and what needs it are imported where a command runs, so that `--help` and 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -202,6 +203,8 @@ def augment(
         )
         branched.save_pretrained(out)
         shutil.rmtree(training, ignore_errors=True)
+        if importlib.util.find_spec("matplotlib") is not None:
+            ee.report(branched, out / "report.html")
         if branched.frontier is not None:
             console.print(branched.frontier)
         _say(f"exits at {', '.join(map(visible, branched.exits))}\noriginal {branched.receipt()}\nwrote {out}")
@@ -276,17 +279,13 @@ def bench(
 ) -> None:
     """Time an adapter against its original on one or more engines, interleaved, on real images."""
     with _errors():
-        import torch
-
         from ee_surgery.checks import count
 
         _set_threads(threads)
         sizes = _sizes(batch_size)
         samples = count("--samples", samples, low=max(sizes))
         branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        pictures = _pictures(branched, data, unlabelled=True)
-        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
-        inputs = torch.stack([pictures[int(i)] for i in order])
+        inputs = _drawn(_pictures(branched, data, unlabelled=True), samples)
         found = ee.bench(branched, inputs, engines=engines.split(","), batch_sizes=sizes)
         console.print(found)
         if results is not None:
@@ -315,6 +314,35 @@ def export(
         held_out = None if calibrate is None else _pictures(branched, calibrate, unlabelled)
         layout = "stages" if stages else "file"
         _say(f"wrote {branched.export(out, layout=layout, quantize=quantize, calibrate=held_out)}")
+
+
+@app.command(epilog="Example: ee-surgery report runs/adapter --data test --bench")
+def report(
+    adapter: Adapter,
+    out: Annotated[Optional[Path], typer.Option(help="HTML file; default: report.html in the adapter folder.")] = None,  # noqa: UP045
+    data: MaybeImages = None,
+    max_accuracy_drop: Drop = None,
+    budget: Budget = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Time it too, on images of --data, batch sizes 1 and 32.")
+    ] = False,
+    batch_size: BatchSize = 64,
+    unlabelled: Unlabelled = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Write one HTML file that shows it: frontier with a slider, exits, and with images who leaves where."""
+    with _errors():
+        if bench and data is None:
+            raise ee.ConfigError("--bench needs images to time: --data.")
+        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
+        pictures = None if data is None else _pictures(branched, data, unlabelled)
+        timed = None
+        if bench and data is not None:
+            timed = ee.bench(branched, _drawn(_pictures(branched, data, unlabelled=True), 64), batch_sizes=(1, 32))
+        _say(
+            f"wrote {ee.report(branched, out or adapter / 'report.html', pictures, bench=timed, batch_size=batch_size)}"
+        )
 
 
 @app.command(epilog="Example: ee-surgery card runs/adapter --license apache-2.0 --dataset cifar10")
@@ -420,6 +448,14 @@ def _pictures(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
     from ee_surgery.folders import pictures
 
     return pictures(model, folder, unlabelled)
+
+
+def _drawn(pictures: Any, samples: int) -> Any:
+    """This many of the pictures, at random but always the same."""
+    import torch
+
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:samples]
+    return torch.stack([pictures[int(i)] for i in order])
 
 
 def _sizes(text: str) -> list[int]:

@@ -52,12 +52,11 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     console.rule("save: branches only")
     folder = branched.save_pretrained(out / "adapter")
     frontier.plot(out / "frontier.png")
+    page = ee.report(branched, out / "report.html", test)
     again = ee.from_pretrained(folder, model)
     same = torch.equal(again.predict(test.tensors[0]).logits, branched.predict(test.tensors[0]).logits)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    console.print(
-        f"adapter of {size:.2f} MB in {folder}, plot in {out / 'frontier.png'}; same logits after loading: {same}"
-    )
+    console.print(f"adapter of {size:.2f} MB in {folder}, report in {page}; same logits after loading: {same}")
     console.print(f"original {branched.receipt()}")
     if not (same and branched.receipt().unchanged):
         raise SurgeryError("The demo failed: the logits or the original changed, see above.")

@@ -163,6 +163,8 @@ def report(trained: ee.TrainReport, requests: Requests, options: argparse.Namesp
     branched.operate(max_accuracy_drop=0.01)
     branched.save_pretrained(options.out / "adapter")
     frontier.plot(options.out / "frontier.png")
+    unseen = [(test[rows], truth[rows]) for rows in splits[0][1].split(250)]
+    ee.report(branched, options.out / "report.html", unseen)
     console.print(f"Original {branched.receipt()}.")
     console.save_text(str(options.out / "report.md"))
 

@@ -531,6 +531,7 @@ class _Run:
             "joint": self.joint,
             "batch_size": self.batch_size,
             "samples": self.samples,
+            "losses": [epoch.loss for epoch in self.report.epochs],
             "seconds": sum(epoch.seconds for epoch in self.report.epochs),
             "processes": self.processes.number,
             "device": self.accelerator.device.type,
