@@ -71,6 +71,9 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
         *weights,
     )
     assert [line.split(",")[5] for line in results.read_text().splitlines()[1:]] == ["1", "1", "2", "2"]
+    assert "report.html" in _run("report", adapter, "--data", pictures, *weights)
+    assert "Classes" in (tmp_path / "adapter" / "report.html").read_text()
+    assert "needs images" in _run("report", adapter, "--bench", *weights, code=1)
     out = _run("export", adapter, str(tmp_path / "int8.onnx"), "--quantize", "int8", *weights, code=1)
     assert "calibrate=, held-out data, together" in " ".join(out.split())
     assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
@@ -123,7 +126,7 @@ def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest
     for command in ("inspect", "augment"):
         example = _run(command, "--help").split("Example: ")[1].splitlines()[0]
         _run(*shlex.split(example)[1:])
-    for command in ("calibrate", "evaluate", "bench", "export", "card", "push", "pull", "demo"):
+    for command in ("calibrate", "evaluate", "bench", "export", "report", "card", "push", "pull", "demo"):
         assert f"Example: ee-surgery {command}" in _run(command, "--help")
 
 
