@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_surgery.backbone.answers import OutputKey
-from ee_surgery.backbone.base import Sample
+from ee_surgery.backbone.base import Sample, digest_of
 from ee_surgery.backbone.refusals import check_weights
 from ee_surgery.branches import BranchSpec, known, resolve
 from ee_surgery.branches.base import BRANCHES, Branch, build
@@ -24,6 +24,7 @@ from ee_surgery.graph.features import Layout
 from ee_surgery.graph.inspection import inspect
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.placement import ExitPlan
+from ee_surgery.share.provenance import ATTACHED
 from ee_surgery.share.weights import Weights
 from ee_surgery.task import Task, fits, require
 
@@ -84,7 +85,9 @@ def attach(
             for depth, (spec, point) in enumerate(zip(given, plan.points, strict=True))
         ]
         bank = BranchBank([made for _, made in built], _head(graph))
-    return EarlyExitModel(graph, plan, [spec for spec, _ in built], bank)
+    made = EarlyExitModel(graph, plan, [spec for spec, _ in built], bank)
+    made.provenance[ATTACHED] = dict(zip(made.exits, map(digest_of, made.branches), strict=True))
+    return made
 
 
 @torch.inference_mode(False)

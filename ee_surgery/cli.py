@@ -207,7 +207,10 @@ def augment(
             ee.report(branched, out / "report.html")
         if branched.frontier is not None:
             console.print(branched.frontier)
-        _say(f"exits at {', '.join(map(visible, branched.exits))}\noriginal {branched.receipt()}\nwrote {out}")
+        untrained = f"\nuntrained: {', '.join(map(visible, branched.untrained))}" if branched.untrained else ""
+        _say(
+            f"exits at {', '.join(map(visible, branched.exits))}{untrained}\noriginal {branched.receipt()}\nwrote {out}"
+        )
 
 
 @app.command(epilog="Example: ee-surgery calibrate runs/adapter --data held_out --max-accuracy-drop 0.01")

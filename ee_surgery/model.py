@@ -28,6 +28,7 @@ from ee_surgery.runtime.engine import Engine
 from ee_surgery.runtime.router import ExitOutput
 from ee_surgery.share.state import AdapterState
 from ee_surgery.task import Task
+from ee_surgery.text import visible
 
 _SHAPES_THE_ANSWER = frozenset({"labels", "return_dict", "output_attentions", "output_hidden_states"})
 
@@ -80,6 +81,19 @@ class EarlyExitModel(ServedModel):
     def task(self) -> Task:
         """What its answers are."""
         return self.engine.backbone.task
+
+    def __repr__(self) -> str:
+        whole, untrained = self.trunk_macs[-1], self.untrained
+        each = zip(self.exits, self.specs, self.trunk_macs, self.branch_macs, strict=False)
+        lines = [
+            f"  {visible(name):32} {trunk / whole:6.1%} + {branch / whole:5.1%}  {visible(spec.name)}"
+            f"{', untrained' if name in untrained else ''}"
+            for name, spec, trunk, branch in each
+        ]
+        known = "" if self.frontier is None else f"; frontier of {len(self.frontier)} points"
+        point = "no operating point: no sample leaves early" if self.operating_point is None else self.operating_point
+        head = f"{type(self).__name__} of {visible(self.engine.backbone.model_id)}, {whole / 1e6:,.1f} MMACs; exits:"
+        return "\n".join([head, *lines, f"  {point}{known}"])
 
     @torch.inference_mode(False)  # weights that are copied in inference mode can never learn
     def copy(self) -> EarlyExitModel:

@@ -204,3 +204,23 @@ def test_printing_says_what_matters() -> None:
     receipt = ee.Receipt({"a": "1"}, {"a": "2"})
     assert "CHANGED: 1 of 1" in str(receipt)
     assert receipt.changed == ["a"]
+
+
+def test_branches_that_learned_nothing_are_named_until_they_learn(tmp_path: Path) -> None:
+    case = BY_NAME["cifar-resnet20"]
+    model = case.make()
+    x = case.sample(32)
+    made = ee.augment(model, 2, sample=x[:2])
+    assert made.untrained == made.exits
+    assert repr(made).count("untrained") == 2
+    with pytest.warns(ee.SurgeryWarning, match="untrained: their answers are random"):
+        ee.calibrate(made, [x])
+    card = (made.save_pretrained(tmp_path / "adapter") / "README.md").read_text()
+    assert "Untrained" in card
+    again = ee.from_pretrained(tmp_path / "adapter", model)
+    assert again.untrained == again.copy().untrained == made.exits
+    assert again.with_exits(made.exits[:1]).untrained == made.exits[:1]
+    ee.train(again, [x], ee.TrainConfig(epochs=1, teach="original", validation=0, progress=False))
+    assert again.untrained == []
+    assert "untrained" not in repr(again)
+    assert "Untrained" not in (again.save_pretrained(tmp_path / "adapter") / "README.md").read_text()

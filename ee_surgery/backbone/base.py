@@ -44,6 +44,12 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(header + data.numpy().tobytes()).hexdigest()
 
 
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 of the names and digests of all tensors of a module's state."""
+    lines = (f"{name} {digest(tensor)}" for name, tensor in module.state_dict().items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Identity:
     """The identity of a backbone, to find the same one again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,12 +15,13 @@ from ee_surgery.calibration.search import best_score
 from ee_surgery.checks import instance, names, renamed
 from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
-from ee_surgery.errors import ConfigError
+from ee_surgery.errors import ConfigError, SurgeryWarning
 from ee_surgery.evaluation.record import record
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.share.provenance import CALIBRATION
 from ee_surgery.task import require
+from ee_surgery.text import visible
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,6 +67,13 @@ def calibrate(
     instance("branched", branched, EarlyExitModel)
     require(f"The calibrator {method!r}", CALIBRATORS.property(method, "tasks"), branched.task)
     wanted = None if scores is None else _scores(branched, scores)
+    if untrained := branched.untrained:
+        warnings.warn(
+            f"The branches at {', '.join(map(visible, untrained))} are untrained: their answers are random, and so are "
+            "thresholds chosen on them. Train first: ee.train(branched, data), or ee.augment(..., train=).",
+            SurgeryWarning,
+            stacklevel=2,
+        )
     records = record(branched, data, batch_size=batch_size, accelerator=accelerator, class_map=class_map)
     costed = records if profile is None else instance("profile", profile, Profile).in_time(records)
     if method == "search" and wanted is None:

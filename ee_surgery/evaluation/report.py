@@ -82,7 +82,7 @@ def report(
         "model": visible(branched.engine.backbone.model_id),
         "exits": _exits(branched),
         "macs": branched.trunk_macs[-1],
-        "untrained": "training" not in state.provenance,
+        "untrained": branched.untrained,
         "receipt": str(branched.receipt()),
         "point": None if state.operating_point is None else str(state.operating_point),
         "training": _plain(state.provenance.get("training")),

@@ -325,6 +325,9 @@ def limits(config: AdapterConfig, frontier: Frontier | None) -> list[str]:
             f"The branches were trained on a base with fingerprint {code(other.get('trained_on'))} and then put on "
             "this one: earlier calibration results do not hold."
         )
+    untrained = config.provenance.get("untrained")
+    if isinstance(untrained, Sequence) and not isinstance(untrained, str) and untrained:
+        lines.append(f"Untrained, so that samples must not leave there: {', '.join(map(code, untrained))}.")
     point = frontier.points[0] if frontier is not None else config.operating_point
     if point is not None and point.samples:
         lines.append(

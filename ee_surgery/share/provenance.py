@@ -7,6 +7,8 @@ from typing import Any
 
 CALIBRATION, EVALUATION, TRAINING = "calibration", "evaluation", "training"
 STATED_BY, LOADED_FROM = "stated_by", "loaded_from"
+ATTACHED = "attached"
+"""SHA-256 of each branch as it was attached, by exit: those that are still so are untrained."""
 # Card fields about the branches. The others are about one repository and one evaluation.
 _FACTS = ("license", "datasets", "language", "tags", "pipeline_tag")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ee_surgery.backbone.answers import OutputKey
-from ee_surgery.backbone.base import Backbone, Sample
+from ee_surgery.backbone.base import Backbone, Sample, digest_of
 from ee_surgery.backbone.wrappers import unwrapped
 from ee_surgery.branches.base import BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
@@ -40,7 +40,7 @@ from ee_surgery.share.processor import (
     picture_transform,
     save_processor,
 )
-from ee_surgery.share.provenance import as_stated
+from ee_surgery.share.provenance import ATTACHED, as_stated
 from ee_surgery.share.state import AdapterState, Carried
 from ee_surgery.share.weights import Weights
 from ee_surgery.task import Task, as_task, stored_task
@@ -67,6 +67,15 @@ class SharedModel(nn.Module):
     """The image processor or tokenizer of transformers that was saved along, or will be."""
     frontier = Carried[Frontier | None]()
     """What `calibrate` found."""
+
+    @property
+    def untrained(self) -> list[str]:
+        """Exits whose branches still are, bit for bit, as they were attached; hashes them."""
+        began = self.state.provenance.get(ATTACHED)
+        if not isinstance(began, Mapping):
+            return []
+        each = zip(self.engine.plan.names, self.branches, strict=True)
+        return [name for name, branch in each if began.get(name) == digest_of(branch)]
 
     def receipt(self) -> Receipt:
         """Compare the original with when it was augmented: SHA-256 of every parameter and buffer, and its function."""
@@ -128,7 +137,8 @@ class SharedModel(nn.Module):
         receipt = self.receipt()
         # Of an original that was changed, the fingerprint is of before: what it computes now would not fit.
         probe = Probe.of(backbone, config.inputs, config.options) if receipt.unchanged else None
-        config = replace(config, provenance={**state.provenance, "receipt": str(receipt)}, probe=probe)
+        about_now = {"receipt": str(receipt), "untrained": self.untrained}
+        config = replace(config, provenance={**state.provenance, **about_now}, probe=probe)
         base = backbone.model if state.own_base else None
         with change_adapter(folder) as change:
             save_adapter(change, config, self.branches.state_dict(), state.frontier, base)

@@ -36,7 +36,7 @@ def test_it_holds_all_it_shows(model: ee.EarlyExitModel, tmp_path: Path) -> None
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
     for heading in ("Exits", "Frontier", "Latency", "On 64 samples", "Who leaves where", "Classes", "Reliability"):
         assert f">{heading}</h2>" in page, heading
-    assert "untrained" in page
+    assert "Untrained" in page
     points = json.loads(re.search(r"const points = (.*);", page)[1])  # pyright: ignore[reportOptionalSubscript]
     assert model.frontier is not None
     assert {point["macs"] for point in points} <= {point.macs_fraction for point in model.frontier}
