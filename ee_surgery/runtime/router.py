@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -153,14 +153,27 @@ class Router:
         leaving, staying = self._decide(k, flight)
         return leaving, None if staying is None else self._advance(k + 1, staying)
 
-    def original(self, live: Sequence[Tensor], k: int) -> Tensor:
-        """The original's own answer to samples behind exit k, (b, C, ...): the stages behind it run, no branch does.
+    def follow(self, waiting: Mapping[int, Sequence[tuple[Tensor, ...]]]) -> Tensor:
+        """The original's own answers to samples that left, (n, C, ...): only the stages behind their exits run.
 
+        Args:
+            waiting: of exits, the live tensors there of one or several groups of samples, compacted; of the last, what
+                the last stage gives. Those of later exits join on the way; what samples share is the same in all.
+        Returns:
+            In the order of the exits, and of the groups of each.
         Raises:
             Altered: as for a call.
         """
-        for stage in self.stages[k + 1 :]:
-            live = stage(*live)
+        live: tuple[Tensor, ...] = ()
+        for k, axes in enumerate([*self.axes[1:], [Axis(0)]]):
+            groups = [*([live] if live else []), *waiting.get(k, ())]
+            if len(groups) > 1:
+                joined = zip(axes, zip(*groups, strict=True), strict=True)
+                live = tuple(parts[0] if axis is None else axis.concat(parts) for axis, parts in joined)
+            elif groups:
+                live = groups[0]
+            if groups and k < self.last:
+                live = self.stages[k + 1](*live)
         return self._last(live)
 
     def _decide(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
