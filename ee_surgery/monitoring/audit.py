@@ -297,13 +297,18 @@ class Audit:
             said = [f"{self.branched.engine.backbone.model_id}: {alarm}" for alarm in raised]
             if self.path is not None and (raised or self.clock() - self._saved >= self.promise.period):
                 said += self._write(self.path, durable=bool(raised))
-        for alarm in raised if self.callback is not None else ():
-            try:
-                self.callback(alarm)  # pyright: ignore[reportOptionalCall]
-            except Exception as error:
-                said.append(f"The callback of an alarm failed: {type(error).__name__}: {error}")
+        said += [failed for alarm in raised if (failed := self._call(alarm))]
         for each in said:  # last: where warnings are errors, all else is done
             warnings.warn(each, SurgeryWarning, stacklevel=2)
+
+    def _call(self, alarm: Alarm) -> str:
+        """Tell the callback; what it raised, in words."""
+        try:
+            if self.callback is not None:
+                self.callback(alarm)
+        except Exception as error:
+            return f"The callback of an alarm failed: {type(error).__name__}: {error}"
+        return ""
 
     def _due(self, kind: Kind) -> bool:
         """Whether the evidence is enough, and there was no alarm of it since the bets began."""

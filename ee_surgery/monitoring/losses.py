@@ -133,13 +133,13 @@ class Losses:
             if len(values) != 2 + len(bets):
                 raise DataError(f"Losses of a limit of {limit:g} have {len(bets)} bets, not {len(values) - 2}.")
             count, total, grown = values[0], values[1], values[2:]
-            # log(1 + s (x - limit)) is concave in x: the chord from below, the tangent's mean from above
-            low = (count - total) * np.log1p(-bets * limit) + total * np.log1p(bets * (1 - limit))
-            high = count * np.log1p(bets * (total / max(count, 1) - limit))
-            slack = _ROUNDING * (1 + count)
-            if not (
-                count >= 1 and 0 <= total <= count and (low - slack <= grown).all() and (grown <= high + slack).all()
-            ):
+            possible = count >= 1 and 0 <= total <= count
+            if possible:  # log(1 + s (x - limit)) is concave in x: at least the chord, at most its value at the mean
+                low = (count - total) * np.log1p(-bets * limit) + total * np.log1p(bets * (1 - limit))
+                high = count * np.log1p(bets * (total / count - limit))
+                slack = _ROUNDING * count
+                possible = ((low - slack <= grown) & (grown <= high + slack)).all()
+            if not possible:
                 raise DataError(f"No losses have the sums of epoch {epoch}.")
             found.rows[epoch] = values
         logs = below["log_bets"]

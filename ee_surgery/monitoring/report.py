@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.monitoring.drift import Drift
-from ee_surgery.monitoring.losses import Summary
 from ee_surgery.monitoring.state import Alarm, AuditState, Kind
 from ee_surgery.policies.operating_point import OperatingPoint
 
@@ -74,7 +73,7 @@ class AuditReport:
     audited: int
     """How many of them were chosen."""
     overhead: float
-    """MACs paid for audits, as a fraction of those of the routed runs, which audited samples stand for; NaN at first."""
+    """MACs paid for audits, as a fraction of those of all routed runs, by the audited samples; NaN without any."""
     original: float
     """The same as a fraction of what the original would have cost for all."""
     drift: Drift | None
