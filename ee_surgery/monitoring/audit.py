@@ -195,10 +195,11 @@ class Audit:
         """Run all samples that wait to the end, and look at the evidence."""
         with self._settling:
             with self._lock:
-                waiting, self._waiting = self._waiting, Waiting()
+                name, waiting = self._name, self._waiting
+                self._waiting = Waiting()
             settled = [*waiting.losses(self.branched.task, self.promise.loss)] if waiting.groups else []
             if settled:
-                self._settle(settled)
+                self._settle(name, settled)
         self._look()
 
     def reset(self) -> None:
@@ -240,6 +241,7 @@ class Audit:
     def _watch(self, router: Router, size: int) -> Observer | None:
         """Choose samples of a run; None, most often at small batches, if none of them is."""
         with self._lock:
+            name = self._name
             self._stream.served += size
             chosen: list[int] = []
             while self._gap < size:
@@ -249,15 +251,17 @@ class Audit:
             late = self._waiting.groups and self.clock() - self._waiting.born >= self.promise.period
         if late:
             self.flush()
-        return _Watch(self, router, size, chosen) if chosen else None
+        return _Watch(self, name, router, size, chosen) if chosen else None
 
     def _next(self) -> int:
         """How many samples are not chosen before the next one is."""
         return int(self._rng.geometric(self.q)) - 1
 
-    def _add(self, groups: list[Group]) -> None:
-        """Chosen samples of a run that is through."""
+    def _add(self, name: str, groups: list[Group]) -> None:
+        """Chosen samples of a run that is through; none if bets began anew meanwhile: it had the point of before."""
         with self._lock:
+            if name != self._name:
+                return
             now = self.clock()
             for group in groups:
                 self._waiting.add(group, now)
@@ -267,8 +271,10 @@ class Audit:
         if full:
             self.flush()
 
-    def _settle(self, settled: list[tuple[Group, list[float]]]) -> None:
+    def _settle(self, name: str, settled: list[tuple[Group, list[float]]]) -> None:
         with self._lock:
+            if name != self._name:
+                return
             stream = self._stream
             for group, _ in settled:
                 router, size = group.router, len(group.answers)
@@ -408,11 +414,12 @@ class _Watch:
 
     Args:
         audit: gets them once all samples of the run have left.
+        name: of its stream when they were chosen.
         chosen: which of `size` samples.
     """
 
-    def __init__(self, audit: Audit, router: Router, size: int, chosen: list[int]) -> None:
-        self.audit, self.router, self.size, self.chosen = audit, router, size, chosen
+    def __init__(self, audit: Audit, name: str, router: Router, size: int, chosen: list[int]) -> None:
+        self.audit, self.name, self.router, self.size, self.chosen = audit, name, router, size, chosen
         self.groups: list[Group] = []
         self._mask: Tensor | None = None
 
@@ -426,7 +433,7 @@ class _Watch:
             if len(index):
                 self.groups.append(Group.of(self.router, k, arrived, leaving, index))
         if staying is None:
-            self.audit._add(self.groups)
+            self.audit._add(self.name, self.groups)
 
 
 def _level(name: str, value: object) -> float:

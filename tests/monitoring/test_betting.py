@@ -72,8 +72,8 @@ def test_fixed_bets_are_those_of_confseq(m: float, monkeypatch: pytest.MonkeyPat
         (0, np.exp(growth(1 - losses, 1 - m).cumsum(0)), stakes(1 - m)),  # the mirrored bets
     ):
         for stake, wealth in zip(bets, ours.T, strict=True):
-            fixed = {f"lambdas_fn_{side}": lambda x, m, s=stake: np.full(len(x), s) for side in ("positive", "negative")}
-            theirs = betting.betting_mart(losses, m, theta=theta, trunc_scale=1, **fixed)
+            bet = lambda x, m, stake=stake: np.full(len(x), stake)  # noqa: E731
+            theirs = betting.betting_mart(losses, m, 0.05, bet, bet, theta=theta, trunc_scale=1)
             np.testing.assert_allclose(wealth, theirs, rtol=1e-6)
 
 
