@@ -201,7 +201,7 @@ def main() -> None:
     if "change" in asked:
         change(*((20, 100, 300, 256) if options.smoke else (1000, 2000, 3000, None)), options.out / "adapter")
     if "cost" in asked:
-        cost(*((4, 2, 20) if options.smoke else (26, 12, 56)))
+        cost(*((4, 2, 20) if options.smoke else (26, 5, 56)))
     print(f"\n{environment(torch.device('cpu'))}, numpy {np.__version__}")
 
 
