@@ -323,7 +323,7 @@ class Audit:
 
     def _alarm(self, kind: Kind) -> Alarm:
         losses = [each.all for each in self._state.losses(kind)]
-        audited = sum(each.count for each in losses)
+        audited = sum(each.losses for each in losses)
         mean = sum(each.total for each in losses) / audited
         evidence, name = self._state.log_evidence(kind), self._name
         alarm = Alarm(self.clock(), name, kind, evidence, audited, min(mean, 1.0), self._act())

@@ -14,6 +14,7 @@ risk with it (Timans et al., UAI 2025, arXiv:2506.16416). They bet all from the 
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,7 +33,8 @@ _TILTS = 2.0 ** np.arange(-7, 3)  # of the confidence bounds: from a million los
 def stakes(limit: float) -> Floats:
     """Stakes of the bets against a mean of at most `limit`, each half of the one before, (G,)."""
     largest = RISKED / limit
-    return largest / 2.0 ** np.arange(max(1, int(np.ceil(np.log2(largest / _SMALLEST)))))
+    count = max(1, math.ceil(math.log2(largest / _SMALLEST)))
+    return largest / 2.0 ** np.arange(count, dtype=np.float64)
 
 
 def growth(losses: Any, limit: float, of: Any = None) -> Floats:

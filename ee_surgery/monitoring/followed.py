@@ -32,7 +32,7 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, router: Router, k: int, arrived: InFlight, leaving: Leaving, index: Tensor) -> Group:
         """The samples `index`, int64 (n,), of those that leave; before the next stage runs, which may write to them."""
-        places = index if leaving.index is None else leaving.index[index]
+        places = index if leaving.places is None else leaving.places[index]
         answers = leaving.logits.index_select(0, index)
         scores = [] if leaving.score is None else leaving.score[index].tolist()
         live: tuple[Tensor, ...] = ()

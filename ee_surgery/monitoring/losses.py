@@ -35,17 +35,17 @@ def starts(born: int, now: int) -> NDArray[np.int64]:
 class Summary(NamedTuple):
     """How many losses, and their sum."""
 
-    count: int
+    losses: int
     total: float
 
     @property
     def mean(self) -> float:
         """NaN of none."""
-        return self.total / self.count if self.count else float("nan")
+        return self.total / self.losses if self.losses else float("nan")
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """Of the mean risk, at all times with probability 1 - alpha."""
-        return interval(self.count, self.total, alpha)
+        return interval(self.losses, self.total, alpha)
 
 
 class Losses:

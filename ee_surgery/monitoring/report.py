@@ -44,7 +44,7 @@ class Process:
         losses, late = state.losses(kind), state.risk(kind)
         renewed = max((each.renewed for each in losses if each.renewed is not None), default=None)
         return cls(
-            limit, alpha, state.log_evidence(kind), state.broken(kind), sum(each.all.count for each in losses),
+            limit, alpha, state.log_evidence(kind), state.broken(kind), sum(each.all.losses for each in losses),
             late.mean, late.interval(alpha), sum(each.renewals for each in losses),
             None if renewed is None else renewed * state.promise.period,
         )  # fmt: skip
@@ -100,7 +100,7 @@ class AuditReport:
         audit, routed, original = (
             sum(getattr(each, name) for each in streams) for name in ("audit_macs", "routed_macs", "original_macs")
         )
-        served, audited = sum(each.served for each in streams), sum(each.answers.all.count for each in streams)
+        served, audited = sum(each.served for each in streams), sum(each.answers.all.losses for each in streams)
         traffic = None
         for each in sorted(streams, key=lambda stream: -stream.answers.latest):
             if each.traffic is not None:

@@ -81,8 +81,8 @@ class Leaving(NamedTuple):
     """(n, C)."""
     score: Tensor | None
     """(n,); None at the original's head, which is not asked."""
-    index: Tensor | None = None
-    """Their places among the samples that reached the exit, int64 (n,); None for all of those."""
+    places: Tensor | None = None
+    """Theirs among the samples that reached the exit, int64 (n,); None for all of those."""
 
 
 Observer: TypeAlias = Callable[[int, InFlight, Leaving | None, InFlight | None], None]

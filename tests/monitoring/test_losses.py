@@ -67,7 +67,7 @@ def test_the_current_risk_is_that_of_the_latest_losses() -> None:
     for epoch in range(40):
         found.add(np.full(50, float(epoch >= 20)), epoch)
     first, late = recent([found], 500)
-    assert (first, late.count, late.mean) == (30, 500, 1.0)
+    assert (first, late.losses, late.mean) == (30, 500, 1.0)
     assert recent([found], 10**6)[1] == found.all
     assert recent([Losses(0.05, 0.05, 3)], 10) == (3, (0, 0.0))
 

@@ -38,7 +38,7 @@ def test_observers_see_every_sample_leave_once_and_change_nothing(branched: ee.E
             assert (exits[rows] == -1).all()
             exits[rows] = k
             assert torch.equal(leaving.logits, output_of(rows))
-            places = torch.arange(len(arrived.live[0])) if leaving.index is None else leaving.index
+            places = torch.arange(len(arrived.live[0])) if leaving.places is None else leaving.places
             assert torch.equal(places if arrived.rows is None else arrived.rows[places], torch.arange(batch)[rows])
         gone = int((exits >= 0).sum())
         assert (staying is None) == (gone == batch)
