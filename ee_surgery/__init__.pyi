@@ -48,6 +48,9 @@ from .export.verify import ExportCheck
 from .graph.exit_points import ExitPoint, ModelGraph
 from .graph.inspection import inspect
 from .model import EarlyExitModel
+from .monitoring.audit import Audit
+from .monitoring.report import AuditReport
+from .monitoring.state import Alarm, AuditState
 from .pipeline import augment, from_pretrained
 from .placement import PLACEMENTS, ExitPlan, place
 from .policies.certificate import Certificate
@@ -91,6 +94,10 @@ __all__ = [
     "SCORES",
     "TASKS",
     "AdapterError",
+    "Alarm",
+    "Audit",
+    "AuditReport",
+    "AuditState",
     "AugmentedBatches",
     "Bench",
     "Branch",

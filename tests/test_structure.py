@@ -20,7 +20,7 @@ PACKAGE = Path(ee.__file__).parent
 ROOMS = [
     "names", "text", "errors", "registry", "checks", "files", "tables", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
-    "export", "model", "attachment", "training", "evaluation", "search",
+    "export", "model", "attachment", "training", "evaluation", "monitoring", "search",
     "presets", "pipeline", "integrations", "folders", "demo", "cli",
 ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -81,11 +81,14 @@ class Leaving(NamedTuple):
     """(n, C)."""
     score: Tensor | None
     """(n,); None at the original's head, which is not asked."""
+    places: Tensor | None = None
+    """Theirs among the samples that reached the exit, int64 (n,); None for all of those."""
 
 
-Observer: TypeAlias = Callable[[int, Leaving | None, InFlight | None], None]
-"""Told at each exit, in order: its index, which samples leave there and which go on (behind the next stage by then);
-None for no sample. Where the original is changed in the middle of a run, that run starts again at exit 0."""
+Observer: TypeAlias = Callable[[int, InFlight, Leaving | None, InFlight | None], None]
+"""Told at each exit, in order, before the next stage runs: its index, the samples that reached it, which of them leave
+and which stay; None for no sample. What it keeps of their live tensors it copies: later stages may write to them.
+Where the original is changed in the middle of a run, that run starts again at exit 0."""
 
 
 class Router:
@@ -115,7 +118,8 @@ class Router:
         self.original_macs = program.trunk_macs[-1]
         self.last = len(branches)
         visits = policy.visits(self.chained)
-        self.costs = torch.tensor(exit_costs(program.trunk_macs, branch_macs, visits), device=device)
+        self.exit_macs = exit_costs(program.trunk_macs, branch_macs, visits)
+        self.costs = torch.tensor(self.exit_macs, device=device)
         # Copied at batch 1: cheaper than making tensors out of numbers.
         self._index = [torch.tensor([k], device=device) for k in range(self.last + 1)]
         self._unasked = torch.full((1,), torch.nan, device=device)
@@ -146,19 +150,48 @@ class Router:
         Returns:
             Those that leave, and those that are at exit k + 1 now. At the original's head, the last, all leave.
         """
+        leaving, staying = self._decide(k, flight)
+        return leaving, None if staying is None else self._advance(k + 1, staying)
+
+    def follow(self, waiting: Mapping[int, Sequence[tuple[Tensor, ...]]]) -> Tensor:
+        """The original's own answers to samples that left, (n, C, ...): only the stages behind their exits run.
+
+        Args:
+            waiting: of exits, the live tensors there of one or several groups of samples, compacted; of the last, what
+                the last stage gives. Those of later exits join on the way; what samples share is the same in all.
+        Returns:
+            In the order of the exits, and of the groups of each.
+        Raises:
+            Altered: as for a call.
+        """
+        live: tuple[Tensor, ...] = ()
+        for k, axes in enumerate([*self.axes[1:], [Axis(0)]]):
+            groups = [*([live] if live else []), *waiting.get(k, ())]
+            if len(groups) > 1:
+                joined = zip(axes, zip(*groups, strict=True), strict=True)
+                live = tuple(parts[0] if axis is None else axis.concat(parts) for axis, parts in joined)
+            elif groups:
+                live = groups[0]
+            if groups and k < self.last:
+                live = self.stages[k + 1](*live)
+        return self._last(live)
+
+    def _decide(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+        """The samples at exit k that leave there, and those that stay."""
         if k == self.last:
             return Leaving(flight.rows, self._end(flight), None), None
         if self.branches[k] is None:
-            return None, self._advance(k + 1, flight)
+            return None, flight
         logits, score, leaves, flight = self._ask(k, flight)
         gone = leaves.nonzero().squeeze(1)
         if len(gone) == 0:
-            return None, self._advance(k + 1, flight)
+            return None, flight
         answer = self.task.enlarge(logits[gone], self.program.answer)
-        leaving = Leaving(gone if flight.rows is None else flight.rows[gone], answer, score[gone])
+        rows = gone if flight.rows is None else flight.rows[gone]
+        leaving = Leaving(rows, answer, score[gone], gone)
         if len(gone) == len(leaves):
             return leaving, None
-        return leaving, self._advance(k + 1, flight.keep((~leaves).nonzero().squeeze(1), self.axes[k + 1]))
+        return leaving, flight.keep((~leaves).nonzero().squeeze(1), self.axes[k + 1])
 
     def _advance(self, k: int, flight: InFlight) -> InFlight:
         """Run stage k."""
@@ -181,12 +214,12 @@ class Router:
         return self._better(flight.best, last) if self.keeps_best else last
 
     def _batch(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer]) -> ExitOutput:
-        flight: InFlight | None = self.start(inputs)
+        flight = self.start(inputs)
         results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
         for k in range(self.last + 1):
-            leaving, flight = self.step(k, flight)
+            leaving, staying = self._decide(k, flight)
             for observe in observers:
-                observe(k, leaving, flight)
+                observe(k, flight, leaving, staying)
             if leaving is not None:
                 results = results or self._results(leaving.logits, batch)
                 rows = slice(None) if leaving.rows is None else leaving.rows
@@ -194,8 +227,9 @@ class Router:
                 results[2][rows] = k
                 if leaving.score is not None:
                     results[1][rows] = leaving.score.to(results[1].dtype)
-            if flight is None:
+            if staying is None:
                 break
+            flight, staying = self._advance(k + 1, staying), None  # the next stage needs the memory
         assert results is not None
         logits, score, exit_index = results
         return ExitOutput(logits, exit_index, score, self.costs, self.original_macs)

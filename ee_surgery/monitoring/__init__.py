@@ -1,0 +1,1 @@
+"""Models in service: whether the promise of their operating point is kept."""
