@@ -21,7 +21,7 @@ ROOMS = [
     "names", "text", "errors", "registry", "checks", "tables", "files", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
     "export", "model", "attachment", "training", "evaluation", "search",
-    "presets", "pipeline", "integrations", "folders", "demo", "cli",
+    "presets", "pipeline", "integrations", "serving", "folders", "demo", "cli",
 ]  # fmt: skip
 
 
