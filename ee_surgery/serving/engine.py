@@ -211,7 +211,7 @@ class Engine:
             longest = min(wait, max(timeout, 0.0), threading.TIMEOUT_MAX)
             room = self._room.wait_for(lambda: self._closed or self._pending + size <= self.max_pending, longest)
             if self._closed:
-                raise ServingError("The engine is closed: it takes no more requests.")
+                raise ServingError("The engine is closed: it takes no more requests.") from self._abandoned
             if not room:
                 return None
             self._pending += size

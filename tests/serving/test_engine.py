@@ -240,9 +240,8 @@ def test_a_folder_of_onnx_stages_is_served(model: ee.EarlyExitModel, tmp_path: P
         for bad in ({}, {"other": parts[0]}, np.float32(1)):
             with pytest.raises(ee.DataError):
                 engine.submit(bad)
-    if (tmp_path / "stages").exists():
-        with pytest.raises(ee.ConfigError, match="layout"):
-            ee.Engine(OnnxModel(model.export(tmp_path / "file.onnx")))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ee.ConfigError, match="layout"):
+        ee.Engine(object.__new__(OnnxModel))  # pyright: ignore[reportArgumentType]
 
 
 # --- the knob, and changes of the model
@@ -351,9 +350,10 @@ def test_a_mistake_of_the_worker_leaves_no_caller_waiting(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("ours")
 
+    engine = ee.Engine(model)
+    time.sleep(0.05)  # it waits for work now
     monkeypatch.setattr(module, "choose", broken)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    engine = ee.Engine(model)
     with pytest.raises(ee.ServingError, match="ZeroDivisionError: ours"):
         engine.submit(torch.randn(1, 3, 16, 16)).result(60)
     with pytest.raises(ee.ServingError, match="closed"):
@@ -523,7 +523,8 @@ def test_a_loop_that_ends_early_calls_the_rest_off(model: ee.EarlyExitModel) -> 
         for _ in engine.map([torch.randn(4, 3, 16, 16)] * 50):
             break
     stats = engine.stats()
-    assert stats.answered + stats.cancelled == stats.answered + stats.cancelled
+    assert 1 <= stats.answered < 50
+    assert stats.cancelled > 0
     assert stats.pending == 0
 
 
