@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -33,6 +33,8 @@ _PROGRAMS_KEPT = 8  # input shapes, dtypes and devices; each holds a graph, no w
 _ROUTERS_KEPT = 4  # operating points in turn
 Key: TypeAlias = tuple[State, str, Hashable]
 """State of the original, backend, input signature."""
+Watch: TypeAlias = Callable[[Router, int], Observer | None]
+"""Given the router and the number of samples of a run: who observes it; None: it runs as if there were no audit."""
 # The engines whose exits are disabled, in this thread or task alone.
 _DISABLED: ContextVar[tuple[object, ...]] = ContextVar("ee_surgery_disabled", default=())
 
@@ -94,7 +96,9 @@ class Engine:
     def __init__(self, graph: ModelGraph, plan: ExitPlan, branches: BranchBank, backend: str = "python") -> None:
         self.backbone, self.plan, self.branches = graph.backbone, plan, branches
         self.observers: tuple[Observer, ...] = ()
-        """Told of every step of a routed run: counting, auditing. They cost nothing where there are none."""
+        """Told of every step of a routed run. They cost nothing where there are none."""
+        self.audit: Watch | None = None
+        """Asked before each routed run for one observer more; None: there is no audit."""
         self._compilation: Compilation | None = None
         self._backend = backend
         self._lock = threading.Lock()
@@ -112,7 +116,8 @@ class Engine:
 
     def __getstate__(self) -> dict[str, object]:
         # Stages are functions over this very original's tables: a copy makes its own on first use.
-        return {**self.__dict__, "_lock": None, "programs": OrderedDict(), "_latest": None}
+        # An audit watches one model.
+        return {**self.__dict__, "_lock": None, "programs": OrderedDict(), "_latest": None, "audit": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -187,7 +192,9 @@ class Engine:
         state = self.backbone.latest
         while True:  # each stage looks whether its modules have changed: samples that leave pay for no more than that
             try:
-                return self.entry(batch, state).router(policy, self.compilation)(values, size, self.observers)
+                router = self.entry(batch, state).router(policy, self.compilation)
+                watching = None if self.audit is None else self.audit(router, size)
+                return router(values, size, self.observers if watching is None else (*self.observers, watching))
             except Altered:  # noqa: PERF203 (once in a while)
                 state = self.backbone.state()
 

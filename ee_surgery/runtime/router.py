@@ -104,11 +104,14 @@ class Leaving(NamedTuple):
     """(n, C)."""
     score: Tensor | None
     """(n,); None at the original's head, which is not asked."""
+    index: Tensor | None = None
+    """Their places among the samples that reached the exit, int64 (n,); None for all of those."""
 
 
-Observer: TypeAlias = Callable[[int, Leaving | None, InFlight | None], None]
-"""Told at each exit, in order: its index, which samples leave there and which go on (behind the next stage by then);
-None for no sample. Where the original is changed in the middle of a run, that run starts again at exit 0."""
+Observer: TypeAlias = Callable[[int, InFlight, Leaving | None, InFlight | None], None]
+"""Told at each exit, in order, before the next stage runs: its index, the samples that reached it, which of them leave
+and which stay; None for no sample. What it keeps of their live tensors it copies: later stages may write to them.
+Where the original is changed in the middle of a run, that run starts again at exit 0."""
 
 
 class Router:
@@ -138,7 +141,8 @@ class Router:
         self.original_macs = program.trunk_macs[-1]
         self.last = len(branches)
         visits = policy.visits(self.chained)
-        self.costs = torch.tensor(exit_costs(program.trunk_macs, branch_macs, visits), device=device)
+        self.exit_macs = exit_costs(program.trunk_macs, branch_macs, visits)
+        self.costs = torch.tensor(self.exit_macs, device=device)
         # Copied at batch 1: cheaper than making tensors out of numbers.
         self._index = [torch.tensor([k], device=device) for k in range(self.last + 1)]
         self._unasked = torch.full((1,), torch.nan, device=device)
@@ -180,6 +184,16 @@ class Router:
         """
         return self._decide(k, self._advance(k, flight))
 
+    def original(self, live: Sequence[Tensor], k: int) -> Tensor:
+        """The original's own answer to samples behind exit k, (b, C, ...): the stages behind it run, no branch does.
+
+        Raises:
+            Altered: as for a call.
+        """
+        for stage in self.stages[k + 1 :]:
+            live = stage(*live)
+        return self._last(live)
+
     def _decide(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
         """The samples at exit k that leave there, and those that stay."""
         if k == self.last:
@@ -191,7 +205,8 @@ class Router:
         if len(gone) == 0:
             return None, flight
         answer = self.task.enlarge(logits[gone], self.program.answer)
-        leaving = Leaving(gone if flight.rows is None else flight.rows[gone], answer, score[gone])
+        rows = gone if flight.rows is None else flight.rows[gone]
+        leaving = Leaving(rows, answer, score[gone], gone)
         if len(gone) == len(leaves):
             return leaving, None
         return leaving, flight.keep((~leaves).nonzero().squeeze(1), self.axes[k + 1])
@@ -217,16 +232,17 @@ class Router:
         return self._better(flight.best, last) if self.keeps_best else last
 
     def _batch(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer]) -> ExitOutput:
-        flight: InFlight | None = self.start(inputs)
+        flight = self.start(inputs)
         left: list[tuple[int, Leaving]] = []
         for k in range(self.last + 1):
-            leaving, flight = self.step(k, flight)
+            leaving, staying = self._decide(k, flight)
             for observe in observers:
-                observe(k, leaving, flight)
+                observe(k, flight, leaving, staying)
             if leaving is not None:
                 left.append((k, leaving))
-            if flight is None:
+            if staying is None:
                 break
+            flight, staying = self._advance(k + 1, staying), None  # the next stage needs the memory
         return self.collect(left, batch)
 
     def collect(self, left: Sequence[tuple[int, Leaving]], batch: int) -> ExitOutput:

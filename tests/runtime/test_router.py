@@ -30,13 +30,16 @@ def test_observers_see_every_sample_leave_once_and_change_nothing(branched: ee.E
     exits = torch.full((batch,), -1)
     steps: list[int] = []
 
-    def watch(k: int, leaving: Leaving | None, staying: InFlight | None) -> None:
+    def watch(k: int, arrived: InFlight, leaving: Leaving | None, staying: InFlight | None) -> None:
         steps.append(k)
+        assert len(arrived.live[0]) == batch - int((exits >= 0).sum())
         if leaving is not None:
             rows = slice(None) if leaving.rows is None else leaving.rows
             assert (exits[rows] == -1).all()
             exits[rows] = k
             assert torch.equal(leaving.logits, output_of(rows))
+            places = torch.arange(len(arrived.live[0])) if leaving.index is None else leaving.index
+            assert torch.equal(places if arrived.rows is None else arrived.rows[places], torch.arange(batch)[rows])
         gone = int((exits >= 0).sum())
         assert (staying is None) == (gone == batch)
         if staying is not None:
