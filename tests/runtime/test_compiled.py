@@ -318,7 +318,9 @@ def test_a_changed_original_observers_and_disabled_exits() -> None:
     model.compile(backend="eager")
     expected = model.predict(x)
     seen: list[int] = []
-    model.engine.observers = (lambda k, arrived, leaving, staying: seen.append(0 if leaving is None else len(leaving.logits)),)
+    model.engine.observers = (
+        lambda k, arrived, leaving, staying: seen.append(0 if leaving is None else len(leaving.logits)),
+    )
     agree(model, x, expected)
     agree(model, x, expected, slice(1))
     assert sum(seen) == 7

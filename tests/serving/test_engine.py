@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ee_surgery as ee
+from ee_surgery.backbone.inputs import Batch
 from ee_surgery.policies.operating_point import OperatingPoint
-from ee_surgery.serving.routes import Route
+from ee_surgery.runtime.router import InFlight, Router
+from ee_surgery.serving import engine as module
+from ee_surgery.serving.routes import Route, _Routed
 from tests.zoo import BY_NAME, POLICIES, SPECIAL, branched, two_exits
-
-INF = float("inf")
 
 
 def split(model: ee.EarlyExitModel, *inputs: Any, score: str = "max_prob", fallback: str = "last") -> None:
@@ -67,8 +68,6 @@ class Held:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    from ee_surgery.serving.routes import _Routed
-
     found = Held(monkeypatch, _Routed)
     yield found
     found.go_on.set()
@@ -234,7 +233,7 @@ def test_a_folder_of_onnx_stages_is_served(model: ee.EarlyExitModel, tmp_path: P
         assert sum(engine.stats().exits) == 80
         wrong = engine.submit(np.zeros((2, 4, 16, 16), np.float32))
         fine = engine.submit(parts[1])
-        with pytest.raises(Exception, match="expected: 3|Got: 4|INVALID"):
+        with pytest.raises(Exception, match=r"INVALID|channel"):
             wrong.result(60)
         assert np.array_equal(fine.result(60).exit_index, folder.run(parts[1]).exit_index)
         for bad in ({}, {"other": parts[0]}, np.float32(1)):
@@ -291,33 +290,33 @@ def test_autocast_of_the_caller_holds_for_the_request(model: ee.EarlyExitModel) 
 # --- failures
 
 
-def test_a_request_that_fails_fails_alone(model: ee.EarlyExitModel, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_fails_fails_alone(
+    model: ee.EarlyExitModel, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(20, 3, 16, 16)
     expected = [model.predict(part) for part in x.split(4)]
-    poison = x[8:12]
-    poison[0, 0, 0, 0] = 77.0
-    engine_run, visit = model.engine.run, held.go_on
+    x[8, 0, 0, 0] = 77.0
+    advance, run = Router._advance, model.engine.run
 
-    def refuse(inputs: Any) -> None:
-        if (inputs == 77.0).any():
+    def refuse(inputs: Tensor) -> None:
+        if inputs.shape[1:] == (3, 16, 16) and (inputs == 77.0).any():
             raise RuntimeError("poisoned")
+
+    def advance_if_sound(router: Router, k: int, flight: InFlight) -> InFlight:
+        refuse(flight.live[0])
+        return advance(router, k, flight)
+
+    def run_if_sound(batch: Batch, policy: Any) -> ee.ExitOutput:
+        refuse(batch.tensors[0])
+        return run(batch, policy)
 
     with ee.Engine(model, max_batch=32) as engine:
         blocker = engine.submit(x[:1])
         assert held.reached.wait(60)
-        from ee_surgery.runtime.router import Router
-
-        advance = Router._advance
-
-        def checked(router: Router, k: int, flight: Any) -> Any:
-            if k == 0:
-                refuse(flight.live[0])
-            return advance(router, k, flight)
-
-        monkeypatch.setattr(Router, "_advance", checked)
-        monkeypatch.setattr(model.engine, "run", lambda batch, policy: (refuse(batch.tensors[0]), engine_run(batch, policy))[1])
-        futures = [engine.submit(part) for part in x.split(4)]
-        visit.set()
+        monkeypatch.setattr(Router, "_advance", advance_if_sound)
+        monkeypatch.setattr(model.engine, "run", run_if_sound)
+        futures = [engine.submit(part) for part in x.split(4)]  # share one batch
+        held.go_on.set()
         blocker.result(60)
         for i, (future, alone) in enumerate(zip(futures, expected, strict=True)):
             if i == 2:
@@ -345,8 +344,6 @@ def test_pictures_of_nan_and_of_a_wrong_shape_disturb_no_other_request(model: ee
 def test_a_mistake_of_the_worker_leaves_no_caller_waiting(
     model: ee.EarlyExitModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ee_surgery.serving import engine as module
-
     def broken(*_: object) -> None:
         raise ZeroDivisionError("ours")
 
@@ -465,9 +462,7 @@ def test_closing_answers_what_is_in_and_takes_no_more(model: ee.EarlyExitModel, 
 
 
 @pytest.mark.parametrize("stop", [{"drain": False}, {"timeout_s": 0.01}])
-def test_closing_without_draining_fails_what_is_in(
-    model: ee.EarlyExitModel, held: Held, stop: dict[str, Any]
-) -> None:
+def test_closing_without_draining_fails_what_is_in(model: ee.EarlyExitModel, held: Held, stop: dict[str, Any]) -> None:
     engine = ee.Engine(model)
     futures = [engine.submit(torch.randn(4, 3, 16, 16)) for _ in range(3)]
     assert held.reached.wait(60)
@@ -533,7 +528,7 @@ def test_a_batch_that_fails_raises_where_its_answer_would_come(model: ee.EarlyEx
     with ee.Engine(model) as engine:
         answers = engine.map([x, torch.randn(4, 5, 16, 16), x])
         with pytest.raises(ee.CaptureError):
-            [*answers]
+            list(answers)
 
 
 def test_offline_work_lets_requests_go_first(model: ee.EarlyExitModel, held: Held) -> None:
