@@ -1,17 +1,19 @@
 """`ee.Engine` under load: the same answers, more requests per second at an equal p99, and full late stages offline.
 
-    MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python -m benchmarks.serving load
-    ... python -m benchmarks.serving pool          throughput of Engine.map, relative to the ideal
-    ... python -m benchmarks.serving equal         8 clients x 500 requests of 1 to 7 pictures of two sizes
+    export MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_ARENA_MAX=1
+    python -m benchmarks.serving load
+    python -m benchmarks.serving pool       throughput of Engine.map, relative to the ideal
+    python -m benchmarks.serving equal      8 clients x 500 requests of 1 to 7 pictures of two sizes
 
 Two CIFAR networks with the exits and branches of docs/frontier.md and docs/effort.md. The shares of samples that leave
 at each exit, measured there at one point below the original, are forced: the branches are untrained, and thresholds are
 set on the very pictures that are served, so that as many leave. What runs is what would run with trained ones. An
 adapter that was trained runs at its own operating point instead: --adapter FOLDER.
 
-load: requests of one picture arrive at random (Poisson), at fractions of what each side can do at most; a latency
-counts from when a request was due. The rate at which p99 reaches a limit is interpolated, for both sides: `Engine` on
-the exits, and the same `Engine` on the original, where it is a dynamic batcher. Sides take turns.
+load: requests of one picture arrive at random (Poisson), at fractions of what each side can do at most. The rate at
+which p99 reaches a limit is interpolated, for both sides: `Engine` on the exits, and the same `Engine` on the original,
+where it is a dynamic batcher: what waits when it gets free is its next batch. Sides take turns, on the clock of
+`Stepped`.
 pool: the ideal is what stages and branches take alone in full batches, weighted by the shares of samples that reach
 them. Times are of the processor, so that other programs beside it do not count.
 """
@@ -22,10 +24,11 @@ import argparse
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +42,12 @@ from benchmarks.methods import TASKS
 from ee_surgery.evaluation.latency import environment
 from ee_surgery.graph.backends.base import Run
 from ee_surgery.onnx import OnnxOutput
+from ee_surgery.serving.schedule import choose
 from recipes import data
 from recipes.cifar10_resnet56 import network
 from recipes.cifar10_shortcuts import EXITS
 
-SIZES = (1, 2, 4, 8, 16, 32)
+SIZES = (1, 2, 4, 8, 16)
 FRACTIONS = (0.4, 0.55, 0.7, 0.8, 0.9, 0.97)
 LIMITS = (0.05, 0.1, 0.2, 0.4)  # seconds
 PICTURES = 2000
@@ -148,19 +152,47 @@ def equal(case: Case, clients: int, requests: int) -> str:
 # --- load
 
 
-def latencies(engine: ee.Engine, x: Tensor, rate: float, seconds: float, seed: int) -> list[float]:
-    """Seconds from when each request was due to its answer, of Poisson arrivals."""
-    choose, found = random.Random(seed), []
-    due, stop, futures = time.monotonic(), time.monotonic() + seconds, []
-    while due < stop:
-        if (ahead := due - time.monotonic()) > 0:
-            time.sleep(ahead)
-        future = engine.submit(x[(row := choose.randrange(len(x))) : row + 1])
-        future.add_done_callback(lambda _, due=due: found.append(time.monotonic() - due))
-        futures.append(future)
-        due += choose.expovariate(rate)
-    for future in futures:
-        future.result()
+class Stepped(ee.Engine):
+    """An engine that is worked by hand, on a clock that only its own work moves.
+
+    What it does takes the processor time that it took; while there is nothing to do, the clock jumps to the next
+    arrival. So latencies are those of a machine with nothing beside: on a shared one, the 99th percentile is others'.
+    """
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self.now = 0.0
+        super().__init__(*given, **options, clock=lambda: self.now)
+
+    def _serve(self) -> None:
+        """No thread."""
+
+    def latencies(self, x: Tensor, arrivals: Sequence[float]) -> list[float]:
+        """Seconds from when each request of one picture came to its answer."""
+        start, due, done = self.now, deque(arrivals), list[float]()
+        found: list[float] = []
+        while due or self._pending:
+            began = time.thread_time()
+            while due and start + due[0] <= self.now:
+                at = start + due.popleft()
+                row = len(due) % len(x)
+                self.submit(x[row : row + 1]).add_done_callback(lambda _, at=at: done.append(at))
+            self._update(self.now)
+            choice = choose([*self._lanes.values()], self._times, self.now)
+            if choice is not None:
+                self._run(*choice)
+            self.now += time.thread_time() - began
+            if choice is None and due:
+                self.now = max(self.now, start + due[0])
+            found += [self.now - at for at in done]
+            done.clear()
+        return found
+
+
+def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times of arrivals."""
+    choose_, found, at = random.Random(seed), [], 0.0
+    while (at := at + choose_.expovariate(rate)) < seconds:
+        found.append(at)
     return found
 
 
@@ -170,35 +202,37 @@ def at_limit(rates: Sequence[float], p99: Sequence[float], limit: float) -> floa
     return float(np.interp(limit, rising, rates)) if limit >= rising[0] else float("nan")
 
 
-def capacity(engine: ee.Engine, x: Tensor) -> float:
-    """Requests per second where there is always one waiting."""
-    started, futures = time.monotonic(), [engine.submit(x[i : i + 1], wait_s=60) for i in range(len(x))]
-    for future in futures:
-        future.result()
-    return len(x) / (time.monotonic() - started)
+def capacity(engine: Stepped, x: Tensor) -> float:
+    """Requests per second where there are always some waiting."""
+    started = engine.now
+    engine.latencies(x, [0.0] * len(x))
+    return len(x) / (engine.now - started)
 
 
 def load(name: str, case: Case, options: argparse.Namespace, console: Console) -> None:
     """The tables of one network."""
     x = pictures(PICTURES if not options.smoke else 40)
     branched = subject(case, x, options.adapter)
-    profile = ee.profile(branched, x, batch_size=options.batch, sizes=SIZES[:-1], seconds=0.1 if options.smoke else 15)
+    sizes, seconds = [size for size in SIZES if size < options.batch], 0.1 if options.smoke else 15
+    profile = ee.profile(branched, x, batch_size=options.batch, sizes=sizes, seconds=seconds)
     plain = branched.copy()
     plain.operate(None)
+    how = {"max_batch": options.batch, "max_pending": 1 << 20}
     sides = {
-        "original": ee.Engine(plain, max_batch=options.batch, max_pending=1 << 20),
-        "exits": ee.Engine(branched, max_batch=options.batch, max_pending=1 << 20, profile=profile),
-        "exits, no waiting": ee.Engine(branched, max_batch=options.batch, max_pending=1 << 20),
+        "original": Stepped(plain, **how),
+        "exits": Stepped(branched, **how, profile=profile),
+        "exits, no waiting": Stepped(branched, **how),
     }
+    torch.set_grad_enabled(False)  # as it is in a worker
+    for engine in sides.values():
+        engine.latencies(x, [0.0] * 20)
     most = {side: capacity(engine, x[: max(20, len(x) // 2)]) for side, engine in sides.items()}
     p99: dict[str, list[list[float]]] = {side: [[] for _ in FRACTIONS] for side in sides}
     for round_ in range(1 if options.smoke else options.rounds):
         for i, fraction in enumerate(FRACTIONS[:2] if options.smoke else FRACTIONS):
             for side, engine in sides.items():
-                found = latencies(engine, x, fraction * most[side], options.seconds, seed=round_)
+                found = engine.latencies(x, poisson(fraction * most[side], options.seconds, seed=round_))
                 p99[side][i].append(float(np.quantile(found, 0.99)))
-    for engine in sides.values():
-        engine.close()
     table = Table(box=box.MARKDOWN)
     for head in (f"{name}", "requests/s at most", *(f"{1e3 * limit:.0f} ms" for limit in LIMITS)):
         table.add_column(head, justify="right")
@@ -265,8 +299,9 @@ def pool(name: str, case: Case, options: argparse.Namespace, console: Console) -
         filled = ", ".join(f"{each.samples / max(each.batches, 1):.1f}" for each in exits.stats().stages)
     whole, ours, ideal = (median(times[side]) for side in ("original", "exits", "ideal"))
     console.print(
-        f"{name}, ms of the processor per picture: {whole:.3f}, exits {ours:.3f} ({whole / ours:.2f}x), ideal {ideal:.3f}, "
-        f"{(whole - ours) / (whole - ideal):.1%} of the ideal saving; samples per batch {filled} of {options.batch}"
+        f"{name}, ms of the processor per picture: {whole:.3f}, exits {ours:.3f} ({whole / ours:.2f}x), "
+        f"ideal {ideal:.3f}, {(whole - ours) / (whole - ideal):.1%} of the ideal saving; "
+        f"samples per batch {filled} of {options.batch}"
     )
 
 

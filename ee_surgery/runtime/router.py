@@ -83,7 +83,7 @@ class InFlight(NamedTuple):
         )
         state = tuple(torch.cat(parts) for parts in zip(*(flight.state for flight in flights), strict=True))
         log_probs, best = (
-            None if column[0] is None else torch.cat(column)
+            torch.cat(parts) if (parts := [tensor for tensor in column if tensor is not None]) else None
             for column in ([flight.log_probs for flight in flights], [flight.best for flight in flights])
         )
         return cls(live, None, state, log_probs, best)

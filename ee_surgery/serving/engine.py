@@ -9,9 +9,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import itemgetter
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -84,6 +85,7 @@ class Engine:
         timeout_s: seconds that a request has by default; None: any.
         profile: times of the stages, by which they wait for fuller batches when that pays (see
             `ee_surgery.serving.schedule.waits`); that of the frontier when left out. Without any, no stage waits.
+        clock: seconds; another one for simulations.
     Raises:
         ConfigError: another object, or an invalid number; a profile of other exits, or of smaller batches.
     """
@@ -96,8 +98,9 @@ class Engine:
         max_pending: int = 1024,
         timeout_s: float | None = None,
         profile: Profile | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.max_batch = count("max_batch", max_batch)
+        self.max_batch, self._clock = count("max_batch", max_batch), clock
         self.max_pending = count("max_pending", max_pending)
         self.timeout_s = optional(positive)("timeout_s", timeout_s)
         if isinstance(served, EarlyExitModel):
@@ -111,7 +114,7 @@ class Engine:
             whole = isinstance(served, (OnnxModel, OpenVinoModel))
             refuse("served", "an EarlyExitModel or a StagedModel", served, hint=hint if whole else "")
         self._times = None if profile is None else Times(_checked(profile, exits, self.max_batch))
-        self._counts = dict.fromkeys(("answered", "failed", "expired", "cancelled", "refused"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("answered", "failed", "expired", "cancelled", "refused"), 0)
         self._exits, self._stages, self._whole = [0] * exits, [StageCount() for _ in range(exits)], StageCount()
         self._lock = threading.Lock()
         self._room, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -158,10 +161,10 @@ class Engine:
             wait_s: seconds to wait for room in a full queue.
         """
         timeout, wait = _seconds("timeout_s", timeout_s, self.timeout_s), number("wait_s", wait_s, low=0, infinite=True)
-        started, given = time.monotonic(), self._served.admit(inputs)
+        started, given = self._clock(), self._served.admit(inputs)
         route = self._served.known(given) or await asyncio.to_thread(self._served.route, given)
-        while (future := self._submit(given, route, timeout - (time.monotonic() - started), 0.0)) is None:
-            if time.monotonic() - started >= min(wait, timeout):
+        while (future := self._submit(given, route, timeout - (self._clock() - started), 0.0)) is None:
+            if self._clock() - started >= min(wait, timeout):
                 self._refuse(given)
             await asyncio.sleep(_POLL)
         return await asyncio.wrap_future(future)
@@ -200,7 +203,7 @@ class Engine:
         self, given: Admission, route: Route, timeout: float, wait: float, offline: bool = False
     ) -> Future[Output] | None:
         """A future, or None: no room."""
-        size, future, now = given.size, Future[Output](), time.monotonic()
+        size, future, now = given.size, Future[Output](), self._clock()
         if size > self.max_pending:
             raise DataError(f"A request of {size} samples, and max_pending={self.max_pending}: split it.")
         if not size:
@@ -286,13 +289,13 @@ class Engine:
             stopped = ServingError(f"The engine stopped: {type(error).__name__}: {error}")
             stopped.__cause__ = error
             self._shut(stopped)
-            self._update(time.monotonic())
+            self._update(self._clock())
             raise
 
     def _next(self) -> Choice | None:
         """What to run next, once there is something; None when it is over."""
         while True:
-            now = time.monotonic()
+            now = self._clock()
             self._update(now)
             choice = choose([*self._lanes.values()], self._times, now)
             if choice is not None:
@@ -338,35 +341,33 @@ class Engine:
 
     def _run(self, lane: Lane, k: int) -> None:
         """One batch of one stage."""
-        started, requests = time.monotonic(), None
+        started, requests = self._clock(), None
         try:
             parcel = lane.pull(k)
             if parcel is None:
                 return
-            requests = [owner.request for owner in parcel.owners]
+            requests = [request for request, _ in parcel.owners]
             leaving, staying = lane.route.visit(k, parcel.flight)
             everyone = [*range(len(parcel.owners))]
             stays = [] if staying is None else everyone if staying.rows is None else staying.rows.tolist()
             if leaving is not None:
                 self._hand_out(k, leaving, parcel, everyone if leaving.rows is None else leaving.rows.tolist())
             if staying is not None:
-                lane.put(k + 1, Parcel(staying, [parcel.owners[i] for i in stays], time.monotonic()))
+                lane.put(k + 1, Parcel(staying, [parcel.owners[i] for i in stays], self._clock()))
         except Exception:  # whichever of them it was, and where the original has changed: each by itself
             self._one_by_one(requests or [each for each in self._requests if each.route is lane.route])
             return
-        self._count(lane, k, len(everyone), len(stays), time.monotonic() - started)
+        self._count(lane, k, len(everyone), len(stays), self._clock() - started)
 
     def _hand_out(self, k: int, leaving: Left, parcel: Parcel, places: list[int]) -> None:
         """The answers of one exit, to those whose they are."""
-        mine: dict[Request, tuple[list[int], list[int]]] = {}
-        for at, place in enumerate(places):
-            request, row = parcel.owners[place]
-            places_of, rows = mine.setdefault(request, ([], []))
-            places_of.append(at)
-            rows.append(row)
-        for request, (at, rows) in mine.items():
+        start = 0
+        for request, pairs in itertools.groupby([parcel.owners[place] for place in places], key=itemgetter(0)):
+            rows = [row for _, row in pairs]
+            mine = slice(start, start := start + len(rows))
             if request.live:
-                request.add(k, leaving, at, rows)
+                score = None if leaving.score is None else leaving.score[mine]
+                request.add(k, leaving._replace(rows=rows, logits=leaving.logits[mine], score=score))
                 if not request.missing:
                     self._settle(request, "answered", request.answer())
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ee_surgery.serving.routes import Flight, Left, Output, Route
 
@@ -39,23 +39,19 @@ class Request:
         """Whether its samples still have to run; not so once it was cancelled or has failed."""
         return not (self.settled or self.future.cancelled())
 
-    def add(self, k: int, leaving: Left, at: Sequence[int], rows: Sequence[int]) -> None:
-        """Take the answers of exit k `at` these places of a batch, for its samples `rows`."""
-        score = None if leaving.score is None else leaving.score[at]
-        self.left.append((k, leaving._replace(rows=rows, logits=leaving.logits[at], score=score)))
-        self.missing -= len(rows)
+    def add(self, k: int, leaving: Left) -> None:
+        """Take the answers of exit k for its samples `leaving.rows`, in rising order."""
+        count = len(leaving.rows)
+        self.left.append((k, leaving._replace(rows=None) if count == self.size else leaving))
+        self.missing -= count
 
     def answer(self) -> Output:
         """All of it."""
         return self.route.collect(sorted(self.left, key=lambda pair: pair[0]), self.size)
 
 
-class Owner(NamedTuple):
-    """Whose a sample is."""
-
-    request: Request
-    row: int
-    """Which of its samples."""
+Owner: TypeAlias = tuple[Request, int]
+"""Whose a sample is, and which of theirs."""
 
 
 class Parcel(NamedTuple):
@@ -88,7 +84,7 @@ class Lane:
         for start in range(0, request.size, self.most):
             rows = range(start, min(start + self.most, request.size))
             part = flight if len(rows) == request.size else self.route.take(0, flight, [*rows])
-            self.put(0, Parcel(part, [Owner(request, row) for row in rows], now))
+            self.put(0, Parcel(part, [(request, row) for row in rows], now))
 
     def put(self, k: int, parcel: Parcel) -> None:
         """Samples that wait for stage k from now on."""
@@ -102,7 +98,8 @@ class Lane:
         while queue and room:
             parcel = queue.popleft()
             self.counts[k] -= len(parcel.owners)
-            rows = [i for i, owner in enumerate(parcel.owners) if owner.request.live]
+            live = {request: request.live for request in {request for request, _ in parcel.owners}}
+            rows = [i for i, (request, _) in enumerate(parcel.owners) if live[request]]
             if len(rows) > room:
                 rest = self._part(k, parcel, rows[room:])
                 queue.appendleft(rest)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,16 +29,8 @@ Output: TypeAlias = ExitOutput | OnnxOutput
 """The answer to a request: what the model's own `predict`, or the folder's `run`, gives."""
 Flight: TypeAlias = Any
 """Samples in front of a stage, in the form of their route."""
-
-
-class Left(Protocol):
-    """Samples that leave at one exit: `rows` (None for all of a batch), `logits` and `score`."""
-
-    rows: Any
-    logits: Any
-    score: Any
-
-    def _replace(self, **changes: Any) -> Left: ...
+Left: TypeAlias = Any
+"""Samples that leave at one exit, a tuple with names: `rows` (None for all of a batch), `logits` and `score`."""
 
 
 class Route(ABC):
@@ -198,7 +190,10 @@ class _Routed(_OfModel):
             self.router = engine.entry(batch).router(policy, engine.compilation)
         self.visits = policy.visits(engine.branches.chained)
         if isinstance(self.router, CompiledRouter):
-            with torch.inference_mode(False), self.running():  # as the requests will run, whoever asks first
+            with (
+                torch.inference_mode(False),
+                self.running(),
+            ):  # as requests will run
                 sample = batch.sample().select([row % 4 for row in range(most)])
                 self.router.prepare(sample.tensors, most)
 
@@ -217,7 +212,7 @@ class _Routed(_OfModel):
             return self.router.visit(k, flight)
 
     def collect(self, left: Sequence[tuple[int, Any]], size: int) -> ExitOutput:
-        return self.router.collect(left, size)
+        return self.router.collect([(k, _on(leaving, leaving.logits.device)) for k, leaving in left], size)
 
     def alone(self, inputs: Batch) -> ExitOutput:
         with self.running():
@@ -245,7 +240,7 @@ class _Whole(_OfModel):
         first = left[0][1].logits
         logits = self.engine.backbone.task.empty(first, size)
         for _, leaving in left:
-            logits[leaving.rows] = leaving.logits
+            logits[slice(None) if leaving.rows is None else leaving.rows] = leaving.logits
         last = torch.full((size,), len(self.engine.branches), device=first.device)
         costs = torch.tensor(self.program.trunk_macs, device=first.device)
         nan = torch.full((size,), torch.nan, device=first.device)
@@ -307,10 +302,17 @@ class _Staged(Route):
         return leaving, staying
 
     def collect(self, left: Sequence[tuple[int, Any]], size: int) -> OnnxOutput:
-        return self.staged.collect(left, size, self.thresholds)
+        every = slice(None)
+        own = [(k, leaving._replace(rows=every) if leaving.rows is None else leaving) for k, leaving in left]
+        return self.staged.collect(own, size, self.thresholds)
 
     def alone(self, inputs: Any) -> OnnxOutput:
         return self.staged.run(inputs, self.thresholds)
+
+
+def _on(leaving: Leaving, device: torch.device) -> Leaving:
+    """With its rows as a tensor: made once, and used for each of logits, scores and exits."""
+    return leaving if leaving.rows is None else leaving._replace(rows=torch.tensor(leaving.rows, device=device))
 
 
 def _array(value: object) -> np.ndarray:

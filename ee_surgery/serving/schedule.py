@@ -83,5 +83,5 @@ def waits(lane: Lane, k: int, waiting: int, times: Times | None, now: float) -> 
     whole = sum(times.seconds(lane, j, lane.most) for j in range(len(lane.counts)))
     to_go = sum(times.seconds(lane, j, lane.most) for j in range(k, len(lane.counts)))
     queue = lane.queues[k]
-    deadline = min(owner.request.deadline for parcel in queue for owner in parcel.owners)
+    deadline = min(request.deadline for parcel in queue for request, _ in parcel.owners)
     return now + delay + to_go < deadline and now + delay - queue[0].since <= whole

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ee_surgery as ee
-from ee_surgery.serving.lanes import Lane, Owner, Parcel, Request
+from ee_surgery.serving.lanes import Lane, Parcel, Request
 from ee_surgery.serving.routes import Route
 from ee_surgery.serving.schedule import Choice, Times, choose, waits
 
@@ -56,7 +56,7 @@ def lane(counts: list[int], offline: bool = False, since: float = 0.0, deadline:
     for k, count in enumerate(counts):
         if count:
             mine = request(count, deadline)
-            found.put(k, Parcel([*range(count)], [Owner(mine, row) for row in range(count)], since))
+            found.put(k, Parcel([*range(count)], [(mine, row) for row in range(count)], since))
         found.ran(k, 100, 50)
     return found
 
@@ -143,8 +143,8 @@ def test_batches_are_full_in_order_and_without_those_called_off(given_: list[tup
     while one.deepest >= 0:
         parcel = one.pull(0)
         if parcel is not None:
-            assert parcel.flight == [owner.row for owner in parcel.owners]
-            seen += [(owner.request, owner.row) for owner in parcel.owners]
+            assert parcel.flight == [row for _, row in parcel.owners]
+            seen += parcel.owners
             sizes.append(len(parcel.owners))
     assert seen == expected
     assert all(size == MOST for size in sizes[:-1])
