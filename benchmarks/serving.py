@@ -197,8 +197,11 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def at_limit(rates: Sequence[float], p99: Sequence[float], limit: float) -> float:
-    """The rate at which p99 reaches a limit; NaN where it is beyond it at all of them."""
-    rising = np.maximum.accumulate(p99)
+    """The rate at which p99 reaches a limit; NaN where it is beyond it at all of them.
+
+    What is met at a higher rate counts as met at lower ones: slow moments of the machine only ever raise a p99.
+    """
+    rising = np.minimum.accumulate(p99[::-1])[::-1]
     return float(np.interp(limit, rising, rates)) if limit >= rising[0] else float("nan")
 
 

@@ -84,7 +84,8 @@ class Engine:
         max_pending: samples that are in at most, waiting or running; further requests are refused, or wait.
         timeout_s: seconds that a request has by default; None: any.
         profile: times of the stages, by which they wait for fuller batches when that pays (see
-            `ee_surgery.serving.schedule.waits`); that of the frontier when left out. Without any, no stage waits.
+            `ee_surgery.serving.schedule.waits`); that of the frontier when left out, where it has
+            batches as large as these. Without any, no stage waits.
         clock: seconds; another one for simulations.
     Raises:
         ConfigError: another object, or an invalid number; a profile of other exits, or of smaller batches.
@@ -105,8 +106,9 @@ class Engine:
         self.timeout_s = optional(positive)("timeout_s", timeout_s)
         if isinstance(served, EarlyExitModel):
             self._served, exits = ServedModel(served, self.max_batch), len(served.exits) + 1
-            frontier = served.frontier
-            profile = frontier.profile if profile is None and frontier is not None else profile
+            known = None if served.frontier is None else served.frontier.profile
+            if profile is None and known is not None and known.batch_size >= self.max_batch:
+                profile = known
         elif isinstance(served, StagedModel):
             self._served, exits = ServedStages(served), len(served.exits)
         else:

@@ -563,6 +563,10 @@ def test_a_profile_has_to_fit(model: ee.EarlyExitModel) -> None:
     with pytest.raises(ee.ConfigError, match="3 exits"):
         ee.Engine(branched("cifar-resnet20"), max_batch=4, profile=profile)
     ee.Engine(model, max_batch=4, profile=profile).close()
+    ee.calibrate(model, [torch.randn(32, 3, 16, 16)], profile=profile)
+    for most, used in ((4, True), (8, False)):
+        with ee.Engine(model, max_batch=most) as engine:
+            assert (engine._times is not None) is used
 
 
 @pytest.mark.parametrize("served", [nn.Linear(2, 2), None, "folder"])
