@@ -287,7 +287,8 @@ def pool(name: str, case: Case, options: argparse.Namespace, console: Console) -
     branched = subject(case, x, options.adapter)
     plain = branched.copy()
     plain.operate(None)
-    shares = branched.predict(x).exit_index.bincount(minlength=len(branched.exits) + 1) / len(x)
+    routed = branched.predict(x)
+    shares, macs = routed.exit_index.bincount(minlength=len(routed.costs)) / len(x), routed.macs_fraction.mean().item()
     reached = 1 - np.cumsum([0.0, *shares.tolist()[:-1]])
     times: dict[str, list[float]] = {"original": [], "exits": [], "ideal": []}
     with torch.no_grad(), ee.Engine(plain, max_batch=options.batch) as original, ee.Engine(
@@ -303,7 +304,8 @@ def pool(name: str, case: Case, options: argparse.Namespace, console: Console) -
     whole, ours, ideal = (median(times[side]) for side in ("original", "exits", "ideal"))
     console.print(
         f"{name}, ms of the processor per picture: {whole:.3f}, exits {ours:.3f} ({whole / ours:.2f}x), "
-        f"ideal {ideal:.3f}, {(whole - ours) / (whole - ideal):.1%} of the ideal saving; "
+        f"ideal {ideal:.3f}, {(whole - ours) / (whole - ideal):.1%} of the ideal saving, "
+        f"{(1 - ours / whole) / (1 - macs):.1%} of that of the MACs ({macs:.1%}); "
         f"samples per batch {filled} of {options.batch}"
     )
 
