@@ -26,6 +26,9 @@ from .errors import (
     FingerprintError,
     HubError,
     OperatingPointError,
+    QueueFullError,
+    RequestTimeoutError,
+    ServingError,
     SurgeryError,
     SurgeryWarning,
     TrainingError,
@@ -63,6 +66,7 @@ from .runtime.router import ExitOutput
 from .search.effort import EFFORTS, Effort
 from .search.exit_search import ExitSearch, prune_exits, search_exits
 from .search.exit_subset import Subset, cheapest_exits
+from .serving.engine import Engine, EngineStats
 from .task import (
     TASKS,
     Classification,
@@ -112,6 +116,8 @@ __all__ = [
     "EarlyExitModel",
     "Effort",
     "Embedding",
+    "Engine",
+    "EngineStats",
     "Estimate",
     "Evaluation",
     "ExitLogits",
@@ -135,10 +141,13 @@ __all__ = [
     "OperatingPointError",
     "Preset",
     "Profile",
+    "QueueFullError",
     "Receipt",
     "Regression",
+    "RequestTimeoutError",
     "Segmentation",
     "SegmentationIoU",
+    "ServingError",
     "Subset",
     "SurgeryError",
     "SurgeryWarning",

@@ -70,6 +70,18 @@ class WriteError(SurgeryError, OSError):
     """A file could not be written: no space, no permission, a failing disk."""
 
 
+class ServingError(SurgeryError, RuntimeError):
+    """An engine cannot answer a request: it is closed, say."""
+
+
+class QueueFullError(ServingError):
+    """An engine has as many samples waiting as it takes: try again later, or slow down."""
+
+
+class RequestTimeoutError(ServingError, TimeoutError):
+    """A request was not answered within its time."""
+
+
 class UnknownNameError(SurgeryError, KeyError):
     """A registry has nothing under that name."""
 

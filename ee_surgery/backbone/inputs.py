@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -88,6 +88,19 @@ class Batch:
         own = {name: dim for name in tensors(self.arguments) if (dim := self.dims[name]) is not None}
         picked = {n: v.index_select(own[n], rows) if n in own else v for n, v in self.arguments.items()}
         return Batch(picked, self.dims)
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """The samples of several batches of one `key`, one after the other; what samples share is the first's."""
+        first, *others = batches
+        if not others:
+            return first
+        joined: Arguments = dict(first.arguments)
+        for name in tensors(first.arguments):
+            dim = first.dims[name]
+            if dim is not None:
+                joined[name] = torch.cat([batch.arguments[name] for batch in batches], dim)
+        return cls(joined, first.dims)
 
     def sample(self) -> Batch:
         """Exactly four samples: the first ones, and variations of them where there are fewer."""

@@ -48,11 +48,19 @@ class Profile:
             shares: of the samples that leave at each exit, K numbers.
             visits: which branches run, K - 1.
         """
-        stages = np.diff(self.trunk_ms, prepend=0.0)  # (sizes, K)
-        stages[:, :-1] += np.array(self.branch_ms) * np.array(visits)
         reached = self.batch_size * np.maximum(1 - np.cumsum([0.0, *shares[:-1]]), 0)
-        sizes = (0, *self.sizes)
+        sizes, stages = (0, *self.sizes), self.stage_ms(visits)
         return float(sum(np.interp(n, sizes, (0, *times)) for n, times in zip(reached, stages.T, strict=True)))
+
+    def stage_ms(self, visits: Sequence[bool]) -> np.ndarray:
+        """Milliseconds of each stage with the branch behind it, float64, (sizes, K).
+
+        Args:
+            visits: which branches run, K - 1.
+        """
+        stages = np.diff(self.trunk_ms, prepend=0.0)
+        stages[:, :-1] += np.array(self.branch_ms) * np.array(visits)
+        return stages
 
     @property
     def full_ms(self) -> float:

@@ -81,11 +81,12 @@ WRITERS: dict[str, type[OneFile] | type[Stages]] = {"file": OneFile, "stages": S
 
 def _routing(parts: Pieces) -> Plain:
     """How the stages of a folder are joined."""
-    dims = [axis.dim for axis in parts.exits[0].stage.axes if axis is not None]
+    dims = [None if axis is None else axis.dim for axis in parts.exits[0].stage.axes]
     axes = [[None if a is None else (a.dim, a.before, a.after) for a in part.live_axes] for part in parts.exits]
     # logits that stand for no answer yet, where the fallback compares answers
     unset = [([*t.shape[1:]], str(t.dtype).removeprefix("torch.")) for t in parts.exits[0].carried.best]
-    return {"inputs": parts.names, "batch_dim": dims[0], "axes": axes, "unset": unset}
+    own = next(dim for dim in dims if dim is not None)
+    return {"inputs": parts.names, "batch_dim": own, "input_dims": dims, "axes": axes, "unset": unset}
 
 
 def write_original(engine: Engine, path: Path) -> None:

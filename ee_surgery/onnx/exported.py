@@ -122,7 +122,12 @@ class Exported:
             raise OnnxError(f"thresholds must be {len(self.exits) - 1} numbers, one per branch; got {thresholds}.")
         return found
 
-    def _visits(self, thresholds: Sequence[float]) -> list[bool]:
+    @property
+    def in_force(self) -> tuple[float, ...]:
+        """The thresholds that were set, else those that the model was exported with."""
+        return self.about["thresholds"] if self.thresholds is None else self.thresholds
+
+    def visits(self, thresholds: Sequence[float]) -> list[bool]:
         """Which branches run: those of open exits, and where later ones read what they hand on, those before."""
         opened = [tau < math.inf for tau in thresholds]
         return opened if self.about["closes_alone"] else [any(opened[k:]) for k in range(len(opened))]
@@ -134,7 +139,7 @@ class Exported:
 
     def _costs(self, thresholds: Sequence[float] | None) -> np.ndarray:
         """MACs of leaving at each exit: the trunk up to it and every branch visited, closed exits' left out."""
-        visits = self._visits(self.about["thresholds"] if thresholds is None else thresholds)
+        visits = self.visits(self.about["thresholds"] if thresholds is None else thresholds)
         paid = [*accumulate(m * v for m, v in zip(self.about["branch_macs"], visits, strict=True))]
         return np.array([t + p for t, p in zip(self.about["trunk_macs"], [*paid, paid[-1]], strict=True)])
 

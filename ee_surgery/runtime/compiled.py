@@ -21,7 +21,7 @@ from ee_surgery.policies.scores import FittedScore, ScoreOf
 from ee_surgery.runtime.asking import AskBranch, AskEnd
 from ee_surgery.runtime.compilation import SIZES, Compilation, Part, size_class
 from ee_surgery.runtime.program import Program
-from ee_surgery.runtime.router import Altered, ExitOutput, InFlight, Observer, Router
+from ee_surgery.runtime.router import Altered, ExitOutput, InFlight, Leaving, Observer, Router
 from ee_surgery.runtime.verify import close
 from ee_surgery.task import Task
 
@@ -46,13 +46,27 @@ class CompiledRouter(Router):
 
     def __call__(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer] = ()) -> ExitOutput:
         """As `Router`; the first batch of one, of few and of many samples compile what is not compiled yet."""
+        self.prepare(inputs, batch)
+        if inputs[0].is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        return super().__call__(inputs, batch, observers)
+
+    def prepare(self, inputs: Sequence[Tensor], batch: int) -> None:
+        """Compile what batches of up to this many samples run; `inputs` hold as many."""
         for size in SIZES:
             if size <= batch and size not in self._prepared:
                 with GLOBAL_STATE:
                     self._prepare(inputs, size, batch)
-        if inputs[0].is_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        return super().__call__(inputs, batch, observers)
+
+    def visit(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+        """As `Router`; what a CUDA graph gave is copied, for its next run writes to the same memory."""
+        if not self._unasked.is_cuda:
+            return super().visit(k, flight)
+        torch.compiler.cudagraph_mark_step_begin()
+        leaving, staying = super().visit(k, flight)
+        if leaving is not None:
+            leaving = leaving._replace(logits=leaving.logits.clone())
+        return leaving, None if staying is None else staying.cloned()
 
     def _advance(self, k: int, flight: InFlight) -> InFlight:
         if self.parts[k].eager:

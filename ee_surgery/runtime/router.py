@@ -71,6 +71,29 @@ class InFlight(NamedTuple):
             None if self.best is None else self.best.index_select(0, stay),
         )
 
+    @classmethod
+    def join(cls, flights: Sequence[InFlight], axes: Sequence[Axis | None]) -> InFlight:
+        """Samples of several batches at the same place, one after the other, counted anew."""
+        first, *others = flights
+        if not others:
+            return first._replace(rows=None)
+        live = tuple(
+            parts[0] if axis is None else axis.concat(parts)
+            for axis, *parts in zip(axes, *(flight.live for flight in flights), strict=True)
+        )
+        state = tuple(torch.cat(parts) for parts in zip(*(flight.state for flight in flights), strict=True))
+        log_probs, best = (
+            torch.cat(parts) if (parts := [tensor for tensor in column if tensor is not None]) else None
+            for column in ([flight.log_probs for flight in flights], [flight.best for flight in flights])
+        )
+        return cls(live, None, state, log_probs, best)
+
+    def cloned(self) -> InFlight:
+        """With tensors of its own."""
+        log_probs, best = (None if tensor is None else tensor.clone() for tensor in (self.log_probs, self.best))
+        live, state = (tuple(tensor.clone() for tensor in tensors) for tensors in (self.live, self.state))
+        return InFlight(live, self.rows, state, log_probs, best)
+
 
 class Leaving(NamedTuple):
     """The samples that leave at one exit, with their answers."""
@@ -153,6 +176,14 @@ class Router:
         leaving, staying = self._decide(k, flight)
         return leaving, None if staying is None else self._advance(k + 1, staying)
 
+    def visit(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+        """Run stage k and ask the branch behind it: `step`, cut where samples can wait for those of other batches.
+
+        Returns:
+            Those that leave at exit k, and those that are in front of stage k + 1 now.
+        """
+        return self._decide(k, self._advance(k, flight))
+
     def follow(self, waiting: Mapping[int, Sequence[tuple[Tensor, ...]]]) -> Tensor:
         """The original's own answers to samples that left, (n, C, ...): only the stages behind their exits run.
 
@@ -215,23 +246,27 @@ class Router:
 
     def _batch(self, inputs: Sequence[Tensor], batch: int, observers: Sequence[Observer]) -> ExitOutput:
         flight = self.start(inputs)
-        results: tuple[Tensor, Tensor, Tensor] | None = None  # made once the first answer tells classes and dtype
+        left: list[tuple[int, Leaving]] = []
         for k in range(self.last + 1):
             leaving, staying = self._decide(k, flight)
             for observe in observers:
                 observe(k, flight, leaving, staying)
             if leaving is not None:
-                results = results or self._results(leaving.logits, batch)
-                rows = slice(None) if leaving.rows is None else leaving.rows
-                results[0][rows] = leaving.logits.to(results[0].dtype)
-                results[2][rows] = k
-                if leaving.score is not None:
-                    results[1][rows] = leaving.score.to(results[1].dtype)
+                left.append((k, leaving))
             if staying is None:
                 break
             flight, staying = self._advance(k + 1, staying), None  # the next stage needs the memory
-        assert results is not None
-        logits, score, exit_index = results
+        return self.collect(left, batch)
+
+    def collect(self, left: Sequence[tuple[int, Leaving]], batch: int) -> ExitOutput:
+        """The answers to a batch, from all that left of it, each with its exit; in the dtype of the first."""
+        logits, score, exit_index = self._results(left[0][1].logits, batch)
+        for k, leaving in left:
+            rows = slice(None) if leaving.rows is None else leaving.rows
+            logits[rows] = leaving.logits.to(logits.dtype)
+            exit_index[rows] = k
+            if leaving.score is not None:
+                score[rows] = leaving.score.to(score.dtype)
         return ExitOutput(logits, exit_index, score, self.costs, self.original_macs)
 
     def _last(self, live: Sequence[Tensor]) -> Tensor:

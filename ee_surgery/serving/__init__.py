@@ -1,0 +1,1 @@
+"""Requests in, answers out: samples of many requests share batches, stage by stage."""
