@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, get_args
@@ -13,13 +13,13 @@ from torch import nn
 from ee_surgery.attachment import attach, attach_stored
 from ee_surgery.backbone.answers import OutputKey
 from ee_surgery.backbone.base import Sample
-from ee_surgery.branches import BranchSpec, known
+from ee_surgery.branches import BRANCHES, BranchSpec, known
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
 from ee_surgery.checks import choice, count, flag, instance, optional, positive
 from ee_surgery.data.batches import Data
 from ee_surgery.data.labels import ClassMap
-from ee_surgery.errors import AdapterError, ConfigError
+from ee_surgery.errors import AdapterError, ConfigError, UnknownNameError
 from ee_surgery.evaluation.calibrate import calibrate as calibrate_exits
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
@@ -34,6 +34,7 @@ from ee_surgery.search.exit_search import TRIED, Cost, prune_exits, search_exits
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load
 from ee_surgery.task import Task
+from ee_surgery.text import visible
 from ee_surgery.training.config import TrainConfig
 from ee_surgery.training.loop import train as train_branches
 
@@ -258,12 +259,31 @@ def from_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    config, graph = found.config, read(found.backbone)
+    config = found.config
+    _check_branches(config)
+    graph = read(found.backbone)
     plan = ExitPlan(found.backbone.model_id, config.placement, _points(graph, config, same=found.same))
     branched = attach_stored(graph, plan, [exit.branch for exit in config.exits], found.weights)
     branched.state = found.state
     branched.operate(config.operating_point)
     return branched
+
+
+def _check_branches(config: AdapterConfig) -> None:
+    """Refuse branches that are not registered here, naming the package that has them.
+
+    Raises:
+        UnknownNameError: one is not known.
+    """
+    packages = config.provenance.get("packages")
+    for name in dict.fromkeys(exit.branch.name for exit in config.exits):
+        if name in BRANCHES:
+            continue
+        package = packages.get(name) if isinstance(packages, Mapping) else None
+        says = "Adapters hold no code: import the module that registers it, then load again."
+        if isinstance(package, str):
+            says = f"It says that they come from the package {visible(package, 80)!r}: install that if you trust it."
+        raise UnknownNameError(f"The adapter has branches {visible(name, 80)!r}, which are not registered here. {says}")
 
 
 def _points(graph: ModelGraph, config: AdapterConfig, same: bool) -> tuple[ExitPoint, ...]:

@@ -14,7 +14,7 @@ from ee_surgery.registry import Registry
 
 Rule = Callable[[int], list[float]]
 
-PLACEMENTS: Registry[Rule] = Registry("placement rule")
+PLACEMENTS: Registry[Rule] = Registry("placement rule", "ee_surgery.placements")
 """Number of exits n -> n increasing targets, as fractions of the original's MACs."""
 
 

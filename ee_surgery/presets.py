@@ -50,7 +50,7 @@ class Preset:
         return renamed("Preset.policy", self.method, "Preset.method", "")
 
 
-PRESETS: Registry[Preset] = Registry("preset")
+PRESETS: Registry[Preset] = Registry("preset", "ee_surgery.presets")
 
 
 def _adam(**settings: object) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import EntryPoints, entry_points, packages_distributions
 from typing import Any, Generic, TypeVar
 
 from ee_surgery.errors import ConfigError, UnknownNameError
@@ -28,7 +29,8 @@ class Registry(Mapping[str, T], Generic[T]):
     """An open table of named objects; registering a name twice is an error.
 
     Facts about an object that the package needs and the object cannot tell are properties, given at registration, so
-    that no list of names elsewhere has to be complete.
+    that no list of names elsewhere has to be complete. Installed packages add objects by entry points: a name that is
+    not registered is looked up in the group, and what is found there is imported, which registers it.
 
     >>> HEADS = Registry("head", learns=True)
     >>> @HEADS.register("mean", learns=False)
@@ -38,11 +40,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         kind: of the objects, for errors.
+        group: of entry points, `ee_surgery.branches`; the name of one is the name of its object.
         defaults: known properties with their default values.
     """
 
-    def __init__(self, kind: str, **defaults: object) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, group: str | None = None, **defaults: object) -> None:
+        self.kind, self.group = kind, group
         self._items: dict[str, T] = {}
         self._defaults = defaults
         self._stated: dict[str, dict[str, object]] = {}
@@ -79,10 +82,37 @@ class Registry(Mapping[str, T], Generic[T]):
         self[name]
         return self._stated[name].get(which, self._defaults[which])
 
+    def package(self, name: str) -> str | None:
+        """The installed package that an object comes from; None for our own, and for code of no package.
+
+        Raises:
+            UnknownNameError: there is nothing of that name.
+        """
+        module = str(getattr(self[name], "__module__", "")).partition(".")[0]
+        return None if module in ("", "ee_surgery") else next(iter(packages_distributions().get(module, ())), None)
+
     def __getitem__(self, name: str) -> T:
+        if isinstance(name, str) and name not in self._items and name in (offered := self._offered()).names:
+            self._load(name, offered)
         if isinstance(name, str) and name in self._items:
             return self._items[name]
-        raise UnknownNameError(f"No {self.kind} {str(name)[:80]!r}. {suggest(str(name)[:80], self._items)}")
+        known = [*self._items, *self._offered().names]
+        raise UnknownNameError(f"No {self.kind} {str(name)[:80]!r}. {suggest(str(name)[:80], known)}")
+
+    def _offered(self) -> EntryPoints:
+        return entry_points(group=self.group) if self.group else EntryPoints()
+
+    def _load(self, name: str, offered: EntryPoints) -> None:
+        point = next(iter(offered.select(name=name)))
+        try:
+            found = point.load()
+        except Exception as error:
+            raise ConfigError(
+                f"The {self.kind} {name!r} comes from {point.value!r} of an installed package, which cannot be "
+                f"imported: {type(error).__name__}: {error}"
+            ) from error
+        self._items.setdefault(name, found)  # unless its module registers it, with properties
+        self._stated.setdefault(name, {})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

@@ -154,3 +154,47 @@ def test_a_loss_that_reads_no_labels_trains_on_batches_without() -> None:
         ee.train(branched, [pixels], ee.TrainConfig(epochs=1, progress=False))
     report = ee.train(branched, [pixels], ee.TrainConfig(epochs=1, objective="agree", distill=0, progress=False))
     assert report.epochs[0].loss > 0
+
+
+_PACKAGE = {
+    "squeezing.py": """
+import ee_surgery as ee
+
+@ee.BRANCHES.register("squeezing")
+class Squeezing(ee.Branch):
+    def __init__(self, point, num_classes, confidence=False):
+        super().__init__(point, num_classes, confidence, point.shape[0])
+
+    def vector(self, features, mask=None):
+        return features.mean((2, 3))
+""",
+    "ee_squeezing-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: ee-squeezing\nVersion: 1.0\n",
+    "ee_squeezing-1.0.dist-info/top_level.txt": "squeezing\n",
+    "ee_squeezing-1.0.dist-info/entry_points.txt": (
+        "[ee_surgery.branches]\nsqueezing = squeezing:Squeezing\nbroken = squeezing_missing:Branch\n"
+    ),
+}
+
+
+def test_a_package_adds_branches_by_entry_points_and_adapters_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in _PACKAGE.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(tmp_path / "site")
+        made = ee.augment(model, 1, branch="squeezing")
+        made.save_pretrained(tmp_path / "adapter")
+        assert ee.BRANCHES.package("squeezing") == "ee-squeezing"
+        assert ee.BRANCHES.package("pool") is None
+        with pytest.raises(ee.UnknownNameError, match="'squeezing'"):
+            ee.BRANCHES["squeezin"]
+        with pytest.raises(ee.ConfigError, match=r"squeezing_missing.*cannot be imported"):
+            ee.BRANCHES["broken"]
+        assert ee.from_pretrained(tmp_path / "adapter", model).specs == made.specs
+    del ee.BRANCHES._items["squeezing"]
+    with pytest.raises(ee.UnknownNameError, match=r"'squeezing'.*from the package 'ee-squeezing'.*if you trust it"):
+        ee.from_pretrained(tmp_path / "adapter", model)

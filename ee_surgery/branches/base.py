@@ -178,7 +178,7 @@ def run_branch(branch: Branch, read: tuple[Tensor, ...], previous: Tensor | None
     return answer._replace(log_probs=append_log_probs(answer.logits, previous))
 
 
-BRANCHES: Registry[type[Branch]] = Registry("branch")
+BRANCHES: Registry[type[Branch]] = Registry("branch", "ee_surgery.branches")
 """Name -> class taking (point, num_classes, confidence=..., **options). Register your own."""
 
 

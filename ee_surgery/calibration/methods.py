@@ -28,7 +28,7 @@ from ee_surgery.task import CHOICES
 
 Calibrator: TypeAlias = Callable[..., list[OperatingPoint]]
 
-CALIBRATORS: Registry[Calibrator] = Registry("calibrator", takes_score=False, tasks=None)
+CALIBRATORS: Registry[Calibrator] = Registry("calibrator", "ee_surgery.calibrators", takes_score=False, tasks=None)
 """Name -> function from records to operating points, in any order. `Frontier.trace` keeps the Pareto-optimal ones.
 
 Properties: `takes_score=True` for one that is called as `(records, score)` for each allowed score, and so works with

@@ -57,7 +57,7 @@ class Risk:
     """Whether it is for answers (B, C) alone, which can be expected to be the same: maps hardly ever are."""
 
 
-RISKS: Registry[Risk] = Registry("risk")
+RISKS: Registry[Risk] = Registry("risk", "ee_surgery.risks")
 
 
 def _disagreement(records: ExitRecords) -> _Floats:

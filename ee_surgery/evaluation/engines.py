@@ -29,7 +29,7 @@ class Served(NamedTuple):
     """At the operating point in force."""
 
 
-ENGINES: Registry[Callable[[EarlyExitModel, Path], Served]] = Registry("engine")
+ENGINES: Registry[Callable[[EarlyExitModel, Path], Served]] = Registry("engine", "ee_surgery.engines")
 """Name -> function of a branched model and a folder for files; it runs on as many threads as torch has."""
 
 

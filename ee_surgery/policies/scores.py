@@ -34,7 +34,9 @@ class Score(Protocol):
         ...
 
 
-SCORES: Registry[Score] = Registry("score", stateful=None, counts_exits=False, tasks=("classification",))
+SCORES: Registry[Score] = Registry(
+    "score", "ee_surgery.scores", stateful=None, counts_exits=False, tasks=("classification",)
+)
 """Name -> score.
 
 Properties: `stateful=True` for one that hands a state on, whose closed exits must run all the same (found by asking it
@@ -91,7 +93,7 @@ class FittedScore(ABC):
 
 
 F = TypeVar("F", bound=type[FittedScore])
-FITTED_SCORES: Registry[type[FittedScore]] = Registry("fitted score")
+FITTED_SCORES: Registry[type[FittedScore]] = Registry("fitted score", "ee_surgery.fitted_scores")
 """Kind -> class."""
 
 

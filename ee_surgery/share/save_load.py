@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ee_surgery.backbone.answers import OutputKey
 from ee_surgery.backbone.base import Backbone, Sample, digest_of
 from ee_surgery.backbone.wrappers import unwrapped
-from ee_surgery.branches.base import BranchSpec
+from ee_surgery.branches.base import BRANCHES, BranchSpec
 from ee_surgery.branches.branch_list import BranchBank
 from ee_surgery.calibration.frontier import Frontier
 from ee_surgery.checks import path, word
@@ -137,7 +137,8 @@ class SharedModel(nn.Module):
         receipt = self.receipt()
         # Of an original that was changed, the fingerprint is of before: what it computes now would not fit.
         probe = Probe.of(backbone, config.inputs, config.options) if receipt.unchanged else None
-        about_now = {"receipt": str(receipt), "untrained": self.untrained}
+        packages = {spec.name: package for spec in self.specs if (package := BRANCHES.package(spec.name))}
+        about_now = {"receipt": str(receipt), "untrained": self.untrained, "packages": packages}
         config = replace(config, provenance={**state.provenance, **about_now}, probe=probe)
         base = backbone.model if state.own_base else None
         with change_adapter(folder) as change:

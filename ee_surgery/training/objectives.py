@@ -69,7 +69,7 @@ class Objective(Protocol):
 
 
 OBJECTIVES: Registry[Objective] = Registry(
-    "objective", reads_labels=True, reads_original=True, tasks=("classification",)
+    "objective", "ee_surgery.objectives", reads_labels=True, reads_original=True, tasks=("classification",)
 )
 """Name -> loss.
 

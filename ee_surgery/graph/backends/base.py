@@ -42,7 +42,7 @@ Run: TypeAlias = Callable[..., tuple[Tensor, ...]]
 Backend: TypeAlias = Callable[[Segment, BoundWeights], Run]
 """Makes a segment run. It keeps no tensor of `weights` from one call to the next without looking whether it is still
 the one in force; whatever it gives for one batch size, it gives for every other."""
-BACKENDS: Registry[Backend] = Registry("backend")
+BACKENDS: Registry[Backend] = Registry("backend", "ee_surgery.backends")
 
 
 def bind(backend: str, segment: Segment, find: Callable[[str], nn.Module]) -> Run:
