@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ee_surgery.backbone.inputs import Batch
-from ee_surgery.errors import DataError
+from ee_surgery.errors import DataError, ServingError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.onnx import OnnxOutput, StagedModel
 from ee_surgery.onnx.staged import Samples
@@ -99,6 +99,7 @@ class Served(ABC):
 
         Raises:
             DataError: the model takes no such inputs.
+            ServingError: it has an audit or observers.
         """
 
     def known(self, given: Admission) -> Route | None:
@@ -139,6 +140,11 @@ class ServedModel(Served):
 
     def admit(self, inputs: Any) -> Admission:
         engine, policy = self.branched.engine, self.branched.policy
+        if engine.audit is not None or engine.observers:
+            raise ServingError(
+                "This model has an audit or observers, which shared batches of an Engine do not ask: close the audit "
+                "(audit.close()) or remove the observers first, or use branched.predict."
+            )
         batch = engine.backbone.batch(inputs)
         shared = [batch.arguments[name] for name, dim in batch.dims.items() if dim is None and name in batch.arguments]
         compilation, casting = engine.compilation, _autocast()

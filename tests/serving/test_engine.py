@@ -579,3 +579,13 @@ def test_other_objects_are_refused(served: object) -> None:
 def test_invalid_times_are_refused(model: ee.EarlyExitModel, call: Callable[[ee.Engine, Tensor], object]) -> None:
     with ee.Engine(model) as engine, pytest.raises(ee.ConfigError):
         call(engine, torch.randn(1, 3, 16, 16))
+
+
+def test_an_audited_model_is_refused_and_not_served_unaudited() -> None:
+    model, case = branched("cifar-resnet20").copy(), BY_NAME["cifar-resnet20"]
+    model.operate(thresholds=0.0)
+    with ee.Engine(model) as engine, ee.Audit(model, epsilon=0.1) as audit:
+        with pytest.raises(ee.ServingError, match="audit"):
+            engine.submit(case.sample(2))
+        audit.close()
+        assert len(engine.submit(case.sample(2)).result().exit_index) == 2
