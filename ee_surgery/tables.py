@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ee_surgery.errors import SurgeryError
@@ -54,7 +54,7 @@ class Tabular:
             writer.writeheader()
             writer.writerows(rows)
 
-    def __rich_console__(self, console: object, options: object):
+    def __rich_console__(self, console: object, options: object) -> Iterator[RenderableType]:
         yield self.table()
 
     def _repr_html_(self) -> str:

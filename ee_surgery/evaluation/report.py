@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -215,7 +215,7 @@ def _learning(provenance: Mapping[str, Any]) -> str | None:
     return _image(figure)
 
 
-def _numbers(values: object) -> bool:
+def _numbers(values: object) -> TypeGuard[Sequence[float]]:
     return isinstance(values, Sequence) and len(values) > 1 and all(isinstance(v, (int, float)) for v in values)
 
 

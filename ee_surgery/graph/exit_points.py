@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from torch import fx
 
@@ -166,7 +167,7 @@ class ModelGraph(Tabular):
             cells,
         )  # fmt: skip
 
-    def __rich_console__(self, console: object, options: object):
+    def __rich_console__(self, console: object, options: object) -> Iterator[RenderableType]:
         yield self.table()
         yield plain(self.best_case())
 
