@@ -227,6 +227,7 @@ _PAGE = """# Street scenes
 ```bash
 python -m recipes.camvid && python -m benchmarks.camvid runs/camvid/espnetv2_150
 python -m recipes.camvid --network espnet && python -m benchmarks.camvid runs/camvid/espnet
+python -m recipes.camvid --without-labels --out runs/unlabelled && python -m benchmarks.camvid runs/unlabelled/espnetv2_150
 ```
 
 CamVid, 233 test pictures of 360 x 480, 11 classes. The original is frozen; branches (`dense`) learned from two of the
@@ -240,6 +241,11 @@ ESPNetv2 was trained on Cityscapes and has never seen CamVid: where its branches
 better than it, and all pictures leave there. What is saved then is the rest of the encoder and the decoder, which works
 on large maps: 0.73 of the MACs are a third of the time. Branches that are better than the
 original disagree with it, so that the certificate of agreement lets no picture leave.
+
+Without labels (`--without-labels`), branches learn ESPNetv2's own maps. They agree with 88 % and 91 % of its pixels on the
+third drive, as accurate as it is on test (84.7 % and 85.4 % of 85.5 %): with 2 points of IoU accepted on one half of
+test, 0.4 are lost on the other, at 0.61 of the time. The certificate of 2 % still lets no picture leave: at an average
+disagreement of 9 %, fewer than a quarter could, and some 270 pictures cannot certify that.
 
 ESPNet was trained on all three drives and knows the third by heart, 95 % of its pixels; its branches have not seen it.
 So drops on that drive are far larger than on test, where the second exit is as good as the original: ask for 4 points
