@@ -227,7 +227,7 @@ _PAGE = """# Street scenes
 ```bash
 python -m recipes.camvid && python -m benchmarks.camvid runs/camvid/espnetv2_150
 python -m recipes.camvid --network espnet && python -m benchmarks.camvid runs/camvid/espnet
-python -m recipes.camvid --without-labels --out runs/unlabelled && python -m benchmarks.camvid runs/unlabelled/espnetv2_150
+python -m recipes.camvid --without-labels --out runs/free && python -m benchmarks.camvid runs/free/espnetv2_150
 ```
 
 CamVid, 233 test pictures of 360 x 480, 11 classes. The original is frozen; branches (`dense`) learned from two of the
@@ -242,8 +242,8 @@ better than it, and all pictures leave there. What is saved then is the rest of 
 on large maps: 0.73 of the MACs are a third of the time. Branches that are better than the
 original disagree with it, so that the certificate of agreement lets no picture leave.
 
-Without labels (`--without-labels`), branches learn ESPNetv2's own maps. They agree with 88 % and 91 % of its pixels on the
-third drive, as accurate as it is on test (84.7 % and 85.4 % of 85.5 %): with 2 points of IoU accepted on one half of
+Without labels (`--without-labels`), branches learn ESPNetv2's own maps. They agree with 88 % and 91 % of its pixels on
+the third drive, as accurate as it is on test (84.7 % and 85.4 % of 85.5 %): with 2 points of IoU accepted on one half of
 test, 0.4 are lost on the other, at 0.61 of the time. The certificate of 2 % still lets no picture leave: at an average
 disagreement of 9 %, fewer than a quarter could, and some 270 pictures cannot certify that.
 
