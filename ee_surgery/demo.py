@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +32,9 @@ def run(out: Path, console: Console) -> ee.EarlyExitModel:
     console.print(f"trained on {len(learn)} digits for {EPOCHS} epochs, seed 0")
 
     console.rule("augment: find exits, train branches, calibrate on held-out digits")
-    branched = ee.augment(model, train=learn, calibrate=held_out, effort="quick")
+    # in float32: on some processors with bfloat16, gradients of this small network are not finite in it
+    full = Accelerator(mixed_precision="no")
+    branched = ee.augment(model, train=learn, calibrate=held_out, effort="quick", accelerator=full)
     frontier = branched.frontier
     assert frontier is not None
     console.print(frontier)
