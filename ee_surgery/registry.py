@@ -92,17 +92,15 @@ class Registry(Mapping[str, T], Generic[T]):
         return None if module in ("", "ee_surgery") else next(iter(packages_distributions().get(module, ())), None)
 
     def __getitem__(self, name: str) -> T:
-        if isinstance(name, str) and name not in self._items and name in (offered := self._offered()).names:
-            self._load(name, offered)
         if isinstance(name, str) and name in self._items:
             return self._items[name]
-        known = [*self._items, *self._offered().names]
+        offered = entry_points(group=self.group) if self.group else EntryPoints()  # slow: looks at all packages
+        if isinstance(name, str) and name in offered.names:
+            return self._load(name, offered)
+        known = [*self._items, *offered.names]
         raise UnknownNameError(f"No {self.kind} {str(name)[:80]!r}. {suggest(str(name)[:80], known)}")
 
-    def _offered(self) -> EntryPoints:
-        return entry_points(group=self.group) if self.group else EntryPoints()
-
-    def _load(self, name: str, offered: EntryPoints) -> None:
+    def _load(self, name: str, offered: EntryPoints) -> T:
         point = next(iter(offered.select(name=name)))
         try:
             found = point.load()
@@ -111,8 +109,8 @@ class Registry(Mapping[str, T], Generic[T]):
                 f"The {self.kind} {name!r} comes from {point.value!r} of an installed package, which cannot be "
                 f"imported: {type(error).__name__}: {error}"
             ) from error
-        self._items.setdefault(name, found)  # unless its module registers it, with properties
         self._stated.setdefault(name, {})
+        return self._items.setdefault(name, found)  # unless its module registers it, with properties
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

@@ -196,7 +196,7 @@ class Frontier(Tabular, Sequence[OperatingPoint]):
     @property
     def what(self) -> str:
         """What is measured: `measure` where there were labels, else agreement with the original."""
-        return self.measure if self.labelled else "agreement with the original"
+        return self._what if self.labelled else f"{self._what} with the original"
 
     @property
     def _what(self) -> str:
