@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ee_surgery.attachment import attach, attach_stored
 from ee_surgery.backbone.answers import OutputKey
@@ -17,9 +19,9 @@ from ee_surgery.branches import BRANCHES, BranchSpec, known
 from ee_surgery.calibration.records import ExitRecords
 from ee_surgery.checks import accuracy_drop as check_drop
 from ee_surgery.checks import choice, count, flag, instance, optional, positive
-from ee_surgery.data.batches import Data
+from ee_surgery.data.batches import Data, loader, unpack
 from ee_surgery.data.labels import ClassMap
-from ee_surgery.errors import AdapterError, ConfigError, UnknownNameError
+from ee_surgery.errors import AdapterError, CaptureError, ConfigError, DataError, UnknownNameError
 from ee_surgery.evaluation.calibrate import calibrate as calibrate_exits
 from ee_surgery.evaluation.record import record
 from ee_surgery.graph.exit_points import ExitPoint, ModelGraph
@@ -85,8 +87,8 @@ def augment(
         preset: a published method, by its name in `PRESETS`: its exits, branches, training and calibrator replace the
             defaults; other arguments override them. Training is as long as published: shorten it with `config`.
         joint: also train the original, on a copy; needs `train=`; see `train`.
-        sample: an example batch (B, ...), or a dict or tuple of several input tensors; needed if the model does not
-            describe its inputs.
+        sample: an example batch (B, ...), or a dict or tuple of several input tensors; by default pictures of the size
+            of the training data's, else of the model's own. Needed if neither is there.
         opaque: names of modules to keep whole; see `inspect`.
         num_classes: for a model without a classification head: number of classes of a new head on its features,
             trained with the branches.
@@ -132,7 +134,8 @@ def augment(
         raise ConfigError(
             'exits="auto", effort= and time_budget= train and compare branches: give train= and calibrate=.'
         )
-    graph = inspect(model, sample, opaque=opaque, num_classes=num_classes, output=output, task=task)
+    options = {"opaque": opaque, "num_classes": num_classes, "output": output, "task": task}
+    graph = _inspected(model, sample, train, options)
     calibrator = "search" if method is None else method.method
     simple = all(given is None for given in (exits, placement, branch, preset, config))
     if train is not None and calibrate is not None and (searched or by_effort or simple):
@@ -157,6 +160,26 @@ def augment(
     if calibrate is not None:
         calibrate_exits(branched, calibrate, method=calibrator, accelerator=accelerator, class_map=class_map)
     return branched
+
+
+def _inspected(model: nn.Module, sample: Sample | None, train: Data | None, options: dict[str, Any]) -> ModelGraph:
+    """The graph for inputs of the training data's size, where that is pictures the model takes, else of its own."""
+    if sample is None and train is not None and (like := _pictures_like(train)) is not None:
+        with suppress(CaptureError, DataError):
+            return inspect(model, like, **options)
+    return inspect(model, sample, **options)
+
+
+def _pictures_like(data: Data) -> Tensor | None:
+    """Random pictures of the size of the first ones of the data; None where it has none, or can be read only once."""
+    if isinstance(data, Iterator):
+        return None
+    with torch.random.fork_rng(devices=()):
+        first = next(iter(loader(data, 1)), None)
+    inputs = None if first is None else unpack(first)[0]
+    if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+        return None
+    return torch.randn(4, *inputs.shape[1:], generator=torch.Generator().manual_seed(0))
 
 
 def _plan(

@@ -41,7 +41,7 @@ def resolve(
     size = grid(point)
     if size is not None and min(size) >= 4:
         c = channels(point)
-        for width in (4 * c, 3 * c, 2 * c, c):
+        for width in (4 * c, 3 * c, 2 * c, c, c // 2):
             if width < 32:
                 break
             if 9 * min(width, 2 * c) * width > _WEIGHTS:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,7 @@ class FeatureSource:
         joint: the original is trained too, so it is not run here.
         labels: compares the first labels with the original's predictions.
         dtype: of the model's inputs.
+        casting: the autocast that the original runs under.
         say: prints a line.
     """
 
@@ -86,10 +87,11 @@ class FeatureSource:
         joint: bool,
         labels: Labels,
         dtype: torch.dtype,
+        casting: Callable[[], AbstractContextManager[object]],
         say: Callable[[str], None],
     ) -> None:
         self.branched, self.batches, self.config, self.processes = branched, batches, config, processes
-        self.joint, self.labels, self.say = joint, labels, say
+        self.joint, self.labels, self.casting, self.say = joint, labels, casting, say
         self.home = next(branched.branches.parameters()).device, dtype
         self.mixing = Mixing(config, branched.num_classes, branched.task)
         self.keeps: bool | None = None if config.views and not joint and config.epochs > config.views else False
@@ -210,10 +212,14 @@ class FeatureSource:
 
     def _run(self, shard: Shard, reads_original: bool) -> BranchBatch:
         if reads_original:
-            features, original = self.branched.engine.features(shard.inputs)
+            with self.casting():
+                features, original = self.branched.engine.features(shard.inputs)
+            original = place(original, None, self.home[1])
         else:
-            features = self.branched.engine.features_alone(shard.inputs)
+            with self.casting():
+                features = self.branched.engine.features_alone(shard.inputs)
             original = torch.zeros(count(shard.inputs), self.branched.num_classes, device=self.home[0])
+        features = [tuple(place(tensor, None, self.home[1]) for tensor in read) for read in features]
         return BranchBatch(None, features, original, shard.labels, shard.total, shard.own)
 
     def _worth(self, shard: Shard, branch_batch: BranchBatch, whole: bool, path: Path) -> bool:

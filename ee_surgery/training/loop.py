@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.metadata import version
@@ -180,6 +180,8 @@ class _Run:
         lengths = [config.max_steps, None if self.steps is None else config.epochs * self.steps]
         self.total = min((length for length in lengths if length is not None), default=0)
         """Steps of the whole training; 0 if unknown. Fewer once `watch` has had enough."""
+        self.precision = accelerator.mixed_precision
+        """In force; `auto` may give bfloat16 up."""
         self.last_step = config.max_steps
         """None: epochs alone end it."""
         self.stopwatch = StopWatch(accelerator.device)
@@ -214,7 +216,7 @@ class _Run:
         self.ema = AveragedWeights(self.learner, config.ema)
         takes = torch.float32 if joint and self.halves else self.dtype
         self.source = FeatureSource(
-            branched, self.batches, config, self.processes, joint, self.labels, takes, self._say
+            branched, self.batches, config, self.processes, joint, self.labels, takes, self._frozen_casting, self._say
         )
         ending.callback(self.source.close)
 
@@ -235,7 +237,7 @@ class _Run:
             self._check_validation(Labels(self.branched.engine, self.class_map))
             start_trackers(self.accelerator, self.settings)
             if self.config.mixed_precision == "auto":
-                device, precision = self.accelerator.device.type, self.accelerator.mixed_precision
+                device, precision = self.accelerator.device.type, self.precision
                 self._say(f"mixed_precision='auto' on this {device}: {_NUMBERS.get(precision, precision)}")
             while self.epoch < self.config.epochs and not self._at_the_end():
                 self._one_epoch(folder, state)
@@ -338,6 +340,7 @@ class _Run:
             self.skipped += 1
             self.in_a_row += 1
             self.console.print(f"step {self.step}: loss {value} or its gradient is not finite; skipped")
+            self._distrust_bf16()
             if self.in_a_row >= self.config.patience_nonfinite:
                 raise TrainingError(
                     f"The loss was not finite for {self.in_a_row} steps in a row (epoch {self.epoch + 1}, step "
@@ -349,6 +352,16 @@ class _Run:
         self.ema.update()
         self.taken, self.in_a_row, self.samples = self.taken + 1, 0, self.samples + total
         self.loss_sum += value
+
+    def _distrust_bf16(self) -> None:
+        """Go on in float32 where `auto` has chosen bfloat16 and gradients are not finite.
+
+        Its range is that of float32, but some CPU kernels leave part of a gradient uninitialized: oneDNN in torch
+        2.14 for the weights of a strided convolution that see only padding, on maps of 1 x 1.
+        """
+        if self.config.mixed_precision == "auto" and self.precision == "bf16" and self.skipped >= _SUSPICIOUS:
+            self.precision, self.in_a_row = "no", 0
+            self._say(f"{self.skipped} steps were not finite in bfloat16: float32 from here on")
 
     def _gradients(self, batches: list[Batch], total: int) -> tuple[bool, float]:
         """Compute the gradients of one step; returns whether they are finite, and the loss."""
@@ -362,7 +375,7 @@ class _Run:
         self.processes.add_up(self.learner.parameters())
         norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip_grad or math.inf)
         # fp16 overflows now and then; its scaler skips those steps itself
-        scaled = self.accelerator.mixed_precision == "fp16"
+        scaled = self.precision == "fp16"
         return scaled or norm is None or bool(torch.isfinite(torch.as_tensor(norm))), value
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -392,7 +405,7 @@ class _Run:
         """Logits of the branches, and of the original or a new head, in training."""
         plain = self.processes.number == 1 and branch_batch.total > 1
         one_batch = nullcontext() if plain else GlobalBatchNorm(self.processes, branch_batch.own, branch_batch.total)
-        with self.accelerator.autocast(), one_batch:
+        with self._casting(), one_batch:
             if self.joint:
                 assert branch_batch.inputs is not None
                 return self.learner(self.branched.engine.backbone.arguments(branch_batch.inputs))
@@ -400,6 +413,16 @@ class _Run:
             if self.halves:
                 features = [tuple(place(tensor, None, torch.float32) for tensor in read) for read in features]  # pyright: ignore[reportArgumentType]
             return self.branched.branches.split(self.learner(features), branch_batch.original)
+
+    def _casting(self) -> AbstractContextManager[object]:
+        """Autocast in the precision that is in force."""
+        return nullcontext() if self.precision == "no" else self.accelerator.autocast()
+
+    def _frozen_casting(self) -> AbstractContextManager[object]:
+        """Autocast of the frozen original: in bfloat16, unless what it answers are numbers to be met."""
+        task = self.branched.task
+        casts = self.precision == "bf16" and task.chooses and not task.of_features
+        return self._casting() if casts else nullcontext()
 
     def _of_all(self, exit: ExitLogits, total: int) -> ExitLogits:
         """The answers of an exit to the samples of all processes, in float32; what it hands on is not kept."""
@@ -535,7 +558,7 @@ class _Run:
             "seconds": sum(epoch.seconds for epoch in self.report.epochs),
             "processes": self.processes.number,
             "device": self.accelerator.device.type,
-            "mixed_precision": self.accelerator.mixed_precision,
+            "mixed_precision": self.precision,
             "versions": {name: version(name) for name in ("ee-surgery", "torch", "timm", "transformers")},
         }
 
@@ -617,5 +640,9 @@ def _settings(config: TrainConfig, precision: str, joint: bool, steps: int, iden
 
 
 _ENSEMBLE_SAMPLES = 10_000  # tens of parameters per head need no more
+_SUSPICIOUS = 3  # skipped steps of an epoch after which `auto` trusts bfloat16 no longer
 _NUMBERS = {"no": "float32", "bf16": "bfloat16"}
-_COUNTERS = ("epoch", "step", "all_steps", "total", "last_step", "taken", "skipped", "in_a_row", "samples", "loss_sum")
+_COUNTERS = (
+    "epoch", "step", "all_steps", "total", "last_step", "taken", "skipped", "in_a_row", "samples", "loss_sum",
+    "precision",
+)  # fmt: skip

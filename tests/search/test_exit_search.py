@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,6 +192,20 @@ def test_augment_finds_places_trains_prunes_and_calibrates(tmp_path: Path) -> No
     again = ee.from_pretrained(tmp_path, model)
     assert again.provenance["placement"] == tried
     assert torch.equal(again(held.tensors[0]), found(held.tensors[0]))
+
+
+def test_exits_are_cut_for_pictures_of_the_size_that_is_trained_on() -> None:
+    model = timm.create_model("resnet18", num_classes=4).eval()  # it says 224
+    trained = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)
+    quick = replace(CONFIG, epochs=1)
+    before = torch.random.get_rng_state()
+    found = ee.augment(model, ["layer2.1"], train=DataLoader(trained, 4, shuffle=True), config=quick)
+    assert found.sample["x"].shape == (4, 3, 32, 32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    once = iter([(torch.randn(4, 3, 32, 32), torch.arange(4))])  # cannot be looked at before
+    assert ee.augment(model, ["layer2.1"], train=once, config=replace(quick, max_steps=1)).sample["x"].shape == (4, 3, 224, 224)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
+    assert ee.augment(plain, ["1"], train=trained, config=quick).sample["input"].shape == (4, 3, 32, 32)
 
 
 def test_where_nobody_says_shortcuts_are_tried_too() -> None:

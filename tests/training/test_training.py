@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ee_surgery as ee
 from ee_surgery.training import checkpoint, features, precision
+from ee_surgery.training import loop as training_loop
 from ee_surgery.training.optimizer import learning_rate
 from ee_surgery.training.precision import resolve_precision
 from ee_surgery.training.speed import Speed, StopWatch
@@ -249,6 +250,31 @@ def test_a_checkpoint_of_auto_precision_goes_on_in_the_same_precision_only(
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with pytest.raises(ee.TrainingError, match="mixed_precision"):
         ee.train(small(), blobs(32), replace(config, mixed_precision="auto"))
+
+
+def test_auto_gives_bfloat16_up_where_its_gradients_are_not_finite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(training_loop, "resolve_precision", lambda asked, device: "bf16" if asked == "auto" else asked)
+
+    def broken() -> ee.EarlyExitModel:
+        branched = small()
+        branched.branches[0].register_forward_hook(
+            lambda module, inputs, answer: (
+                answer._replace(logits=answer.logits * torch.nan) if torch.is_autocast_enabled("cpu") else answer
+            )
+        )
+        return branched
+
+    config = replace(QUICK, mixed_precision="auto", validation=0.0, progress=True)
+    report = ee.train(broken(), blobs(), replace(config, checkpoint_dir=str(tmp_path)))
+    assert [epoch.skipped for epoch in report.epochs] == [3] + [0] * (config.epochs - 1)
+    assert report.model.provenance["training"]["mixed_precision"] == "no"
+    assert "3 steps were not finite in bfloat16: float32 from here on" in capsys.readouterr().out
+    again = ee.train(broken(), blobs(), replace(config, checkpoint_dir=str(tmp_path)))  # resumed where it ended
+    assert again.model.provenance["training"]["mixed_precision"] == "no"
+    with pytest.raises(ee.TrainingError, match="not finite for 10 steps in a row"):
+        ee.train(broken(), blobs(), replace(config, mixed_precision="bf16", epochs=9))
 
 
 def test_precisions_that_are_not_known_are_refused() -> None:
