@@ -203,7 +203,8 @@ def test_exits_are_cut_for_pictures_of_the_size_that_is_trained_on() -> None:
     assert found.sample["x"].shape == (4, 3, 32, 32)
     assert torch.equal(torch.random.get_rng_state(), before)
     once = iter([(torch.randn(4, 3, 32, 32), torch.arange(4))])  # cannot be looked at before
-    assert ee.augment(model, ["layer2.1"], train=once, config=replace(quick, max_steps=1)).sample["x"].shape == (4, 3, 224, 224)
+    found = ee.augment(model, ["layer2.1"], train=once, config=replace(quick, max_steps=1))
+    assert found.sample["x"].shape == (4, 3, 224, 224)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
     assert ee.augment(plain, ["1"], train=trained, config=quick).sample["input"].shape == (4, 3, 32, 32)
 
