@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
+from timm.models import save_for_hf  # pyright: ignore[reportPrivateImportUsage]
 from typer.testing import CliRunner
 
 import ee_surgery as ee
@@ -77,6 +78,32 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
     out = _run("export", adapter, str(tmp_path / "int8.onnx"), "--quantize", "int8", *weights, code=1)
     assert "calibrate=, held-out data, together" in " ".join(out.split())
     assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
+
+
+def test_a_fine_tuned_model_keeps_its_classes(files: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    save_for_hf(model, str(tmp_path / "local"))
+    made, pictures = tmp_path / "in_python", str(files / "pictures")
+    ee.augment(model, 2).save_pretrained(made)
+    for weights in (str(tmp_path / "weights.pt"), f"local-dir:{tmp_path / 'local'}"):
+        assert "6 held-out" in _run("calibrate", str(made), "--data", pictures, "--checkpoint", weights)
+        assert "6 samples" in _run("evaluate", str(made), "--data", pictures, "--checkpoint", weights)
+    out = _run("evaluate", str(made), "--data", pictures, "--checkpoint", str(files / "weights.pt"), code=1)
+    assert "could not create test_resnet" in " ".join(out.split())
+    adapter, told = tmp_path / "told", ["--train", pictures, "--calibrate", pictures, "--exits", "1", "--epochs", "1"]
+    _run(
+        "augment", "test_resnet", "--out", str(adapter), "--num-classes", "3", "--checkpoint",
+        str(tmp_path / "weights.pt"), *told, "--lr", "0.002", "--seed", "7", "--views", "1", "--device", "cpu",
+        "--precision", "no", "--batch-size", "3",
+    )  # fmt: skip
+    training = ee.from_pretrained(adapter, model).provenance["training"]
+    assert [training[name] for name in ("lr", "seed", "views", "batch_size", "epochs")] == [0.002, 7, 1, 3, 1]
+    named = ["augment", f"local-dir:{tmp_path / 'local'}", "--out", str(tmp_path / "named"), "--exits", "1"]
+    assert "untrained: " in _run(*named)
+    for device in ("cuda:99", "gpu"):
+        assert f"--device '{device}' cannot be used" in _run(*named, "--device", device, code=1)
 
 
 def test_exits_by_search_need_pictures_and_take_several_branches(
