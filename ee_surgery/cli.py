@@ -243,6 +243,33 @@ def augment(
         )
 
 
+@app.command(epilog="Example: ee-surgery train --config pets.yaml --set train.epochs=2")
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file of the project: model, data, training, operating point.")],
+    data: Annotated[Optional[str], typer.Option(help="Overrides data.source: Hub data set, or folder.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Overrides out.")] = None,  # noqa: UP045
+    changes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="NAME=VALUE", help="Overrides a setting: train.epochs=2; may be repeated."),
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Number of threads per process.")] = None,  # noqa: UP045
+) -> None:
+    """Train, calibrate, evaluate and save as a YAML file says.
+
+    On several GPUs: accelerate launch -m ee_surgery.cli train --config ...
+    """
+    with _errors():
+        from ee_surgery.project.run import run
+        from ee_surgery.project.settings import load
+
+        if threads is not None:
+            _set_threads(threads)
+        given = {"data.source": data, "out": out}
+        run(
+            load(config, [*(changes or []), *(f"{name}={value}" for name, value in given.items() if value is not None)])
+        )
+
+
 @app.command(epilog="Example: ee-surgery calibrate runs/adapter --data held_out --max-accuracy-drop 0.01")
 def calibrate(
     adapter: Adapter,

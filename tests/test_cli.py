@@ -148,6 +148,19 @@ def test_with_data_alone_effort_decides(files: Path, tmp_path: Path, monkeypatch
     assert "leave out --epochs" in _run(*arguments, "--effort", "best", "--epochs", "3", code=1)
 
 
+def test_a_project_from_a_yaml_file(tmp_path: Path) -> None:
+    text = "model: {name: test_resnet, pretrained: false, num_classes: 10, image_size: 32}\ndata: {source: synthetic}"
+    (tmp_path / "mine.yaml").write_text(f"{text}\nexits: 2\nbranch: pool\ntrain: {{epochs: 2, validation: 0}}")
+    arguments = ["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]
+    assert "Original unchanged" in _run(*arguments, "--set", "train.epochs=1")
+    model = timm.create_model("test_resnet", num_classes=10)
+    with pytest.raises(ee.FingerprintError):  # of other random weights
+        ee.from_pretrained(tmp_path / "out" / "adapter", model)
+    assert "has no setting 'epoch'" in _run(*arguments, "--set", "train.epoch=1", code=1)
+    out = _run(*arguments, "--set", "model.library=tim", code=1)
+    assert "library is 'tim', which is not known. Did you mean 'timm'?" in " ".join(out.split())
+
+
 def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("inspect", "augment"):
