@@ -638,7 +638,7 @@ def _model(name: str, checkpoint: str, random_weights: bool, num_classes: int | 
     known = name.startswith(_TIMM_SOURCES) or timm.is_model(name.partition(".")[0])
     if num_classes is not None and not known:
         raise ee.ConfigError("--num-classes is for timm models: a Hugging Face folder has its own.")
-    options = {} if num_classes is None else {"num_classes": count("--num-classes", num_classes)}
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": count("--num-classes", num_classes)}
     try:
         library = "timm" if known else "transformers"
         return make_model(library, name, checkpoint=checkpoint, pretrained=not random_weights, **options)
