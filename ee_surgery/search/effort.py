@@ -67,7 +67,7 @@ EFFORTS: dict[EffortName, Effort] = {
         points=4, branches=_kinds(0.02, 0.12), probe_steps=50, load=0.3, epochs=4, steps=(200, 2_000), patience=2
     ),
     "standard": Effort(
-        points=6, branches=_kinds(0.02, 0.12, 0.2, 0.3), probe_steps=80, load=0.4, epochs=24, steps=(600, 20_000),
+        points=6, branches=_kinds(0.02, 0.12, 0.2, 0.3), probe_steps=80, load=0.4, epochs=16, steps=(600, 20_000),
         patience=3,
     ),
     "best": Effort(
