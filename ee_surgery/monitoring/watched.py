@@ -1,4 +1,4 @@
-"""One request under an audit: its chosen samples are taken where they leave, in a run of its own or in shared batches."""
+"""One request under an audit: its chosen samples are taken where they leave, in its own run or in shared batches."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ class Watched:
             self._mask = torch.zeros(self.size, dtype=torch.bool)
             self._mask[[*self.chosen]] = True
             self._mask = self._mask.to(leaving.logits.device)
-        self.take(
-            k, arrived, leaving, (self._mask if leaving.rows is None else self._mask[leaving.rows]).nonzero()[:, 0]
-        )
+        mine = self._mask if leaving.rows is None else self._mask[leaving.rows]
+        self.take(k, arrived, leaving, mine.nonzero().squeeze(1))
 
     def take(self, k: int, arrived: InFlight, leaving: Leaving, index: Tensor) -> None:
         """Some of the chosen samples leave at exit k.

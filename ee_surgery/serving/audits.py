@@ -1,4 +1,4 @@
-"""Audited requests of an engine: their samples are taken out of shared batches, and handed over in order of admission."""
+"""Audited requests of an engine: taken out of shared batches, and handed over in the order of admission."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class AuditQueue:
     A request whose samples left early is answered before one that came earlier and has samples that stay. Were it
     settled first, losses would be bet on in an order that depends on them, which is no fair bet: so it waits.
 
-    The audited batch itself runs in the worker, between two batches of requests and once the answers of the last one are
+    The audited batch itself runs in the worker, between two batches of requests, once the answers of the last one are
     out. It holds requests up for no longer than one batch of `Audit(waiting=)` samples takes the original. In a thread
-    of its own it would compete with the worker for the same cores, or the same stream of a GPU, and requests would wait
-    for it as long, but with nothing that keeps audits from falling behind.
+    of its own it would compete with the worker for the same cores, or the same stream of a GPU: requests would wait for
+    it as long, and nothing would keep audits from falling behind.
     """
 
     def __init__(self) -> None:

@@ -83,6 +83,7 @@ class Route(ABC):
 
     def watch(self, size: int) -> Watched | None:
         """Ask the audit for a request of so many samples; None: none of them is chosen, or there is no audit."""
+        return None
 
 
 class Admission(NamedTuple):

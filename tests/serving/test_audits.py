@@ -1,4 +1,4 @@
-"""Audits under `ee.Engine`: the statistics are those of auditing `predict` of the same requests, whatever else happens."""
+"""Audits under `ee.Engine`: the statistics are those of auditing `predict` of the same requests, come what may."""
 
 from __future__ import annotations
 
