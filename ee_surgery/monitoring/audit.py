@@ -27,8 +27,9 @@ from ee_surgery.monitoring.drift import Traffic, identity
 from ee_surgery.monitoring.followed import MOST_BYTES, Group, Waiting, unkept
 from ee_surgery.monitoring.losses import Losses
 from ee_surgery.monitoring.report import AuditReport
-from ee_surgery.monitoring.state import ALARMS_KEPT, Action, Alarm, AuditState, Kind, Loss, Promise, Stream, without
+from ee_surgery.monitoring.state import ALARMS_KEPT, Alarm, AuditState, Kind, Loss, Promise, Stream, without
 from ee_surgery.monitoring.watched import Watched
+from ee_surgery.names import AlarmAction
 from ee_surgery.policies.operating_point import OperatingPoint, describe
 from ee_surgery.runtime.router import ExitOutput, Router
 from ee_surgery.text import visible
@@ -83,7 +84,7 @@ class Audit:
         alpha: float = 0.05,
         q: float = 0.05,
         loss: Loss = "disagreement",
-        on_alarm: Action = "warn",
+        on_alarm: AlarmAction = "warn",
         callback: Callable[[Alarm], object] | None = None,
         label_epsilon: float | None = None,
         records: ExitRecords | None = None,
@@ -103,7 +104,7 @@ class Audit:
         )
         """What is tested."""
         self.q = number("q", q, above=0, high=1)
-        self.on_alarm: Action = choice("on_alarm", on_alarm, get_args(Action))
+        self.on_alarm: AlarmAction = choice("on_alarm", on_alarm, get_args(AlarmAction))
         if callback is not None and not callable(callback):
             raise ConfigError("callback must be a function of an Alarm.")
         self.callback, self.clock = callback, clock

@@ -106,6 +106,8 @@ class Engine:
     ) -> None:
         self.max_batch, self._clock = count("max_batch", max_batch), clock
         self.max_pending = count("max_pending", max_pending)
+        self.served = served
+        """What answers."""
         self.timeout_s = optional(positive)("timeout_s", timeout_s)
         if isinstance(served, EarlyExitModel):
             self._served, exits = ServedModel(served, self.max_batch), len(served.exits) + 1
