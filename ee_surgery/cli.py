@@ -316,9 +316,7 @@ def serve(
     grace: Annotated[float, typer.Option(help="Seconds of 503 from /healthz before a drain, for balancers.")] = 0.0,
     knob: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--knob/--no-knob", help="PUT /knob moves the operating point; default: on a loopback address."
-        ),
+        typer.Option("--knob/--no-knob", help="PUT /knob moves the operating point; default: on a loopback address."),
     ] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Run under torch.compile.")] = False,
     checkpoint: Weights = "",

@@ -133,6 +133,7 @@ class Service:
             ],
             exception_handlers={HTTPException: _plain_error},  # pyright: ignore[reportArgumentType]
         )
+        self.app.router.redirect_slashes = False
         self.app.state.service = self
 
     # --- routes

@@ -73,7 +73,7 @@ def serve(
         open_knob = _is_local(listening) if knob is None else knob
         app = serve_app(engine, audit=audit, knob=open_knob, limits=limits)
         say(f"{branched.engine.backbone.model_id} at {url(listening)}{'' if open_knob else ', knob off'}")
-        say(f"operating point: {branched.operating_point or 'none, all answers are the original`s'}")
+        say(f"operating point: {branched.operating_point or 'none: no sample leaves early'}")
         run(app, listening, grace_s=grace_s)
         stats = engine.stats()
         say(f"drained: {stats.answered} requests answered, {stats.failed + stats.expired + stats.refused} not")

@@ -89,11 +89,11 @@ class Decoder:
         if body.count(b"[") + body.count(b"{") > lists:  # each takes far more memory than its two bytes
             raise Refused(413, f"More lists than {self.limits.samples} samples have.")
         try:
-            found = json.loads(body, parse_constant=_no_number)
+            found = json.loads(body.decode(), parse_constant=_no_number)  # str: no other encodings
         except RecursionError as error:
             raise Refused(422, f"Nested too deep: send {_FORM}.") from error
         except ValueError as error:  # UnicodeDecodeError among them
-            raise Refused(400, f"No JSON: {_said(error)}.") from error
+            raise Refused(400, f"No JSON: {str(error).splitlines()[0][:100]}.") from error
         # The one name is all text that it may have: numpy would read numbers in strings, and pad lists of long ones.
         if not isinstance(found, dict) or [*found] != ["inputs"] or body.count(b'"') != 2:
             raise Refused(422, f"Send {_FORM}.")
@@ -136,11 +136,6 @@ def _transform(branched: EarlyExitModel) -> Callable[[Image.Image], Tensor] | No
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
-
-
-def _said(error: Exception) -> str:
-    """In a few words; json quotes no data."""
-    return str(error).splitlines()[0][:100] if isinstance(error, json.JSONDecodeError) else type(error).__name__
 
 
 def _shown(shape: Sequence[Any]) -> str:

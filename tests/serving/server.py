@@ -7,10 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import timm
@@ -22,32 +22,54 @@ from tests import ROOT
 SIDE = 64
 
 
-def adapter(folder: Path) -> tuple[Path, Path, ee.EarlyExitModel]:
-    """A calibrated adapter of a tiny timm network, the file of its weights, and the model itself."""
+def adapter(folder: Path) -> tuple[list[str], ee.EarlyExitModel, torch.Tensor]:
+    """A trained and calibrated adapter of a tiny timm network, in files.
+
+    Returns:
+        Arguments of `ee-surgery serve`, the model itself, and samples like those it was calibrated on.
+    """
     torch.manual_seed(0)
-    base = timm.create_model("test_resnet", num_classes=1000).eval()
+    base = timm.create_model("test_resnet").eval()
+    with torch.no_grad():
+        base.get_classifier().weight.mul_(30)  # random weights that tell some classes apart
     torch.save(base.state_dict(), folder / "weights.pt")
-    branched = ee.augment(base, 2, sample=torch.randn(4, 3, SIDE, SIDE))
+    x = 3 * torch.rand(240, 1, 1, 1) * torch.randn(240, 3, SIDE, SIDE) + torch.randn(240, 3, 1, 1)
+    branched = ee.augment(base, 2, sample=x[:4])
     branched.preprocessing = {**branched.preprocessing, "input_size": [3, SIDE, SIDE]}
+    ee.train(branched, [*x[:160].split(20)], ee.TrainConfig(epochs=4, teach="original", lr=0.03))
+    ee.calibrate(branched, [x[160:]])
+    branched.operate(max_accuracy_drop=0.1)
     branched.save_pretrained(folder / "adapter")
-    return folder / "adapter", folder / "weights.pt", branched
+    return [str(folder / "adapter"), "--checkpoint", str(folder / "weights.pt")], branched, x
+
+
+class Served(NamedTuple):
+    """A running server."""
+
+    client: httpx.Client
+    process: subprocess.Popen[str]
+
+    @property
+    def rss_mib(self) -> float:
+        """Resident memory of the process."""
+        fields = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", fields)[1]) / 1024
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    """`ee-surgery serve` with these arguments, and a client of it."""
+def serving(*arguments: str) -> Iterator[Served]:
+    """`ee-surgery serve` with these arguments, until SIGTERM."""
     command = [sys.executable, "-m", "ee_surgery.cli", "serve", *arguments, "--port", "0", "--threads", "1"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
-            lines = []
+            lines: list[str] = []
             while not (found := re.search(r"http://\S+?:\d+", lines[-1] if lines else "")):
-                line = process.stdout.readline()
-                assert line, (lines, process.wait(60))
-                lines.append(line)
+                lines.append(process.stdout.readline())
+                assert lines[-1], (lines, process.wait(60))
             with httpx.Client(base_url=found[0], timeout=60) as client:
-                yield client, process
+                yield Served(client, process)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -55,17 +77,3 @@ def serving(*arguments: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[st
                     process.wait(60)
                 except subprocess.TimeoutExpired:
                     process.kill()
-
-
-def rss_mib(process: subprocess.Popen[str]) -> float:
-    """Resident memory of a process."""
-    fields = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", fields)[1]) / 1024
-
-
-def wait_for(condition: object, seconds: float = 60) -> None:
-    """Until a function returns something true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
