@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,10 @@ class Service:
         self._decoding = ThreadPoolExecutor(limits.decoders, thread_name_prefix="ee_surgery-decode")
         self._bytes = 0  # of bodies, read and decoded; changed by the event loop alone
         state = None if audit is None else self._audit_state
-        self._metrics = EngineCollector(
-            self.exits, engine.stats, lambda: knob.macs_fraction(self.branched), state, self.responses
-        ).registry()
+        macs = partial(knob.macs_fraction, self.branched)
+        self.collector = EngineCollector(self.exits, engine.stats, macs, state, self.responses)
+        """What is counted, for Prometheus."""
+        self._metrics = self.collector.registry()
         self.app = Starlette(
             routes=[
                 Route("/predict", self._answered(self.predict), methods=["POST"]),
@@ -183,7 +185,7 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         """Whether to send requests here."""
-        if self.draining:
+        if self.draining or not self.engine.open:
             raise Refused(503, "Draining: send requests elsewhere.")
         return JSONResponse({"status": "ok"})
 

@@ -251,6 +251,11 @@ class Engine:
 
     # --- the engine itself
 
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests: not once it is closed, nor where its worker has failed."""
+        return not self._closed
+
     def stats(self) -> EngineStats:
         """Counts so far."""
         with self._lock:
