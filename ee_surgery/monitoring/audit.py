@@ -211,6 +211,8 @@ class Audit:
             self._gone.update(self._state.streams)
             self._waiting = Waiting()
             self._state = self._fresh(self._state.alarms)
+            self._saved = -math.inf  # a restart must not find what was given up
+        self._look()
 
     def save(self) -> None:
         """Write the state to `path`.

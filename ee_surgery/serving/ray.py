@@ -26,6 +26,7 @@ from ee_surgery.serving.app import Service, serve_app
 from ee_surgery.serving.engine import Engine
 from ee_surgery.serving.limits import HttpLimits
 from ee_surgery.share.adapter import load_adapter
+from ee_surgery.share.hub import fetch
 
 try:
     from ray import serve
@@ -40,10 +41,10 @@ _METRICS_S = 10.0
 class RayService:
     """How replicas serve one adapter. The same settings in another process mean the same running service.
 
-        service = RayService(adapter="runs/adapter", options={"num_replicas": 4})
-        handle = service.run()
-        service.move({"budget": 0.6})  # all replicas, and those that are started later
-        print(service.audited().risk())
+    service = RayService(adapter="runs/adapter", options={"num_replicas": 4})
+    handle = service.run()
+    service.move({"budget": 0.6})  # all replicas, and those that are started later
+    print(service.audited().risk())
     """
 
     adapter: str
@@ -87,8 +88,8 @@ class RayService:
             self._check(knob.read_request(request))
         config = {"knob": None if request is None else dict(request)}
         deployment = _deployment.options(name=self.name, max_ongoing_requests=256, **self.options, user_config=config)
-        # Of the same version, Ray tells running replicas the new `user_config`; else it would start others in turn, which
-        # is slower and gives the same answers.
+        # Of the same version, Ray tells running replicas the new `user_config`; else it would replace them in turn,
+        # which is slower and gives the same answers.
         deployment._version = self._version
         return serve.run(deployment.bind(self), blocking=blocking, name=self.name, route_prefix=self.route)
 
@@ -124,16 +125,14 @@ class RayService:
         """A replica that cannot take its point would be replaced for ever: so the frontier is asked here."""
         if "off" in asked:
             return
-        frontier = load_adapter(Path(self.adapter))[2] if Path(self.adapter).is_dir() else None
-        if frontier is None and Path(self.adapter).is_dir():
-            raise OperatingPointError(f"{self.adapter} has no frontier: run ee-surgery calibrate first.")
+        adapter = Path(self.adapter) if Path(self.adapter).is_dir() else fetch(self.adapter)
+        frontier = load_adapter(adapter)[2]
         if frontier is None:
-            return
-        if "point" in asked:
-            if asked["point"] >= len(frontier):
-                raise OperatingPointError(f"There is no point {asked['point']}: the frontier has {len(frontier)}.")
-        else:
+            raise OperatingPointError(f"{self.adapter} has no frontier: run ee-surgery calibrate first.")
+        if "point" not in asked:
             frontier.at(**asked)
+        elif asked["point"] >= len(frontier):
+            raise OperatingPointError(f"There is no point {asked['point']}: the frontier has {len(frontier)}.")
 
 
 class Replica:

@@ -367,6 +367,9 @@ def test_a_restarted_worker_goes_on_where_it_was(tmp_path: Path, clock: Clock) -
         assert ee.AuditState.load(path).risk().losses == 24  # what waited was run, this run's among it, and saved
     assert ee.AuditState.load(path).risk().losses == 24
     assert ee.AuditState.merge(before, ee.AuditState.load(path)).risk().losses == 24
+    with ee.Audit(model, epsilon=0.2, q=1.0, path=path, clock=clock) as audit:
+        audit.reset()
+        assert ee.AuditState.load(path).risk().losses == 0
     with pytest.raises(ee.DataError, match="another promise"):
         ee.Audit(model, epsilon=0.1, path=path)
     path.write_text("{}")
