@@ -60,7 +60,7 @@ class Served(NamedTuple):
 def serving(*arguments: str) -> Iterator[Served]:
     """`ee-surgery serve` with these arguments, until SIGTERM."""
     command = [sys.executable, "-m", "ee_surgery.cli", "serve", *arguments, "--port", "0", "--threads", "1"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
