@@ -48,7 +48,7 @@ class Scorer:
             pixels = torch.stack([torch.as_tensor(self.transform(picture)) for picture in pictures])
         else:
             pixels = torch.from_numpy(np.stack([*block.pop("pixels")]))
-        answers = [*self.engine.map(pixels.split(_REQUEST))]
+        answers: list[Any] = [*self.engine.map(pixels.split(_REQUEST))]
         task = self.branched.task
         found = {
             "class": torch.cat([task.labels_from(each.logits) for each in answers]),

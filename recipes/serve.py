@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def main() -> None:
             epsilon=options.audit,
             options={"num_replicas": options.replicas, "ray_actor_options": {"num_cpus": 0 if options.smoke else 1}},
         )
-        ray.init(include_dashboard=False, logging_level="warning")
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port}, logging_config={"log_level": "WARNING"})
         try:
             service.run(None if options.budget is None else {"budget": options.budget}, blocking=not options.smoke)

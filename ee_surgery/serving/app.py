@@ -197,8 +197,16 @@ class Service:
         """The status page: one file, nothing from elsewhere."""
         nonce = secrets.token_urlsafe(16)
         base = request.scope.get("root_path", "").rstrip("/") + "/"
-        names = {"model": visible(self.branched.engine.backbone.model_id), "exits": self.exits, "base": base}
-        found = {**names, "may_move": self.may_move, "nonce": nonce, "now": self.described()}
+        frontier = self.branched.frontier
+        found = {
+            "model": visible(self.branched.engine.backbone.model_id),
+            "exits": self.exits,
+            "base": base,
+            "what": "" if frontier is None else frontier.what,
+            "may_move": self.may_move,
+            "nonce": nonce,
+            "now": self.described(),
+        }
         policy = (
             f"default-src 'none'; connect-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -56,7 +56,7 @@ def move(branched: EarlyExitModel, request: object, audit: Audit | None = None) 
     if "off" in asked:
         branched.operate(None)
     elif "point" in asked:
-        points = () if branched.frontier is None else branched.frontier.points
+        points = _points(branched)
         if asked["point"] >= len(points):
             raise DataError(f"There is no point {asked['point']}: the frontier has {len(points)}.")
         branched.operate(points[asked["point"]])
@@ -69,7 +69,7 @@ def move(branched: EarlyExitModel, request: object, audit: Audit | None = None) 
 def state(branched: EarlyExitModel) -> dict[str, Any]:
     """The point in force (null: no sample leaves early), its place on the frontier (null where it is not on it), and
     the frontier, from the cheapest point to the most expensive one."""
-    point, points = branched.operating_point, () if branched.frontier is None else branched.frontier.points
+    point, points = branched.operating_point, _points(branched)
     own = describe(point)
     return {
         "point": None if own is None or point is None else _plain(point),
@@ -82,6 +82,10 @@ def macs_fraction(branched: EarlyExitModel) -> float:
     """Of the point in force, as calibrated; 1 where no sample leaves early, NaN where it was set by hand."""
     point = branched.operating_point
     return 1.0 if point is None or point.policy.closed else point.macs_fraction
+
+
+def _points(branched: EarlyExitModel) -> tuple[OperatingPoint, ...]:
+    return () if branched.frontier is None else branched.frontier.points
 
 
 def _plain(point: OperatingPoint) -> dict[str, Any]:

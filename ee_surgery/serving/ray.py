@@ -213,5 +213,6 @@ def _export(service: Service, stopped: threading.Event) -> None:
         for family in service.collector.collect():
             for name, tags, value, *_ in family.samples:
                 if name not in gauges:
-                    gauges[name] = metrics.Gauge(name, family.documentation, tuple(tags))
+                    keys: Any = tuple(tags)
+                    gauges[name] = metrics.Gauge(name, family.documentation, keys)
                 gauges[name].set(value, tags)

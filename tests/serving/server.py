@@ -35,7 +35,7 @@ def adapter(folder: Path) -> tuple[list[str], ee.EarlyExitModel, torch.Tensor]:
     torch.save(base.state_dict(), folder / "weights.pt")
     x = 3 * torch.rand(240, 1, 1, 1) * torch.randn(240, 3, SIDE, SIDE) + torch.randn(240, 3, 1, 1)
     branched = ee.augment(base, 2, sample=x[:4])
-    branched.preprocessing = {**branched.preprocessing, "input_size": [3, SIDE, SIDE]}
+    branched.preprocessing = {**(branched.preprocessing or {}), "input_size": [3, SIDE, SIDE]}
     ee.train(branched, [*x[:160].split(20)], ee.TrainConfig(epochs=4, teach="original", lr=0.03))
     ee.calibrate(branched, [x[160:]])
     branched.operate(max_accuracy_drop=0.1)
@@ -60,7 +60,12 @@ class Served(NamedTuple):
 def serving(*arguments: str) -> Iterator[Served]:
     """`ee-surgery serve` with these arguments, until SIGTERM."""
     command = [sys.executable, "-m", "ee_surgery.cli", "serve", *arguments, "--port", "0", "--threads", "1"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])}
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+        "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]),
+    }
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
