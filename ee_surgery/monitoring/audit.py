@@ -256,18 +256,12 @@ class Audit:
             late = self._late
         if not chosen and not late:
             return None
-        return Watched(router, size, chosen, partial(self._add, name), partial(self._forget, name))
+        return Watched(router, size, chosen, partial(self._add, name))
 
     @property
     def _late(self) -> bool:
         """Whether samples have waited for a whole period."""
         return bool(self._waiting.groups) and self.clock() - self._waiting.born >= self.promise.period
-
-    def _forget(self, name: str, size: int) -> None:
-        """A run that gave no answers."""
-        with self._lock:
-            if name == self._name:
-                self._stream.served -= size
 
     def _next(self) -> int:
         """How many samples are not chosen before the next one is."""

@@ -19,16 +19,12 @@ class Watched:
         size: samples of the request.
         chosen: which of them, rising.
         add: takes their groups once all samples of the request have left.
-        forget: told the size of a request that gets no answer.
     """
 
-    def __init__(
-        self, router: Router, size: int, chosen: Sequence[int], add: Callable[[list[Group]], None],
-        forget: Callable[[int], None],
-    ) -> None:  # fmt: skip
+    def __init__(self, router: Router, size: int, chosen: Sequence[int], add: Callable[[list[Group]], None]) -> None:
         self.router, self.size, self.chosen = router, size, frozenset(chosen)
         self.groups: list[Group] = []
-        self._add, self._forget = add, forget
+        self._add = add
         self._mask: Tensor | None = None
 
     def __call__(self, k: int, arrived: InFlight, leaving: Leaving | None, staying: InFlight | None) -> None:
@@ -75,6 +71,5 @@ class Watched:
         self.groups = []
 
     def drop(self) -> None:
-        """The request got no answer: none of its samples counts."""
+        """The request gets no answer: none of its samples has a loss."""
         self.groups = []
-        self._forget(self.size)
