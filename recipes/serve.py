@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ def main() -> None:
 
     from ee_surgery.serving.ray import RayService
 
+    if options.smoke:
+        with socket.create_server((options.host, 0)) as free:
+            options.port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as temporary:
         adapter = options.adapter or tiny_adapter((options.out or Path(temporary)) / "adapter")
         service = RayService(
