@@ -25,6 +25,8 @@ _AGAIN = {CALIBRATION: "calibrated", EVALUATION: "measured", TRAINING: "trained"
 
 def found_by_name(base: Identity, own_base: bool) -> bool:
     """Whether `from_pretrained` can load the base by its name, as far as is known without asking the Hub."""
+    if base.adapters:
+        return False  # only peft can load it
     if base.library != "timm":
         return base.library == "transformers" and base.hub_id is not None
     if own_base:
