@@ -21,7 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 def _vit() -> nn.Module:
     torch.manual_seed(0)
-    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     return ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8, num_labels=5)).eval()
 
 
@@ -177,7 +182,9 @@ def test_an_adapter_goes_onto_the_same_state_alone(kind: str, tmp_path: Path) ->
     with torch.no_grad():
         assert torch.equal(_logits(branched(pixels)), _logits(loaded(pixels)))
     again.base_model.disable_adapter_layers()
-    with pytest.raises(ee.FingerprintError, match=r"made with default \(lora\); the model given has default \(lora, off\)"):
+    with pytest.raises(
+        ee.FingerprintError, match=r"made with default \(lora\); the model given has default \(lora, off\)"
+    ):
         ee.from_pretrained(tmp_path / "exits", again)
     with pytest.raises(ee.FingerprintError, match="the model given has no PEFT adapters"):
         ee.from_pretrained(tmp_path / "exits", MODELS[kind][0]())
