@@ -2,8 +2,8 @@
 
     python -m benchmarks.pages
 
-Of each page: whether it is wider than the screen, tables and code that are cut off, scripts that fail, and files of the site
-that are missing. Needs Chromium in the PATH; nothing outside this machine is asked for.
+Of each page: whether it is wider than the screen, tables and code that are cut off, scripts that fail, and files of
+the site that are missing. Needs Chromium in the PATH; nothing outside this machine is asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ function cut(element, view) {
     const view = frame.contentWindow, root = view.document.documentElement, problems = [...view.problems];
     if (root.scrollWidth > view.innerWidth) problems.push(`is ${root.scrollWidth} wide on ${width}`);
     for (const element of view.document.querySelectorAll("article table, article pre, article img"))
-      if (cut(element, view)) problems.push(`cuts off ${element.tagName.toLowerCase()}: ${(element.textContent || element.src).trim().slice(0, 60)}`);
+      if (cut(element, view)) problems.push(`cuts off ${element.tagName}: ${element.textContent.trim().slice(0, 60)}`);
     for (const problem of problems) found.push(`${page} (${screen}) ${problem}`);
   }
   await fetch("/found", { method: "POST", body: JSON.stringify({ opened: wanted.length, found }) });
@@ -77,12 +77,11 @@ class _Handler(SimpleHTTPRequestHandler):
         file = Path(self.translate_path(self.path))
         file = file / "index.html" if file.is_dir() else file
         if self.path == "/opener.html":
-            text = self.opener
+            self._send(self.opener.encode())
         elif file.suffix == ".html" and file.exists():
-            text = file.read_text().replace("<head>", f"<head>{_LISTENER}", 1)
+            self._send(file.read_text().replace("<head>", f"<head>{_LISTENER}", 1).encode())
         else:
-            return super().do_GET()
-        self._send(text.encode())
+            super().do_GET()
 
     def do_POST(self) -> None:
         self.answers.put(self.rfile.read(int(self.headers["Content-Length"])))

@@ -250,9 +250,9 @@ class EarlyExitModel(ServedModel):
             ConfigError: always.
         """
         raise ConfigError(
-            "transformers' Trainer takes the wrapped model, whose parameters are the branches: Trainer("
-            "EarlyExitForImageClassification.of(branched), ...), from ee_surgery.integrations.transformers, or the class "
-            "of its task. Or call ee.train(branched, data)."
+            "transformers' Trainer takes the wrapped model, whose parameters are the branches: "
+            "Trainer(EarlyExitForImageClassification.of(branched), ...), from ee_surgery.integrations.transformers, or "
+            "the class of its task. Or call ee.train(branched, data)."
         )
 
     def predict(self, *inputs: Inputs, **named: Any) -> ExitOutput:

@@ -48,7 +48,7 @@ _DESCRIPTIVE: dict[type, frozenset[str]] = {
     nn.Linear: frozenset({"in_features", "out_features"}),
     nn.LayerNorm: frozenset({"elementwise_affine"}),
 }
-# PEFT's tuners name the adapter that is active as a name or as a list; what computes are layers, which have it themselves.
+# PEFT's tuners hold the active adapter as a name or as a list of one; its layers, which compute, hold it themselves.
 _TUNERS = frozenset({"active_adapter"})
 
 Attributes = dict[str, Any]

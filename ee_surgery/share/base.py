@@ -47,8 +47,8 @@ def make_base(config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
 def _check_name(base: Identity) -> None:
     if base.adapters:
         raise AdapterError(
-            f"The base {base.model_id} has PEFT adapters, {base.adapters}, which are not part of this one. Load them with "
-            "peft and pass the result: from_pretrained(folder, model=PeftModel.from_pretrained(base, ...))."
+            f"The base {base.model_id} has PEFT adapters, {base.adapters}, which are not part of this one. Load them "
+            "with peft and pass the result: from_pretrained(folder, model=PeftModel.from_pretrained(base, ...))."
         )
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {_ADVICE}")

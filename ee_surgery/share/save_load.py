@@ -302,12 +302,14 @@ def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | 
     answers = config.probe and config.probe.difference(backbone, config.inputs, config.options)
     if not answers:
         return None
-    saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    if identity.adapters == base.adapters:
+        saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+        advice = (
+            "Something other than tensors differs: an activation, pooling, stride or dilation, an epsilon, the number "
+            f"of heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then."
+        )
     return (
         f"The {identity.model_id} given has the weights of the one that these branches belong to (fingerprint "
         f"{base.fingerprint}), but computes something different: {answers}.",
-        advice
-        if identity.adapters != base.adapters
-        else "Something other than tensors differs: an activation, pooling, stride or dilation, an epsilon, the number of "
-        f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
+        advice,
     )

@@ -1,4 +1,4 @@
-"""Models with adapters of the real `peft` library: what they answer, which state is theirs, and how they are loaded again."""
+"""Models with adapters of the real `peft` library: their answers, the state that they are in, saving and loading."""
 
 from __future__ import annotations
 
