@@ -89,7 +89,9 @@ def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str
     loading = f"branched = ee_surgery.from_pretrained({_literal(where)})"
     lines = ["import torch", "", "import ee_surgery", ""]
     if not found_by_name(config.base, config.own_base):
-        what = visible(config.base.architecture or config.base.model_id).replace("`", "'")
+        what = config.base.architecture or config.base.model_id
+        what += f" with the PEFT adapters {config.base.adapters}" if config.base.adapters else ""
+        what = visible(what).replace("`", "'")
         which = "its weights are stored here" if config.own_base else "with the weights of the fingerprint below"
         lines.append(f"# `model` is the base: a {what} that you create yourself, {which}.")
         loading = f"{loading[:-1]}, model=model)"

@@ -197,6 +197,8 @@ def test_without_the_model_nothing_is_downloaded_and_the_error_says_how(kind: st
     branched.save_pretrained(tmp_path)
     with pytest.raises(ee.AdapterError, match=r"PEFT adapters, default \(lora\).*PeftModel.from_pretrained"):
         ee.from_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "with the PEFT adapters default (lora) that you create yourself" in card
     assert not found_by_name(branched.engine.backbone.identity(), own_base=False)
 
 
