@@ -12,20 +12,22 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 import ee_surgery as ee
 from ee_surgery import names
-from ee_surgery.names import EffortName, Precision
+from ee_surgery.names import EffortName, Precision, TrainPrecision
 from ee_surgery.text import paragraph, plain, visible
 
 if TYPE_CHECKING:
     from torch import nn
+
+_TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +36,9 @@ app = typer.Typer(
 )
 console = Console()
 
-Model = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder.")]
-Seen = Annotated[str, typer.Argument(help="timm model name, or Hugging Face id or folder, of a model or an adapter.")]
+_NAMES = "timm model name (also `hf-hub:user/name`, `local-dir:folder`), or Hugging Face id or folder"
+Model = Annotated[str, typer.Argument(help=f"{_NAMES}.")]
+Seen = Annotated[str, typer.Argument(help=f"{_NAMES}, of a model or an adapter.")]
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder that `augment` wrote.")]
 Weights = Annotated[
     str,
@@ -44,6 +47,15 @@ Weights = Annotated[
 Random = Annotated[
     bool, typer.Option("--random-weights", help="Use a timm model with random weights (to inspect, not to use).")
 ]
+Classes = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Number of classes of a timm model, if not its own; with --checkpoint, those of its weights."),
+]
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="cpu, cuda, cuda:1, mps, ...; default: cpu, and for training an accelerator if there is one."),
+]
+Workers = Annotated[int, typer.Option(help="Number of processes that load images.")]
 Images = Annotated[
     Path, typer.Option(help="Folder with one sub-folder of images per class; for a segmenter, `images` and `masks`.")
 ]
@@ -94,6 +106,7 @@ def inspect(
     everything: Annotated[
         bool, typer.Option("--all", help="Every position, with the reason if samples cannot leave.")
     ] = False,
+    num_classes: Classes = None,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
@@ -102,7 +115,7 @@ def inspect(
         if (folder := _adapter_folder(model)) is not None:
             _show(folder)
             return
-        graph = ee.inspect(_model(model, checkpoint, random_weights))
+        graph = ee.inspect(_model(model, checkpoint, random_weights, num_classes))
         console.print(graph.table(everything), plain(graph.best_case()))
 
 
@@ -117,7 +130,9 @@ def estimate(
         float, typer.Option(help="At which a linear probe of the images is judged; 0.01 is one percentage point.")
     ] = 0.01,
     seconds: Annotated[float, typer.Option(help="About how long to time each batch size.")] = 15.0,
+    device: Device = None,
     unlabelled: Unlabelled = False,
+    num_classes: Classes = None,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
@@ -126,7 +141,7 @@ def estimate(
         if threads is not None:
             _set_threads(threads)
         sizes = _sizes(batch_size)
-        base = _model(model, checkpoint, random_weights)
+        base = _model(model, checkpoint, random_weights, num_classes).to(_device(device))
         pictures = None if data is None else _pictures(base, data, unlabelled)
         named = _exits(exits)
         options = {"batch_sizes": sizes, "max_accuracy_drop": max_accuracy_drop, "seconds": seconds}
@@ -162,8 +177,21 @@ def augment(
     max_accuracy_drop: Annotated[
         float, typer.Option(help="Accuracy drop at which the search minimizes the cost; 0.01 is one percentage point.")
     ] = 0.01,
-    batch_size: BatchSize = 64,
+    lr: Annotated[Optional[float], typer.Option(help="Peak learning rate.")] = None,  # noqa: UP045
+    views: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Number of distinct augmented passes; later ones repeat them, with features from the disk."),
+    ] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Batch size.")] = None,  # noqa: UP045
+    workers: Workers = 0,
+    precision: Annotated[
+        Optional[TrainPrecision],  # noqa: UP045
+        typer.Option(help="Number format of the training; default: auto if an effort decides, else no (float32)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of branches and training.")] = 0,
+    device: Device = None,
     unlabelled: Unlabelled = False,
+    num_classes: Classes = None,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
@@ -178,16 +206,16 @@ def augment(
         )
         if by_effort and epochs is not None:
             raise ee.ConfigError("--effort and --time-budget decide how long to train: leave out --epochs.")
-        config = None
+        given = {"lr": lr, "views": views, "batch_size": batch_size, "mixed_precision": precision}
+        config = {name: value for name, value in given.items() if value is not None}
+        config |= {"num_workers": workers, "seed": seed}
         if not by_effort and not (simple and train is not None and calibrate is not None):
-            config = replace(
-                ee.TrainConfig() if preset is None else ee.PRESETS[preset].config,
-                epochs=5 if epochs is None else epochs,
-                batch_size=batch_size,
-                teach="original" if unlabelled else "labels",
-                checkpoint_dir=str(training),
-            )
-        base = _model(model, checkpoint, random_weights)
+            own = {"epochs": epochs, "batch_size": batch_size}
+            defaults = {"epochs": 5, "batch_size": 64}
+            config |= {name: defaults[name] if value is None else value for name, value in own.items()}
+            config |= {"teach": "original" if unlabelled else "labels", "checkpoint_dir": str(training)}
+        accelerator = None if device is None else _accelerator(device, precision or "auto")
+        base = _model(model, checkpoint, random_weights, num_classes)
         branched = ee.augment(
             base,
             _exits(exits),
@@ -200,6 +228,8 @@ def augment(
             effort=effort,
             time_budget=time_budget,
             max_accuracy_drop=max_accuracy_drop,
+            seed=seed,
+            accelerator=accelerator,
         )
         branched.save_pretrained(out)
         shutil.rmtree(training, ignore_errors=True)
@@ -213,6 +243,33 @@ def augment(
         )
 
 
+@app.command(epilog="Example: ee-surgery train --config pets.yaml --set train.epochs=2")
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file of the project: model, data, training, operating point.")],
+    data: Annotated[Optional[str], typer.Option(help="Overrides data.source: Hub data set, or folder.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Overrides out.")] = None,  # noqa: UP045
+    changes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="NAME=VALUE", help="Overrides a setting: train.epochs=2; may be repeated."),
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Number of threads per process.")] = None,  # noqa: UP045
+) -> None:
+    """Train, calibrate, evaluate and save as a YAML file says.
+
+    On several GPUs: accelerate launch -m ee_surgery.cli train --config ...
+    """
+    with _errors():
+        from ee_surgery.project.run import run
+        from ee_surgery.project.settings import load
+
+        if threads is not None:
+            _set_threads(threads)
+        given = {"data.source": data, "out": out}
+        run(
+            load(config, [*(changes or []), *(f"{name}={value}" for name, value in given.items() if value is not None)])
+        )
+
+
 @app.command(epilog="Example: ee-surgery calibrate runs/adapter --data held_out --max-accuracy-drop 0.01")
 def calibrate(
     adapter: Adapter,
@@ -222,6 +279,8 @@ def calibrate(
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = None,
     unlabelled: Unlabelled = False,
     checkpoint: Weights = "",
     random_weights: Random = False,
@@ -232,9 +291,9 @@ def calibrate(
 
         method = renamed("--policy", policy, "--method", method)
         asked = _asked(max_accuracy_drop, budget)
-        branched = _load(adapter, checkpoint, random_weights)
-        pictures = _pictures(branched, data, unlabelled)
-        frontier = ee.calibrate(branched, pictures, method=method, batch_size=batch_size)
+        branched = _load(adapter, checkpoint, random_weights).to(_device(device))
+        pictures = _shown(_pictures(branched, data, unlabelled), batch_size, workers)
+        frontier = ee.calibrate(branched, pictures, method=method)
         try:
             if asked:
                 branched.operate(**asked)
@@ -250,6 +309,8 @@ def evaluate(
     max_accuracy_drop: Drop = None,
     budget: Budget = None,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = None,
     unlabelled: Unlabelled = False,
     save: Annotated[
         bool, typer.Option("--save", help="Store results and operating point in the folder and on its card.")
@@ -259,9 +320,8 @@ def evaluate(
 ) -> None:
     """Run an adapter with early exit on images, at its stored operating point unless another one is given."""
     with _errors():
-        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
-        pictures = _pictures(branched, data, unlabelled)
-        _say(ee.evaluate(branched, pictures, batch_size=batch_size))
+        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget)).to(_device(device))
+        _say(ee.evaluate(branched, _shown(_pictures(branched, data, unlabelled), batch_size, workers)))
         if save:
             branched.save_pretrained(adapter)
 
@@ -277,6 +337,7 @@ def bench(
     samples: Annotated[int, typer.Option(help="Number of images to time.")] = 64,
     threads: Annotated[int, typer.Option(help="Number of threads.")] = 1,
     results: Annotated[Optional[Path], typer.Option(help="CSV or JSON file to write, by its suffix.")] = None,  # noqa: UP045
+    device: Device = None,
     checkpoint: Weights = "",
     random_weights: Random = False,
 ) -> None:
@@ -287,7 +348,7 @@ def bench(
         _set_threads(threads)
         sizes = _sizes(batch_size)
         samples = count("--samples", samples, low=max(sizes))
-        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget))
+        branched = _load(adapter, checkpoint, random_weights, _asked(max_accuracy_drop, budget)).to(_device(device))
         inputs = _drawn(_pictures(branched, data, unlabelled=True), samples)
         found = ee.bench(branched, inputs, engines=engines.split(","), batch_sizes=sizes)
         console.print(found)
@@ -453,6 +514,52 @@ def _pictures(model: nn.Module, folder: Path, unlabelled: bool) -> Any:
     return pictures(model, folder, unlabelled)
 
 
+def _shown(pictures: Any, batch_size: int, workers: int) -> Any:
+    """Batches of pictures, with a bar on a terminal while they are read."""
+    from ee_surgery.checks import count
+    from ee_surgery.data.batches import loader
+
+    batches = loader(pictures, batch_size, num_workers=count("--workers", workers, low=0))
+    return _Shown(batches)
+
+
+class _Shown:
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(track(self.batches, "images", console=console, transient=True, disable=not console.is_terminal))
+
+
+def _device(name: str | None) -> Any:
+    """A device that is there; the CPU by default."""
+    import torch
+
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ee.ConfigError(f"--device {name!r} cannot be used here: {first}") from error
+    return device
+
+
+def _accelerator(name: str, precision: str) -> Any:
+    """What trains on a device."""
+    import torch
+
+    from ee_surgery.training.config import TrainConfig
+    from ee_surgery.training.loop import make_accelerator
+
+    device = _device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return make_accelerator(TrainConfig(mixed_precision=precision), cpu=device.type == "cpu")  # pyright: ignore[reportArgumentType]
+
+
 def _drawn(pictures: Any, samples: int) -> Any:
     """This many of the pictures, at random but always the same."""
     import torch
@@ -522,16 +629,19 @@ def _show(folder: Path) -> None:
     console.print(adapter_table(config, frontier))
 
 
-def _model(name: str, checkpoint: str, random_weights: bool) -> nn.Module:
+def _model(name: str, checkpoint: str, random_weights: bool, num_classes: int | None = None) -> nn.Module:
     import timm
 
     from ee_surgery.backbone.base import make_model
+    from ee_surgery.checks import count
 
-    known = timm.is_model(name.partition(".")[0])
-    if known and random_weights:
-        return timm.create_model(name, pretrained=False).eval()
+    known = name.startswith(_TIMM_SOURCES) or timm.is_model(name.partition(".")[0])
+    if num_classes is not None and not known:
+        raise ee.ConfigError("--num-classes is for timm models: a Hugging Face folder has its own.")
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": count("--num-classes", num_classes)}
     try:
-        return make_model("timm" if known else "transformers", name, checkpoint=checkpoint)
+        library = "timm" if known else "transformers"
+        return make_model(library, name, checkpoint=checkpoint, pretrained=not random_weights, **options)
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ee.DataError(
@@ -544,12 +654,13 @@ def _load(
     adapter: Path, checkpoint: str, random_weights: bool, asked: Mapping[str, Any] | None = None
 ) -> ee.EarlyExitModel:
     from ee_surgery.share.adapter import load_adapter
+    from ee_surgery.share.base import base_with_weights
 
     base = None  # created by its library from the id in the adapter
-    if Path(checkpoint).is_dir() and checkpoint:
+    if checkpoint and (Path(checkpoint).is_dir() or checkpoint.startswith(_TIMM_SOURCES)):
         base = _model(checkpoint, "", random_weights=False)
     elif checkpoint or random_weights:
-        base = _model(load_adapter(adapter)[0].base.model_id, checkpoint, random_weights)
+        base = base_with_weights(load_adapter(adapter)[0], checkpoint)
     branched = ee.from_pretrained(adapter, base)
     if asked:
         branched.operate(**asked)

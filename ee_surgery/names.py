@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 EffortName: TypeAlias = Literal["quick", "standard", "best"]
 Precision: TypeAlias = Literal["int8", "int8_reduced"]
+TrainPrecision: TypeAlias = Literal["no", "bf16", "fp16", "auto"]
 BRANCHES = (
     "ztw",
     "conv",

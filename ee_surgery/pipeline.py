@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
@@ -31,13 +32,13 @@ from ee_surgery.names import EffortName
 from ee_surgery.placement import PLACEMENTS, ExitPlan, check_exits, place
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.presets import PRESETS, Preset
-from ee_surgery.search.effort import Setting, affordable, fit, make_setting, note
+from ee_surgery.search.effort import DECIDED, Setting, affordable, fit, make_setting, note
 from ee_surgery.search.exit_search import TRIED, Cost, prune_exits, search_exits
 from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load
 from ee_surgery.task import Task
 from ee_surgery.text import visible
-from ee_surgery.training.config import TrainConfig
+from ee_surgery.training.config import TrainConfig, changed_settings
 from ee_surgery.training.loop import train as train_branches
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def augment(
     task: str | Task | type[Task] | None = None,
     train: Data | None = None,
     calibrate: Data | None = None,
-    config: TrainConfig | None = None,
+    config: TrainConfig | Mapping[str, Any] | None = None,
     max_accuracy_drop: float = 0.01,
     cost: Cost = "macs",
     effort: EffortName | None = None,
@@ -97,7 +98,8 @@ def augment(
             transformers configuration; see `inspect`.
         train: data to train the branches on; see `train`.
         calibrate: held-out data to search thresholds on; see `calibrate`. Different from `train`.
-        config: of the training. Without an effort, training takes as many epochs as it says.
+        config: of the training. Without an effort, training takes as many epochs as it says. A dict changes single
+            settings of those that effort, preset or defaults choose: `{"lr": 1e-3}`.
         max_accuracy_drop: at which a search minimizes the cost; `operate` may later ask for any other.
         cost: what a search minimizes, MACs or time; see `search_exits`. With time, the frontier has latencies.
         effort: how much a search tries, and how long training may take, with exits that are given too: `quick`,
@@ -114,7 +116,8 @@ def augment(
     max_accuracy_drop = check_drop("max_accuracy_drop", max_accuracy_drop)
     effort = optional(partial(choice, known=get_args(EffortName)))("effort", effort)
     time_budget = optional(positive)("time_budget", time_budget)
-    config = None if config is None else instance("config", config, TrainConfig)
+    changes = changed_settings(config) if isinstance(config, Mapping) else {}
+    config = None if config is None or isinstance(config, Mapping) else instance("config", config, TrainConfig)
     by_effort = effort is not None or time_budget is not None
     if joint and train is None:
         raise ConfigError("joint=True also trains the original, but there is no training data: give train=.")
@@ -137,19 +140,22 @@ def augment(
     options = {"opaque": opaque, "num_classes": num_classes, "output": output, "task": task}
     graph = _inspected(model, sample, train, options)
     calibrator = "search" if method is None else method.method
-    simple = all(given is None for given in (exits, placement, branch, preset, config))
+    decided = [name for name in DECIDED if name in changes]
+    if by_effort and decided:
+        raise ConfigError(f"How long to train follows from the effort: leave out {decided} in config=.")
+    simple = all(given is None for given in (exits, placement, branch, preset, config)) and not decided
     if train is not None and calibrate is not None and (searched or by_effort or simple):
-        options = {"drop": max_accuracy_drop, "cost": cost, "seed": seed, "class_map": class_map}
+        options = {"drop": max_accuracy_drop, "cost": cost, "seed": seed, "class_map": class_map, "changes": changes}
         setting, thresholds = make_setting(graph, train, calibrate, config, accelerator, **options)
-        if by_effort or (config is None and method is None):
+        if by_effort or (config is None and method is None and not decided):
             name = effort or ("standard" if time_budget is None else affordable(graph, time_budget))
             plan = None if searched or (exits is None and placement is None) else _plan(graph, exits, placement, method)
             branched = fit(setting, name, plan=plan, branches=branch, config=config, joint=joint, minutes=time_budget)
         else:
-            config = config or (TrainConfig() if method is None else method.config)
+            config = config or replace(TrainConfig() if method is None else method.config, **changes)
             branched = _by_search(setting, branch or (TRIED if method is None else method.branch), config, joint)
         return _calibrated(setting, branched, thresholds, calibrator)
-    config = config or (TrainConfig() if method is None else method.config)
+    config = config or replace(TrainConfig() if method is None else method.config, **changes)
     plan = _plan(graph, exits, placement, method)
     if branch is None:
         branch = "auto" if method is None else method.branches(plan.points)

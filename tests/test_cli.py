@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
+from timm.models import save_for_hf  # pyright: ignore[reportPrivateImportUsage]
 from typer.testing import CliRunner
 
 import ee_surgery as ee
@@ -79,6 +80,32 @@ def test_the_pipeline_command_by_command(files: Path, tmp_path: Path) -> None:
     assert "FingerprintError" in _run("evaluate", adapter, "--data", pictures, "--random-weights", code=1)
 
 
+def test_a_fine_tuned_model_keeps_its_classes(files: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    save_for_hf(model, str(tmp_path / "local"))
+    made, pictures = tmp_path / "in_python", str(files / "pictures")
+    ee.augment(model, 2).save_pretrained(made)
+    for weights in (str(tmp_path / "weights.pt"), f"local-dir:{tmp_path / 'local'}"):
+        assert "6 held-out" in _run("calibrate", str(made), "--data", pictures, "--checkpoint", weights)
+        assert "6 samples" in _run("evaluate", str(made), "--data", pictures, "--checkpoint", weights)
+    out = _run("evaluate", str(made), "--data", pictures, "--checkpoint", str(files / "weights.pt"), code=1)
+    assert "could not create test_resnet" in " ".join(out.split())
+    adapter, told = tmp_path / "told", ["--train", pictures, "--calibrate", pictures, "--exits", "1", "--epochs", "1"]
+    _run(
+        "augment", "test_resnet", "--out", str(adapter), "--num-classes", "3", "--checkpoint",
+        str(tmp_path / "weights.pt"), *told, "--lr", "0.002", "--seed", "7", "--views", "1", "--device", "cpu",
+        "--precision", "no", "--batch-size", "3",
+    )  # fmt: skip
+    training = ee.from_pretrained(adapter, model).provenance["training"]
+    assert [training[name] for name in ("lr", "seed", "views", "batch_size", "epochs")] == [0.002, 7, 1, 3, 1]
+    named = ["augment", f"local-dir:{tmp_path / 'local'}", "--out", str(tmp_path / "named"), "--exits", "1"]
+    assert "untrained: " in _run(*named)
+    for device in ("cuda:99", "gpu"):
+        assert f"--device '{device}' cannot be used" in _run(*named, "--device", device, code=1)
+
+
 def test_exits_by_search_need_pictures_and_take_several_branches(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +146,19 @@ def test_with_data_alone_effort_decides(files: Path, tmp_path: Path, monkeypatch
     assert [each["plan"] is None for each in given] == [True, True, False, True]
     assert given[3]["minutes"] == 1
     assert "leave out --epochs" in _run(*arguments, "--effort", "best", "--epochs", "3", code=1)
+
+
+def test_a_project_from_a_yaml_file(tmp_path: Path) -> None:
+    text = "model: {name: test_resnet, pretrained: false, num_classes: 10, image_size: 32}\ndata: {source: synthetic}"
+    (tmp_path / "mine.yaml").write_text(f"{text}\nexits: 2\nbranch: pool\ntrain: {{epochs: 2, validation: 0}}")
+    arguments = ["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]
+    assert "Original unchanged" in _run(*arguments, "--set", "train.epochs=1")
+    model = timm.create_model("test_resnet", num_classes=10)
+    with pytest.raises(ee.FingerprintError):  # of other random weights
+        ee.from_pretrained(tmp_path / "out" / "adapter", model)
+    assert "has no setting 'epoch'" in _run(*arguments, "--set", "train.epoch=1", code=1)
+    out = _run(*arguments, "--set", "model.library=tim", code=1)
+    assert "library is 'tim', which is not known. Did you mean 'timm'?" in " ".join(out.split())
 
 
 def test_help_ends_with_a_command_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from torchvision.transforms import v2
 
 import ee_surgery as ee
 from ee_surgery.presets import PRESETS
+from ee_surgery.project.pictures import Pictures, part
+from ee_surgery.project.settings import Source, load
 from ee_surgery.share.adapter import load_adapter
-from recipes.pictures import Pictures, part
-from recipes.settings import Source, load
-from recipes.train import CONFIGS, main
+from recipes.train import CONFIGS, main, npz
 
 TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 SMOKE = CONFIGS / "smoke.yaml"
@@ -111,7 +111,7 @@ def test_npz_files_are_read_from_any_folder(tmp_path: Path) -> None:
     for axis in (2, 3):
         planes = np.diff(planes, axis=axis, prepend=np.uint8(0)).astype(np.uint8)
     np.savez(tmp_path / "train.npz", residual=planes, labels=np.arange(5, dtype=np.uint8))
-    found = part(Source(source=str(tmp_path)), "train", TENSOR)
+    found = part(Source(source=str(tmp_path)), "train", TENSOR, rowed=npz)
     assert labels(found) == [0, 1, 2, 3, 4]
     assert torch.equal((found[3][0] * 255).round().byte(), torch.from_numpy(pixels[3]))
 

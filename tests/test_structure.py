@@ -21,7 +21,7 @@ ROOMS = [
     "names", "text", "errors", "registry", "checks", "files", "tables", "receipt", "task",
     "backbone", "graph", "placement", "branches", "policies", "calibration", "runtime", "share", "data", "onnx",
     "export", "model", "attachment", "training", "evaluation", "monitoring", "search",
-    "presets", "pipeline", "integrations", "serving", "folders", "demo", "cli",
+    "presets", "pipeline", "integrations", "serving", "folders", "project", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -81,6 +81,7 @@ def make_model(
     checkpoint: str = "",
     architecture: str = "",
     num_classes: int | None = None,
+    channels: int | None = None,
     pretrained: bool = True,
     hub_id: str | None = None,
     **hub: Any,
@@ -93,13 +94,15 @@ def make_model(
             classifier.
         checkpoint: weights file for a timm model, in place of its pretrained ones.
         num_classes: of a timm model, where not the architecture's own.
+        channels: of the pictures of a timm model, where not the architecture's own.
         hub_id: repository of a timm model's weights, for one whose name this timm does not know.
         hub: `token`, `cache_dir`, `local_files_only` for a transformers model.
     """
     if library == "timm":
         import timm
 
-        options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        sizes = {"num_classes": num_classes, "in_chans": channels}
+        options: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         pretrained = pretrained and not checkpoint
         if hub_id is not None and pretrained and model_id not in timm.list_pretrained():
             model_id = f"hf-hub:{hub_id}"

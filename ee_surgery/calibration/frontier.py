@@ -216,7 +216,21 @@ class Frontier(Tabular, Sequence[OperatingPoint]):
             numbers = f"{point.accuracy:{width}.2%}  {point.expected_accuracy:8.2%}  {point.macs_fraction:6.1%}"
             numbers += f" {point.latency_ms:8.2f}" if timed else ""
             lines.append(f"{numbers}   {shares}  ({visible(point.score)})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *filter(None, [self._why_one.strip()])])
+
+    @property
+    def _why_one(self) -> str:
+        """Why there is a single operating point at all round drops."""
+        found = self.milestones()
+        if len(found) > 1:
+            return ""
+        if found[0].exit_shares[-1] == 1:
+            alone = ", ".join(f"{accuracy:.1%}" for accuracy in self.exit_accuracies[:-1])
+            return (
+                f"One point: no exit saves anything, even at a drop of 10 points; alone they reach {alone}. "
+                "Train longer or on more data, or use a smaller model. "
+            )
+        return "One point: nothing cheaper stays within a drop of 10 points, and nothing dearer is more accurate. "
 
     def table(self) -> Table:
         """The operating points at some round accuracy drops."""
@@ -238,7 +252,7 @@ class Frontier(Tabular, Sequence[OperatingPoint]):
         names = (what, "expected", "drop, points", "MACs", *time, "score", "share leaving at each exit")
         return table(
             f"Frontier on {self.points[0].samples} held-out samples; original: {what} {self.base_accuracy:.2%}",
-            f"expected: corrected for selection bias by cross-validation; exits: {exits}{self._aurocs}",
+            f"{self._why_one}expected: corrected for selection bias by cross-validation; exits: {exits}{self._aurocs}",
             dict.fromkeys(names, "right"),
             rows,
         )

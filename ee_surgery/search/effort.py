@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ EFFORTS: dict[EffortName, Effort] = {
         points=4, branches=_kinds(0.02, 0.12), probe_steps=50, load=0.3, epochs=4, steps=(200, 2_000), patience=2
     ),
     "standard": Effort(
-        points=6, branches=_kinds(0.02, 0.12, 0.2, 0.3), probe_steps=80, load=0.4, epochs=24, steps=(600, 20_000),
+        points=6, branches=_kinds(0.02, 0.12, 0.2, 0.3), probe_steps=80, load=0.4, epochs=16, steps=(600, 20_000),
         patience=3,
     ),
     "best": Effort(
@@ -75,6 +75,8 @@ EFFORTS: dict[EffortName, Effort] = {
         patience=6,
     ),
 }  # fmt: skip
+DECIDED = ("epochs", "max_steps", "schedule", "decay")
+"""Settings that follow from the effort."""
 _GAIN = 0.01  # what an epoch must save of the cost to count
 _APART = 50  # steps between two looks at the frontier, at least
 _MEMORISED = 0.02  # how much better the original is on what it was trained on, where it has memorised that
@@ -134,6 +136,8 @@ class Setting:
     batch_size: int
     accelerator: Accelerator
     class_map: ClassMap | None
+    changes: Mapping[str, Any]
+    """Settings that the user wants, where the others are chosen here."""
     say: Callable[[str], None]
 
     @property
@@ -171,7 +175,7 @@ def fit(
         minutes: for all of it.
     """
     effort, found, started = EFFORTS[name], Findings(name), time.perf_counter()
-    ours = config is None
+    ours = config is None and "views" not in setting.changes
     config = config or _config(setting)
     searched = None
     if plan is None:
@@ -210,7 +214,7 @@ def _config(setting: Setting) -> TrainConfig:
     samples = len(data) if is_samples(data) and isinstance(data, Sized) else math.inf
     _, labels = next(unpack(batch) for batch in loader(data, 1))
     tokens = any(point.layout in ("tokens", "sequence") for point in setting.graph)
-    return TrainConfig(
+    chosen = TrainConfig(
         batch_size=64 if samples < 5_000 else 128,
         lr=1e-3 if tokens else 3e-3,
         weight_decay=5e-3,
@@ -219,6 +223,7 @@ def _config(setting: Setting) -> TrainConfig:
         validation=0.0,
         seed=setting.seed,
     )
+    return replace(chosen, **setting.changes)
 
 
 def _search(
@@ -373,8 +378,9 @@ def make_setting(
     """
     size = 128 if config is None else config.batch_size
     searching, thresholds = halves(held_out, size)
-    accelerator = accelerator or make_accelerator(config or TrainConfig(mixed_precision="auto"))
-    console = Console(quiet=not ((config is None or config.progress) and accelerator.is_main_process))
+    wanted = config or replace(TrainConfig(mixed_precision="auto"), **options["changes"])
+    accelerator = accelerator or make_accelerator(wanted)
+    console = Console(quiet=not (wanted.progress and accelerator.is_main_process))
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)

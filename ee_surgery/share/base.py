@@ -44,6 +44,28 @@ def make_base(config: AdapterConfig, folder: Path, **hub: Any) -> nn.Module:
         ) from error
 
 
+def base_with_weights(config: AdapterConfig, checkpoint: str) -> nn.Module:
+    """The timm base of an adapter with weights from a file of the user's, or random ones without any.
+
+    Architecture, classes and channels are the adapter's.
+
+    Raises:
+        AdapterError: it is no timm model, or timm cannot create it or load the file.
+    """
+    base, shape = config.base, next(iter(config.inputs.values())).shape
+    _check_name(base)
+    if base.library != "timm":
+        raise AdapterError(f"A weights file is for timm models, and the base is {base.model_id}: give its folder.")
+    sizes = {"num_classes": base.num_classes, "channels": shape[1] if len(shape) == 4 else None}
+    try:
+        return make_model("timm", base.model_id, checkpoint=checkpoint, pretrained=False, **sizes)
+    except Exception as error:
+        raise AdapterError(
+            f"timm could not create {base.model_id} with {base.num_classes} classes and the weights of "
+            f"{checkpoint or 'nothing'}: {' '.join(str(error).split())[:500]}"
+        ) from error
+
+
 def _check_name(base: Identity) -> None:
     if base.adapters:
         raise AdapterError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 from ee_surgery.checks import choice, count, flag, number, numbers, optional, path, word
+from ee_surgery.errors import UnknownNameError
+from ee_surgery.names import TrainPrecision
+from ee_surgery.registry import suggest
 from ee_surgery.training.objectives import OBJECTIVES, WeightRule
-from ee_surgery.training.precision import AskedPrecision
 
 Teacher: TypeAlias = Literal["labels", "original"]
 Optimizer: TypeAlias = Literal["adamw", "adam", "sgd"]
@@ -82,9 +84,10 @@ class TrainConfig:
     """Largest norm of the gradient of all trained parameters together; None for no clipping."""
     ensemble_epochs: int = 500
     """Passes over recorded logits to fit the ensembles of `ztw` branches, after training; 0 for none."""
-    mixed_precision: AskedPrecision = "no"
-    """`auto`: bfloat16 if the device supports it natively and is faster with it, else float32 (`no`); training prints
-    which. The default is the same on every machine."""
+    mixed_precision: TrainPrecision = "no"
+    """`auto`: bfloat16 if the device supports it natively and is faster with it, else float32 (`no`), also from where
+    steps are not finite in bfloat16; training prints which. In bfloat16 a frozen original that answers with classes runs
+    in it too. The default is the same on every machine."""
     validation: float = 0.1
     """Fraction of a map-style training set held out to report each exit's accuracy; 0 for none."""
     num_workers: int = 0
@@ -103,6 +106,20 @@ class TrainConfig:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         OBJECTIVES[self.objective]  # raises for an unknown name
+
+
+def changed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Some settings by name, checked.
+
+    Raises:
+        UnknownNameError: one is not a setting.
+        ConfigError: a value that it cannot have.
+    """
+    known = [each.name for each in fields(TrainConfig)]
+    for name in changes:
+        if name not in known:
+            raise UnknownNameError(f"TrainConfig has no setting {name!r}. {suggest(name, known)}")
+    return {name: getattr(TrainConfig(**changes), name) for name in changes}
 
 
 def _exit_weights(name: str, value: object) -> tuple[float, ...] | str:
@@ -147,7 +164,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "warmup": _SHARE,
     "clip_grad": optional(partial(number, above=0, hint="None for no clipping.")),
     "ensemble_epochs": partial(count, low=0),
-    "mixed_precision": partial(choice, known=get_args(AskedPrecision)),
+    "mixed_precision": partial(choice, known=get_args(TrainPrecision)),
     "validation": partial(number, low=0, below=1),
     "num_workers": partial(count, low=0),
     "seed": partial(count, low=0),

@@ -214,13 +214,17 @@ class FeatureSource:
         if reads_original:
             with self.casting():
                 features, original = self.branched.engine.features(shard.inputs)
-            original = place(original, None, self.home[1])
+            original = self._uncast(original)
         else:
             with self.casting():
                 features = self.branched.engine.features_alone(shard.inputs)
             original = torch.zeros(count(shard.inputs), self.branched.num_classes, device=self.home[0])
-        features = [tuple(place(tensor, None, self.home[1]) for tensor in read) for read in features]
+        features = [tuple(map(self._uncast, read)) for read in features]
         return BranchBatch(None, features, original, shard.labels, shard.total, shard.own)
+
+    def _uncast(self, tensor: Tensor) -> Tensor:
+        """Numbers in the type of the model's inputs, whatever it was run in."""
+        return tensor.to(self.home[1]) if tensor.is_floating_point() else tensor
 
     def _worth(self, shard: Shard, branch_batch: BranchBatch, whole: bool, path: Path) -> bool:
         """Measure on one batch whether caching is faster than running the original, and whether the features fit."""

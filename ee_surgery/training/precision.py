@@ -9,13 +9,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import nn
 
+from ee_surgery.names import TrainPrecision
+
 Precision: TypeAlias = Literal["no", "bf16", "fp16"]
-AskedPrecision: TypeAlias = Literal[Precision, "auto"]
 _WORTH = 0.9  # bfloat16 must take at most this fraction of the time: its numbers are coarser
 _ROUNDS = 7
 
 
-def resolve_precision(asked: AskedPrecision, device: torch.device) -> Precision:
+def resolve_precision(asked: TrainPrecision, device: torch.device) -> Precision:
     """Replace `auto` by bfloat16 where it is faster, else by float32 (`no`).
 
     A GPU is asked whether it has bfloat16. Processors may have the instructions and still be slower with them, so that

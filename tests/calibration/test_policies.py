@@ -665,3 +665,18 @@ def test_stopping_keeps_every_answer_of_a_knowing_exit_at_about_the_least_cost()
         share = records.correct[0].double().mean().item()
         assert point.accuracy == 1
         assert point.macs_fraction == pytest.approx(0.01 + 0.5 * share + (1 - share), abs=0.005)
+
+
+def test_a_frontier_of_one_point_says_why() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (400,), generator=generator)
+    right = 9.0 * torch.nn.functional.one_hot(labels, 10)
+    noise = torch.randn(400, 10, generator=generator)
+    useless = ee.ExitRecords(("a",), torch.stack([noise, right]), (50, 100), (10,), labels)
+    said = str(ee.Frontier.search(useless))
+    assert "One point: no exit saves anything" in said
+    assert f"alone they reach {useless.accuracies[0]:.1%}" in said
+    perfect = ee.ExitRecords(("a",), torch.stack([right, right]), (50, 100), (10,), labels)
+    assert "One point: nothing cheaper stays within" in str(ee.Frontier.search(perfect))
+    half = ee.ExitRecords(("a",), torch.stack([right + 5 * noise, right]), (50, 100), (10,), labels)
+    assert "One point" not in str(ee.Frontier.search(half))

@@ -133,6 +133,24 @@ def test_passes_repeat_only_where_their_features_are_worth_keeping(
     assert asked.provenance["training"]["views"] is None
 
 
+def test_single_settings_change_those_that_follow_from_the_effort() -> None:
+    model, data = learnt()
+    given = {"sample": SAMPLE, "train": data, "calibrate": blobs(512)}
+    branched = ee.augment(model, **given, config={"lr": 5e-3, "views": 3, "batch_size": 32, "progress": False})
+    training = branched.provenance["training"]
+    assert (training["lr"], training["views"], training["batch_size"]) == (5e-3, 3, 32)
+    assert training["schedule"] == "wsd"
+    assert branched.provenance["effort"]["effort"] == "standard"
+    with pytest.raises(ee.ConfigError, match=r"leave out \['epochs'\]"):
+        ee.augment(model, **given, effort="quick", config={"epochs": 3})
+    with pytest.raises(ee.UnknownNameError, match=r"no setting 'epoch'. Did you mean 'epochs'"):
+        ee.augment(model, **given, config={"epoch": 3})
+    with pytest.raises(ee.ConfigError, match="lr must be"):
+        ee.augment(model, **given, config={"lr": -1})
+    simple = ee.augment(model, ["0"], sample=SAMPLE, train=data, config={"epochs": 1, "progress": False})
+    assert simple.provenance["training"]["epochs"] == 1
+
+
 def test_more_time_buys_a_wider_search() -> None:
     graph = ee.inspect(learnt()[0], SAMPLE)
     assert affordable(graph, 1e-9) == "quick"
@@ -145,7 +163,7 @@ def test_training_ends_when_nothing_is_gained_any_more(monkeypatch: pytest.Monke
     monkeypatch.setattr(efforts, "cheapest_exits", lambda *_, **__: Subset((), next(costs)))
     monkeypatch.setattr(efforts.Setting, "record", lambda *_: None)
     setting = efforts.Setting(
-        None, blobs(64 * 32), None, 0.01, "macs", 0, 32, None, None, lambda _: None  # pyright: ignore
+        None, blobs(64 * 32), None, 0.01, "macs", 0, 32, None, None, {}, lambda _: None  # pyright: ignore
     )  # fmt: skip
     found = efforts.Findings("quick")
     patience = efforts.Patience(setting, 2, 64, found)

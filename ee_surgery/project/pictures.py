@@ -1,11 +1,10 @@
-"""Labelled images as a Dataset: from the Hub, a local folder, or npz files."""
+"""Labelled images as a Dataset: from the Hub, or a local folder."""
 
 from __future__ import annotations
 
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -13,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import ee_surgery as ee
-from recipes import data
-from recipes.settings import Source
+from ee_surgery.errors import ConfigError, DataError
+from ee_surgery.project.settings import Source
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
@@ -60,6 +58,10 @@ class Columns:
         return row[self.image], label if self.numbers is None else self.numbers[label]
 
 
+Rowed: TypeAlias = Callable[[Source, str], "Rows | None"]
+"""Rows of a split of other kinds of data; None where the data is none of them."""
+
+
 class Pictures(Dataset):  # pyright: ignore[reportMissingTypeArgument]
     """Some rows of a split, preprocessed for the model."""
 
@@ -74,52 +76,56 @@ class Pictures(Dataset):  # pyright: ignore[reportMissingTypeArgument]
         return self.transform(picture.convert("RGB")), label
 
 
-def part(settings: Source, name: str, transform: Transform, classes: Sequence[str] | None = None) -> Pictures:
+def part(
+    settings: Source,
+    name: str,
+    transform: Transform,
+    classes: Sequence[str] | None = None,
+    rowed: Rowed | None = None,
+) -> Pictures:
     """A part of the data.
 
     Args:
         name: a split, or a range of one in a fixed random order, in rows or percent: `test[:50%]`, `train[1000:]`.
         classes: names of the model's classes; a data set whose classes have the same names gets the model's numbers.
+        rowed: reads other kinds of data.
     Raises:
         ConfigError: the name is invalid, or the part is empty.
         DataError: the data does not exist.
     """
     found = re.fullmatch(r"([\w.-]+)(?:\[(\d*%?):(\d*%?)\])?", name)
     if found is None:
-        raise ee.ConfigError(f"A part of the data must look like test, test[:50%] or test[1000:2000]; got {name!r}.")
+        raise ConfigError(f"A part of the data must look like test, test[:50%] or test[1000:2000]; got {name!r}.")
     split, *ends = found.groups()
-    rows = _rows(settings, split, classes)
+    rows = (rowed and rowed(settings, split)) or _rows(settings, split, classes)
     index: Sequence[int] = range(len(rows))
     if "[" in name:
         start, stop = (len(rows) * int(end[:-1]) // 100 if end.endswith("%") else int(end or 0) for end in ends)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         index = order[start : stop if ends[1] else None]
     if not index:
-        raise ee.ConfigError(f"{name} is empty: {split} of {settings.source} has {len(rows)} images.")
+        raise ConfigError(f"{name} is empty: {split} of {settings.source} has {len(rows)} images.")
     return Pictures(rows, index, transform)
 
 
 def _rows(settings: Source, split: str, classes: Sequence[str] | None) -> Rows:
     if settings.source == "synthetic":
         return _synthetic(split)
-    folder = Path(settings.source) if Path(settings.source).is_dir() else data.folder() / settings.source
-    if settings.source and (folder / f"{split}.npz").exists():
-        return _npz(folder, split)
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise ee.DataError(
-            f"No npz file of split {split!r} in {folder}; data sets of the Hub and folders of images or parquet "
-            "files need the package datasets: pip install 'ee-surgery[data]'."
+        raise DataError(
+            f"{settings.source!r}: data sets of the Hub, and folders of images or parquet files, need the package "
+            "datasets: pip install 'ee-surgery[data]'."
         ) from None
     try:
         found = datasets.load_dataset(settings.source, split=split)
     except Exception as error:
-        raise ee.DataError(f"No split {split!r} of {settings.source!r}: {type(error).__name__}: {error}") from error
+        raise DataError(f"No split {split!r} of {settings.source!r}: {type(error).__name__}: {error}") from error
     image = settings.image or _first(found.features, datasets.Image)
     label = settings.label or _first(found.features, datasets.ClassLabel)
     if image not in found.features or label not in found.features:
-        raise ee.DataError(
+        raise DataError(
             f"{settings.source} has the columns {list(found.features)}. Name those of images and class "
             "numbers in data: image and label."
         )
@@ -137,15 +143,6 @@ def _numbers(names: Sequence[str] | None, classes: Sequence[str] | None) -> list
     if names and all(name.isdigit() for name in names):  # folders, sorted as text: 0, 1, 10, 2
         return [int(name) for name in names]
     return None
-
-
-def _npz(folder: Path, split: str) -> Rows:
-    """The two layouts of the recipes' own data."""
-    if folder.name == "imagenette160":
-        photos = data.imagenette(split, folder)
-        return list(zip(photos.images, photos.imagenet_index.tolist(), strict=True))
-    images, labels = data.cifar10(split, folder)
-    return Arrays(images.permute(0, 2, 3, 1), labels)
 
 
 def _synthetic(split: str) -> Rows:

@@ -1,4 +1,4 @@
-"""Settings of `recipes.train`: a YAML file, checked against dataclasses by pydantic."""
+"""Settings of `ee-surgery train`: a YAML file, checked against dataclasses by pydantic."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-import ee_surgery as ee
+from ee_surgery.branches import BranchSpec
+from ee_surgery.errors import ConfigError, SurgeryError
 from ee_surgery.presets import PRESETS
 from ee_surgery.registry import suggest
+from ee_surgery.training.config import TrainConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)  # holds for the dataclasses of the package inside a recipe, too
 _UNKNOWN, _MISSING = "unexpected_keyword_argument", "missing"  # what pydantic calls these errors
@@ -26,8 +28,9 @@ class Model:
     """The original."""
 
     name: str
-    """timm architecture, transformers id, or with `cifar10` a network of recipes/data.py such as `cifar10_resnet56`."""
-    library: Literal["timm", "transformers", "cifar10"] = "timm"
+    """timm architecture, or transformers id or folder."""
+    library: str = "timm"
+    """`timm`, `transformers`, or another one that the program knows which reads the file."""
     pretrained: bool = True
     checkpoint: str = ""
     """Weights file for a timm model, instead of its pretrained ones."""
@@ -42,7 +45,7 @@ class Source:
     """The data. A part of it is a split, `test`, or a range of one in a fixed random order, `test[:50%]`."""
 
     source: str = ""
-    """Data set on the Hub, folder of images or parquet files, folder of npz files, or `synthetic`; as `--data`."""
+    """Data set on the Hub, folder of images or parquet files, or `synthetic`; as `--data`."""
     train: str = "train"
     calibrate: str = "test[:50%]"
     """Neither trained on nor reported."""
@@ -64,7 +67,7 @@ class Operate:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class Recipe:
+class Project:
     """All settings; those of a preset apply unless overridden."""
 
     model: Model
@@ -73,10 +76,10 @@ class Recipe:
     exits: int | str | list[str] | None = None
     """`auto`: by search, for the accuracy drop in `operate`, by default one point."""
     placement: str | None = None
-    branch: str | ee.BranchSpec | list[str] | None = None
+    branch: str | BranchSpec | list[str] | None = None
     joint: bool = False
     """Also train the original, on a copy."""
-    train: ee.TrainConfig = field(default_factory=ee.TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     operate: Operate = field(default_factory=Operate)
     out: str = "runs/train"
     """Folder of the adapter, the report and the metrics of each epoch, `log.jsonl`."""
@@ -95,7 +98,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
+def load(path: Path, changes: Sequence[str] = ()) -> Project:
     """Read a YAML file.
 
     Args:
@@ -106,16 +109,16 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         given = yaml.load(path.read_text(), _Loader)
     except (OSError, yaml.YAMLError) as error:
-        raise ee.ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     for change in changes:
         _set(given, change)
     if isinstance(given, Mapping):
         given = {name: {} if name in ("data", "operate") and value is None else value for name, value in given.items()}
         preset, train = given.get("preset"), given.get("train") or {}
-        base = PRESETS[preset].config if isinstance(preset, str) else ee.TrainConfig()
+        base = PRESETS[preset].config if isinstance(preset, str) else TrainConfig()
         given["train"] = {**asdict(base), **train} if isinstance(train, Mapping) else train
     try:  # as JSON, where lists stand for tuples and objects for dataclasses, and nothing else is converted
-        return TypeAdapter(Recipe).validate_json(json.dumps(given, default=str))
+        return TypeAdapter(Project).validate_json(json.dumps(given, default=str))
     except ValidationError as error:
         raise _explained(error, given, path.name) from error
 
@@ -128,30 +131,30 @@ def _set(settings: Any, change: str) -> None:
             settings[section] = settings.get(section) or {}
             settings = settings[section]
     if not equals or not isinstance(settings, dict):
-        raise ee.ConfigError(f"A change must look like section.name=value, got {change!r}.")
+        raise ConfigError(f"A change must look like section.name=value, got {change!r}.")
     settings[last] = yaml.load(text, _Loader)
 
 
-def _explained(error: ValidationError, given: Any, file: str) -> ee.SurgeryError:
+def _explained(error: ValidationError, given: Any, file: str) -> SurgeryError:
     """The first thing that is wrong, as an error of ours: where it stands, what it must be and what was seen."""
     found = error.errors(include_url=False)
     first = next((each for each in found if each["type"] in (_UNKNOWN, _MISSING)), found[0])
-    if isinstance(cause := first.get("ctx", {}).get("error"), ee.SurgeryError):
+    if isinstance(cause := first.get("ctx", {}).get("error"), SurgeryError):
         return cause
     *parts, last = first["loc"] or [None]
     if first["type"] not in (_UNKNOWN, _MISSING):
         parts.append(last)
-    where, hint, value, known = file, Recipe, given, get_type_hints(Recipe)
+    where, hint, value, known = file, Project, given, get_type_hints(Project)
     for part in parts:
         if part in known:  # else the member of a union that was tried, or the place in a list
             where, hint, value = f"{where}: {part}", known[part], value[part]
             dataclasses = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
             known = get_type_hints(dataclasses[0]) if dataclasses else {}
     if first["type"] == _UNKNOWN:
-        return ee.ConfigError(f"{where} has no setting {last!r}. {suggest(str(last), known)}")
+        return ConfigError(f"{where} has no setting {last!r}. {suggest(str(last), known)}")
     if first["type"] == _MISSING:
-        return ee.ConfigError(f"{where} lacks the setting {last!r}.")
+        return ConfigError(f"{where} lacks the setting {last!r}.")
     if is_dataclass(hint):
-        return ee.ConfigError(f"{where} must be a mapping of settings, got {value!r}.")
+        return ConfigError(f"{where} must be a mapping of settings, got {value!r}.")
     shown = re.sub(r"<class '(.*)'>", r"\1", str(hint)).replace("typing.", "").replace("NoneType", "None")
-    return ee.ConfigError(f"{where} must be {shown}, got {value!r}, a {type(value).__name__}.")
+    return ConfigError(f"{where} must be {shown}, got {value!r}, a {type(value).__name__}.")
