@@ -59,7 +59,7 @@ def library_model(model: nn.Module) -> nn.Module:
 def peft_adapters(model: nn.Module) -> str:
     """The adapters that PEFT put into a model, their kinds and states, in words; empty if there are none.
 
-    For example `default (lora)`, `default (lora, merged)` or `default (lora, off)`; only adapters that are active.
+    For example `default (lora)`, `default (lora, merged)` or `default (lora, off)`; only adapters that are active or merged.
     """
     found: set[str] = set()
     for layer in model.modules():
@@ -68,8 +68,9 @@ def peft_adapters(model: nn.Module) -> str:
         held: Any = layer
         package = type(layer).__module__.split(".")
         kind = [package[2]] if package[1:2] == ["tuners"] else []
-        state = ["off"] if held.disable_adapters else ["merged"] if getattr(held, "merged_adapters", ()) else []
-        found.update(f"{name} ({', '.join([*kind, *state])})" for name in held.active_adapters if kind)
+        merged = getattr(held, "merged_adapters", ())
+        state = ["off"] if held.disable_adapters else ["merged"] if merged else []
+        found.update(f"{name} ({', '.join([*kind, *state])})" for name in merged or held.active_adapters if kind)
     return ", ".join(sorted(found))
 
 
