@@ -4,6 +4,7 @@
     python -m benchmarks.serving load
     python -m benchmarks.serving pool       throughput of Engine.map, relative to the ideal
     python -m benchmarks.serving equal      8 clients x 500 requests of 1 to 7 pictures of two sizes
+    python -m benchmarks.serving http       processor time of a request over HTTP, relative to the Engine alone
 
 Two CIFAR networks with the exits and branches of docs/frontier.md and docs/effort.md. The shares of samples that leave
 at each exit, measured there at one point below the original, are forced: the branches are untrained, and thresholds are
@@ -16,16 +17,21 @@ where it is a dynamic batcher: what waits when it gets free is its next batch. S
 `Stepped`.
 pool: the ideal is what stages and branches take alone in full batches, weighted by the shares of samples that reach
 them. Times are of the processor, so that other programs beside it do not count.
+http: 8 clients in another process send one PNG of 32 px at a time, which the server decodes and prepares; alone, 8
+threads submit prepared tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -310,10 +316,67 @@ def pool(name: str, case: Case, options: argparse.Namespace, console: Console) -
     )
 
 
+def send(url: str, body: bytes, requests: int) -> None:
+    """Requests of one picture, by 8 clients."""
+    import httpx
+
+    def client(count: int) -> None:
+        with httpx.Client(base_url=url, timeout=120) as connection:
+            for _ in range(count):
+                kind = {"content-type": "image/png"}
+                connection.post("/predict", content=body, headers=kind).raise_for_status()
+
+    with ThreadPoolExecutor(8) as clients:
+        assert len([*clients.map(client, [requests // 8] * 8)]) == 8
+
+
+def http(name: str, case: Case, options: argparse.Namespace, console: Console) -> None:
+    """What HTTP costs."""
+    import uvicorn
+    from PIL import Image
+
+    x, requests = pictures(400), 160 if options.smoke else 2000
+    branched, png = subject(case, x, options.adapter), io.BytesIO()
+    pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(png, "PNG")
+    branched.preprocessing = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    transform: Any = branched.transform()
+    sample = transform(Image.open(png))[None]
+    times: dict[str, list[float]] = {"http": [], "alone": []}
+    with ee.Engine(branched, max_batch=options.batch) as engine:
+        server = uvicorn.Server(uvicorn.Config(ee.serve_app(engine), port=0, log_level="warning", http="h11"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+        def ask(_: int) -> None:
+            for _ in range(requests // 8):
+                engine.submit(sample).result()
+
+        def over_http() -> None:
+            other = get_context("spawn").Process(target=send, args=(url, png.getvalue(), requests))
+            other.start()
+            other.join()
+            assert other.exitcode == 0
+
+        with ThreadPoolExecutor(8) as clients:
+            for _ in range(1 if options.smoke else options.rounds):
+                times["http"].append(spent(over_http) / requests)
+                times["alone"].append(spent(lambda: [*clients.map(ask, range(8))]) / requests)
+        server.should_exit = True
+        thread.join()
+    ours, alone = (median(times[side]) for side in ("http", "alone"))
+    console.print(
+        f"{name}, ms of the processor per request: HTTP {ours:.2f}, the Engine alone {alone:.2f}: {ours / alone:.2f}x"
+    )
+
+
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("load", "pool", "equal"), default="load")
+    parser.add_argument("what", nargs="?", choices=("load", "pool", "equal", "http"), default="load")
     parser.add_argument("--only", choices=list(CASES), help="one network")
     parser.add_argument("--batch", type=int, default=32, help="samples per batch, of all sides")
     parser.add_argument("--seconds", type=float, default=8, help="of each rate")
@@ -334,6 +397,8 @@ def main() -> None:
             load(name, case, options, console)
         if options.what == "pool" or options.smoke:
             pool(name, case, options, console)
+        if options.what == "http" or options.smoke:
+            http(name, case, options, console)
         if options.what == "equal":
             break
     console.print(environment(torch.device("cpu")))

@@ -66,7 +66,9 @@ from .runtime.router import ExitOutput
 from .search.effort import EFFORTS, Effort
 from .search.exit_search import ExitSearch, prune_exits, search_exits
 from .search.exit_subset import Subset, cheapest_exits
+from .serving.app import serve_app
 from .serving.engine import Engine, EngineStats
+from .serving.limits import HttpLimits
 from .task import (
     TASKS,
     Classification,
@@ -132,6 +134,7 @@ __all__ = [
     "FittedScore",
     "Frontier",
     "Gallery",
+    "HttpLimits",
     "HubError",
     "MapRegression",
     "Measurement",
@@ -189,6 +192,7 @@ __all__ = [
     "risk_control",
     "scale_temperatures",
     "search_exits",
+    "serve_app",
     "train",
     "unlabelled",
     "verdict",

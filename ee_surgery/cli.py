@@ -21,7 +21,7 @@ from rich.progress import track
 
 import ee_surgery as ee
 from ee_surgery import names
-from ee_surgery.names import EffortName, Precision, TrainPrecision
+from ee_surgery.names import AlarmAction, EffortName, Precision, TrainPrecision
 from ee_surgery.text import paragraph, plain, visible
 
 if TYPE_CHECKING:
@@ -355,6 +355,59 @@ def bench(
         if results is not None:
             found.save(results)
             _say(f"wrote {results}")
+
+
+@app.command(epilog="Example: ee-surgery serve runs/adapter --max-accuracy-drop 0.01 --audit 0.02")
+def serve(
+    adapter: Adapter,
+    host: Annotated[str, typer.Option(help="Address to listen at; this machine alone by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.", min=0, max=65535)] = 8000,
+    max_accuracy_drop: Drop = None,
+    budget: Budget = None,
+    audit: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Test in service that at most this share of the answers is not the original's: 0.02."),
+    ] = None,
+    audit_file: Annotated[Optional[Path], typer.Option(help="JSON file to keep the audit in.")] = None,  # noqa: UP045
+    on_alarm: Annotated[AlarmAction, typer.Option(help="What an alarm of --audit does, beside a warning.")] = "warn",
+    max_batch: Annotated[int, typer.Option(help="Samples per batch.")] = 32,
+    max_pending: Annotated[int, typer.Option(help="Samples that may be in; further requests get 503.")] = 1024,
+    threads: Annotated[Optional[int], typer.Option(help="Number of threads; default: torch's.")] = None,  # noqa: UP045
+    timeout: Annotated[float, typer.Option(help="Seconds for a body, and for an answer.")] = 30.0,
+    grace: Annotated[float, typer.Option(help="Seconds of 503 from /healthz before a drain, for balancers.")] = 0.0,
+    knob: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--knob/--no-knob", help="PUT /knob moves the operating point; default: on a loopback address."),
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Run under torch.compile.")] = False,
+    checkpoint: Weights = "",
+    random_weights: Random = False,
+) -> None:
+    """Serve an adapter over HTTP: predictions, the operating point, metrics, and a status page."""
+    with _errors():
+        for package in ("starlette", "uvicorn", "prometheus_client"):
+            if importlib.util.find_spec(package) is None:
+                raise ee.ConfigError(f"Serving needs {package}: pip install 'ee-surgery[serve]'.")
+        from ee_surgery.serving.command import serve as run
+
+        if threads is not None:
+            _set_threads(threads)
+        asked = _asked(max_accuracy_drop, budget)
+        run(
+            lambda: _load(adapter, checkpoint, random_weights, asked),
+            host,
+            port,
+            say=_say,
+            epsilon=audit,
+            audit_file=audit_file,
+            on_alarm=on_alarm,
+            max_batch=max_batch,
+            max_pending=max_pending,
+            timeout_s=timeout,
+            grace_s=grace,
+            knob=knob,
+            compiled=compile,
+        )
 
 
 @app.command(epilog="Example: ee-surgery export runs/adapter model.onnx --max-accuracy-drop 0.01")

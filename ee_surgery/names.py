@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+AlarmAction: TypeAlias = Literal["warn", "tighten", "disable"]
 EffortName: TypeAlias = Literal["quick", "standard", "best"]
 Precision: TypeAlias = Literal["int8", "int8_reduced"]
 TrainPrecision: TypeAlias = Literal["no", "bf16", "fp16", "auto"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +269,16 @@ def test_estimate_tells_times_and_an_answer(files: Path) -> None:
 def test_the_version_is_told() -> None:
     assert _run("--version").strip() == ee.__version__
     assert "ee-surgery demo" in _run("--help")
+
+
+def test_serving_says_what_is_missing_or_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvicorn", reason="needs ee-surgery[serve]")
+    adapter = str(tmp_path)
+    assert "--audit-file goes with --audit" in _run("serve", adapter, "--audit-file", "a.json", code=1)
+    assert "--grace must be" in _run("serve", adapter, "--grace", "-1", code=1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "Give another --host or --port" in " ".join(_run("serve", adapter, "--port", port, code=1).split())
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "starlette" else find_spec(name))
+    assert "starlette: pip install 'ee-surgery[serve]'" in " ".join(_run("serve", adapter, code=1).split())

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
+_STYLE = Path(__file__).with_name("page.css")
 _SHOWN = 60  # operating points on the slider
 _PICTURES = 8  # per exit
 _SEARCHED = 2_000  # samples to find them in
@@ -92,11 +93,17 @@ def report(
         "learning": _learning(state.provenance),
         "data": None if data is None else _on_data(branched, data, class_names, batch_size, class_map),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(found)
+    page = render(_TEMPLATE, found)
     with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return Path(path)
+
+
+def render(template: Path, found: Mapping[str, Any]) -> str:
+    """A page of the template, all text escaped; `style` is that of all pages."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = Markup(_STYLE.read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(found, style=style)
 
 
 def _exits(branched: EarlyExitModel) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,9 +27,11 @@ from ee_surgery.monitoring.drift import Traffic, identity
 from ee_surgery.monitoring.followed import MOST_BYTES, Group, Waiting, unkept
 from ee_surgery.monitoring.losses import Losses
 from ee_surgery.monitoring.report import AuditReport
-from ee_surgery.monitoring.state import ALARMS_KEPT, Action, Alarm, AuditState, Kind, Loss, Promise, Stream, without
+from ee_surgery.monitoring.state import ALARMS_KEPT, Alarm, AuditState, Kind, Loss, Promise, Stream, without
+from ee_surgery.monitoring.watched import Watched
+from ee_surgery.names import AlarmAction
 from ee_surgery.policies.operating_point import OperatingPoint, describe
-from ee_surgery.runtime.router import ExitOutput, InFlight, Leaving, Observer, Router
+from ee_surgery.runtime.router import ExitOutput, Router
 from ee_surgery.text import visible
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -81,7 +84,7 @@ class Audit:
         alpha: float = 0.05,
         q: float = 0.05,
         loss: Loss = "disagreement",
-        on_alarm: Action = "warn",
+        on_alarm: AlarmAction = "warn",
         callback: Callable[[Alarm], object] | None = None,
         label_epsilon: float | None = None,
         records: ExitRecords | None = None,
@@ -101,7 +104,7 @@ class Audit:
         )
         """What is tested."""
         self.q = number("q", q, above=0, high=1)
-        self.on_alarm: Action = choice("on_alarm", on_alarm, get_args(Action))
+        self.on_alarm: AlarmAction = choice("on_alarm", on_alarm, get_args(AlarmAction))
         if callback is not None and not callable(callback):
             raise ConfigError("callback must be a function of an Alarm.")
         self.callback, self.clock = callback, clock
@@ -208,6 +211,8 @@ class Audit:
             self._gone.update(self._state.streams)
             self._waiting = Waiting()
             self._state = self._fresh(self._state.alarms)
+            self._saved = -math.inf  # a restart must not find what was given up
+        self._look()
 
     def save(self) -> None:
         """Write the state to `path`.
@@ -238,8 +243,8 @@ class Audit:
 
     # --- watching runs
 
-    def _watch(self, router: Router, size: int) -> Observer | None:
-        """Choose samples of a run; None, most often at small batches, if none of them is."""
+    def _watch(self, router: Router, size: int) -> Watched | None:
+        """Choose samples of a run; None, most often at small batches, if none of them is. It never runs any."""
         with self._lock:
             name = self._name
             self._stream.served += size
@@ -248,10 +253,15 @@ class Audit:
                 chosen.append(self._gap)
                 self._gap += 1 + self._next()
             self._gap -= size
-            late = self._waiting.groups and self.clock() - self._waiting.born >= self.promise.period
-        if late:
-            self.flush()
-        return _Watch(self, name, router, size, chosen) if chosen else None
+            late = self._late
+        if not chosen and not late:
+            return None
+        return Watched(router, size, chosen, partial(self._add, name))
+
+    @property
+    def _late(self) -> bool:
+        """Whether samples have waited for a whole period."""
+        return bool(self._waiting.groups) and self.clock() - self._waiting.born >= self.promise.period
 
     def _next(self) -> int:
         """How many samples are not chosen before the next one is."""
@@ -262,11 +272,11 @@ class Audit:
         with self._lock:
             if name != self._name:
                 return
-            now = self.clock()
+            late, now = self._late, self.clock()
             for group in groups:
                 self._waiting.add(group, now)
             waiting = self._waiting
-            full = waiting.left >= self._most or waiting.bytes >= MOST_BYTES or waiting.shared
+            full = late or waiting.left >= self._most or waiting.bytes >= MOST_BYTES or waiting.shared
             full = full or len(waiting.groups) >= 64 * self._most  # hardly a sample leaves early
         if full:
             self.flush()
@@ -407,33 +417,6 @@ class Audit:
         except SurgeryError as error:
             return [f"The state of the audit was not saved: {error}"]
         return []
-
-
-class _Watch:
-    """Observes one run: takes the chosen samples where they leave.
-
-    Args:
-        audit: gets them once all samples of the run have left.
-        name: of its stream when they were chosen.
-        chosen: which of `size` samples.
-    """
-
-    def __init__(self, audit: Audit, name: str, router: Router, size: int, chosen: list[int]) -> None:
-        self.audit, self.name, self.router, self.size, self.chosen = audit, name, router, size, chosen
-        self.groups: list[Group] = []
-        self._mask: Tensor | None = None
-
-    def __call__(self, k: int, arrived: InFlight, leaving: Leaving | None, staying: InFlight | None) -> None:
-        if leaving is not None:
-            if self._mask is None:
-                self._mask = torch.zeros(self.size, dtype=torch.bool)
-                self._mask[self.chosen] = True
-                self._mask = self._mask.to(leaving.logits.device)
-            index = (self._mask if leaving.rows is None else self._mask[leaving.rows]).nonzero().squeeze(1)
-            if len(index):
-                self.groups.append(Group.of(self.router, k, arrived, leaving, index))
-        if staying is None:
-            self.audit._add(self.name, self.groups)
 
 
 def _level(name: str, value: object) -> float:

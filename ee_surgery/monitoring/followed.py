@@ -17,6 +17,20 @@ MOST_BYTES = 256 << 20
 """Of live tensors that wait; more are run at once."""
 
 
+class Setting(NamedTuple):
+    """What the numbers of a run depend on beside its program."""
+
+    autocast: bool
+    dtype: torch.dtype
+    inference: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> Setting:
+        """Of this thread."""
+        kind = device.type
+        return cls(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_inference_mode_enabled())
+
+
 class Group(NamedTuple):
     """Samples of one run that left at one exit."""
 
@@ -28,6 +42,8 @@ class Group(NamedTuple):
     """What they were answered, (n, C, ...)."""
     scores: list[float]
     """At their exit; none at the original's head."""
+    setting: Setting
+    """Of the run."""
 
     @classmethod
     def of(cls, router: Router, k: int, arrived: InFlight, leaving: Leaving, index: Tensor) -> Group:
@@ -44,27 +60,13 @@ class Group(NamedTuple):
             )
         elif router.keeps_best:  # their answer may be another exit's; else it is the original's own
             live = tuple(tensor.index_select(0, places) for tensor in arrived.live)
-        return cls(router, k, live, answers, scores)
+        return cls(router, k, live, answers, scores, Setting.now(answers.device))
 
     @property
     def macs(self) -> int:
         """Of the stages that they have not run, all samples."""
         trunk = self.router.program.trunk_macs
         return (trunk[-1] - trunk[self.exit_index]) * len(self.answers) if self.live else 0
-
-
-class Setting(NamedTuple):
-    """What the numbers of a run depend on beside its program."""
-
-    autocast: bool
-    dtype: torch.dtype
-    inference: bool
-
-    @classmethod
-    def now(cls, device: torch.device) -> Setting:
-        """Of this thread."""
-        kind = device.type
-        return cls(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_inference_mode_enabled())
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Waiting:
     known, evidence would be looked at when some of a run's losses are in and others not, which is no order of bets.
     """
 
-    groups: list[tuple[Setting, Group]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
     born: float = 0.0
     """When the first of them came, by the clock."""
 
@@ -83,22 +85,22 @@ class Waiting:
         """One group more."""
         if not self.groups:
             self.born = now
-        self.groups.append((Setting.now(group.answers.device), group))
+        self.groups.append(group)
 
     @property
     def shared(self) -> bool:
         """Whether some hold what all samples of their run share, and no others may join."""
-        return any(None in axes for _, group in self.groups if group.live for axes in group.router.axes)
+        return any(None in axes for group in self.groups if group.live for axes in group.router.axes)
 
     @property
     def left(self) -> int:
         """How many of the samples have stages to run."""
-        return sum(len(group.answers) for _, group in self.groups if group.live)
+        return sum(len(group.answers) for group in self.groups if group.live)
 
     @property
     def bytes(self) -> int:
         """Of their live tensors."""
-        return sum(tensor.nbytes for _, group in self.groups for tensor in group.live)
+        return sum(tensor.nbytes for group in self.groups for tensor in group.live)
 
     def losses(self, task: Task, kind: str) -> Iterator[tuple[Group, list[float]]]:
         """Each group, with the losses of its samples; groups of an original that was changed since are left out.
@@ -107,13 +109,13 @@ class Waiting:
             kind: `disagreement` or `outcome`.
         """
         programs: dict[tuple[int, Setting], list[Group]] = {}
-        for setting, group in self.groups:
-            programs.setdefault((id(group.router.program), setting), []).append(group)
-        for (_, setting), groups in programs.items():
+        for group in self.groups:
+            programs.setdefault((id(group.router.program), group.setting), []).append(group)
+        for groups in programs.values():
             groups.sort(key=lambda group: group.exit_index)
             behind = [group for group in groups if group.live]
             try:
-                found = _losses(behind, setting, task, kind) if behind else []
+                found = _losses(behind, task, kind) if behind else []
             except Altered:
                 continue
             for group in groups:
@@ -122,12 +124,12 @@ class Waiting:
                 yield group, own
 
 
-def _losses(groups: list[Group], setting: Setting, task: Task, kind: str) -> list[float]:
+def _losses(groups: list[Group], task: Task, kind: str) -> list[float]:
     """Of the samples of all groups, which are in the order of their exits."""
     waiting: dict[int, list[tuple[Tensor, ...]]] = {}
     for group in groups:
         waiting.setdefault(group.exit_index, []).append(group.live)
-    device = groups[0].answers.device
+    device, setting = groups[0].answers.device, groups[0].setting
     with (
         torch.inference_mode(setting.inference),
         torch.no_grad(),

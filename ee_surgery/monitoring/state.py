@@ -21,7 +21,6 @@ FORMAT_VERSION = 1
 ENOUGH = 1000
 """Losses that the current risk is about."""
 ALARMS_KEPT = 1000
-Action = Literal["warn", "tighten", "disable"]
 Loss = Literal["disagreement", "outcome"]
 Kind = Literal["answers", "labels"]
 

@@ -58,12 +58,14 @@ class CompiledRouter(Router):
                 with GLOBAL_STATE:
                     self._prepare(inputs, size, batch)
 
-    def visit(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+    def visit(
+        self, k: int, flight: InFlight, observe: Observer | None = None
+    ) -> tuple[Leaving | None, InFlight | None]:
         """As `Router`; what a CUDA graph gave is copied, for its next run writes to the same memory."""
         if not self._unasked.is_cuda:
-            return super().visit(k, flight)
+            return super().visit(k, flight, observe)
         torch.compiler.cudagraph_mark_step_begin()
-        leaving, staying = super().visit(k, flight)
+        leaving, staying = super().visit(k, flight, observe)
         if leaving is not None:
             leaving = leaving._replace(logits=leaving.logits.clone())
         return leaving, None if staying is None else staying.cloned()

@@ -175,25 +175,26 @@ class Engine:
 
     # --- running
 
-    def run(self, batch: Batch, policy: ThresholdPolicy | None) -> ExitOutput:
+    def run(self, batch: Batch, policy: ThresholdPolicy | None, audit: Watch | None = None) -> ExitOutput:
         """Logits, exit, score and costs of every sample.
 
         Args:
             policy: when samples leave; None: they all run through to the original's head.
+            audit: asked in place of `self.audit`.
         """
         if torch.is_grad_enabled() or self.branches.training:
             with torch.no_grad(), eval_mode(list(self.branches.modules())):
-                return self.run(batch, policy)
+                return self.run(batch, policy, audit)
         values, size = batch.tensors, batch.size
         if size == 0:
             return self._empty_output(values[0].device)
         if policy is None:
             return self._full_run(batch, self.entry(batch).program)
-        state = self.backbone.latest
+        state, ask = self.backbone.latest, self.audit if audit is None else audit
         while True:  # each stage looks whether its modules have changed: samples that leave pay for no more than that
             try:
                 router = self.entry(batch, state).router(policy, self.compilation)
-                watching = None if self.audit is None else self.audit(router, size)
+                watching = None if ask is None else ask(router, size)
                 return router(values, size, self.observers if watching is None else (*self.observers, watching))
             except Altered:  # noqa: PERF203 (once in a while)
                 state = self.backbone.state()

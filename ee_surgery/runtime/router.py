@@ -176,13 +176,21 @@ class Router:
         leaving, staying = self._decide(k, flight)
         return leaving, None if staying is None else self._advance(k + 1, staying)
 
-    def visit(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+    def visit(
+        self, k: int, flight: InFlight, observe: Observer | None = None
+    ) -> tuple[Leaving | None, InFlight | None]:
         """Run stage k and ask the branch behind it: `step`, cut where samples can wait for those of other batches.
 
+        Args:
+            observe: is told of it.
         Returns:
             Those that leave at exit k, and those that are in front of stage k + 1 now.
         """
-        return self._decide(k, self._advance(k, flight))
+        arrived = self._advance(k, flight)
+        leaving, staying = self._decide(k, arrived)
+        if observe is not None:
+            observe(k, arrived, leaving, staying)
+        return leaving, staying
 
     def follow(self, waiting: Mapping[int, Sequence[tuple[Tensor, ...]]]) -> Tensor:
         """The original's own answers to samples that left, (n, C, ...): only the stages behind their exits run.

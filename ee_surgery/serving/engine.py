@@ -21,6 +21,7 @@ from ee_surgery.checks import count, instance, number, optional, positive, refus
 from ee_surgery.errors import ConfigError, DataError, QueueFullError, RequestTimeoutError, ServingError
 from ee_surgery.model import EarlyExitModel
 from ee_surgery.onnx import OnnxModel, OpenVinoModel, StagedModel
+from ee_surgery.serving.audits import AuditQueue, observer
 from ee_surgery.serving.lanes import Lane, Parcel, Request
 from ee_surgery.serving.routes import Admission, Left, Output, Route, ServedModel, ServedStages
 from ee_surgery.serving.schedule import Choice, Times, choose
@@ -78,6 +79,8 @@ class Engine:
     An answer is what `branched.predict(inputs)` gives, or the `run` of a folder of stages; logits can differ in the
     last bits, as they do between any two batch sizes. Inputs must not be written to before they are answered.
 
+    An `Audit` of the model watches requests as it watches `predict`, in the order in which they came.
+
     Args:
         served: a branched model, on whatever backend, compiled or not; or a folder of ONNX stages.
         max_batch: samples per batch.
@@ -103,6 +106,8 @@ class Engine:
     ) -> None:
         self.max_batch, self._clock = count("max_batch", max_batch), clock
         self.max_pending = count("max_pending", max_pending)
+        self.served = served
+        """What answers."""
         self.timeout_s = optional(positive)("timeout_s", timeout_s)
         if isinstance(served, EarlyExitModel):
             self._served, exits = ServedModel(served, self.max_batch), len(served.exits) + 1
@@ -127,6 +132,7 @@ class Engine:
         # of the worker alone
         self._lanes: dict[tuple[Route, bool], Lane] = {}
         self._requests: set[Request] = set()
+        self._audits = AuditQueue()
         self._deadlines: list[tuple[float, int, Request]] = []
         self._order = itertools.count()
         self._thread = threading.Thread(target=self._serve, name="ee_surgery-engine", daemon=True)
@@ -219,6 +225,7 @@ class Engine:
                 raise ServingError("The engine is closed: it takes no more requests.") from self._abandoned
             if not room:
                 return None
+            request.watched = route.watch(size)  # here: audits choose by the order of the inbox
             self._pending += size
             self._inbox.append(request)
             self._work.notify()
@@ -243,6 +250,11 @@ class Engine:
                 self._work.notify()
 
     # --- the engine itself
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests: not once it is closed, nor where its worker has failed."""
+        return not self._closed
 
     def stats(self) -> EngineStats:
         """Counts so far."""
@@ -299,6 +311,8 @@ class Engine:
         while True:
             now = self._clock()
             self._update(now)
+            if self._audits.hand_over():
+                continue  # which takes a while
             choice = choose([*self._lanes.values()], self._times, now)
             if choice is not None:
                 return choice
@@ -316,6 +330,7 @@ class Engine:
             self._cancelled.clear()
         for request in new:
             self._requests.add(request)
+            self._audits.enter(request)
             if request.deadline < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline, next(self._order), request))
             if abandoned is None:
@@ -349,7 +364,7 @@ class Engine:
             if parcel is None:
                 return
             requests = [request for request, _ in parcel.owners]
-            leaving, staying = lane.route.visit(k, parcel.flight)
+            leaving, staying = lane.route.visit(k, parcel.flight, observer(parcel.owners))
             everyone = [*range(len(parcel.owners))]
             stays = [] if staying is None else everyone if staying.rows is None else staying.rows.tolist()
             if leaving is not None:
@@ -378,7 +393,7 @@ class Engine:
         for request in dict.fromkeys(requests):
             if request.live:
                 try:
-                    answer = request.route.alone(request.inputs)
+                    answer = request.route.alone(request.inputs, request.watched)
                 except Exception as error:
                     self._settle(request, "failed", error=error)
                 else:
@@ -394,6 +409,9 @@ class Engine:
             how = "cancelled"
         self._counts[how] += 1
         request.inputs, request.left = None, []  # the heap of deadlines may hold it for long
+        if how != "answered" and request.watched is not None:
+            request.watched.drop()
+            request.watched = None
         if error is not None and how != "cancelled":
             request.future.set_exception(error)
         elif how != "cancelled":

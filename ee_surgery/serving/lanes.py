@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
+from ee_surgery.monitoring.watched import Watched
 from ee_surgery.serving.routes import Flight, Left, Output, Route
 
 
@@ -25,6 +26,8 @@ class Request:
     deadline: float = math.inf
     offline: bool = False
     """Part of a `map`."""
+    watched: Watched | None = None
+    """Its samples that an audit chose; None for no sample."""
     settled: bool = False
     left: list[tuple[int, Left]] = field(default_factory=list)
     """Its samples that have an answer, each with its exit."""

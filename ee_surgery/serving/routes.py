@@ -16,13 +16,14 @@ from torch import Tensor
 from ee_surgery.backbone.inputs import Batch
 from ee_surgery.errors import DataError, ServingError
 from ee_surgery.model import EarlyExitModel
+from ee_surgery.monitoring.watched import Watched
 from ee_surgery.onnx import OnnxOutput, StagedModel
 from ee_surgery.onnx.staged import Samples
 from ee_surgery.policies.policy import ThresholdPolicy
 from ee_surgery.runtime.compiled import CompiledRouter
 from ee_surgery.runtime.engine import Engine as Runtime
 from ee_surgery.runtime.engine import eval_mode
-from ee_surgery.runtime.router import ExitOutput, InFlight, Leaving
+from ee_surgery.runtime.router import ExitOutput, InFlight, Leaving, Observer, Router
 
 _ROUTES_KEPT = 16
 Output: TypeAlias = ExitOutput | OnnxOutput
@@ -61,16 +62,28 @@ class Route(ABC):
         """Samples of several requests in front of stage k, one after the other."""
 
     @abstractmethod
-    def visit(self, k: int, flight: Flight) -> tuple[Left | None, Flight | None]:
-        """Run stage k and its branch: samples that leave there, and those in front of stage k + 1 now, by `rows`."""
+    def visit(self, k: int, flight: Flight, observe: Observer | None = None) -> tuple[Left | None, Flight | None]:
+        """Run stage k and its branch: samples that leave there, and those in front of stage k + 1 now, by `rows`.
+
+        Args:
+            observe: is told of it, where routes have audits.
+        """
 
     @abstractmethod
     def collect(self, left: Sequence[tuple[int, Left]], size: int) -> Output:
         """The answer to a request, from all of its samples as they left, each with its exit."""
 
     @abstractmethod
-    def alone(self, inputs: Any) -> Output:
-        """The answer to a request that shares nothing."""
+    def alone(self, inputs: Any, watched: Watched | None = None) -> Output:
+        """The answer to a request that shares nothing.
+
+        Args:
+            watched: what observes it, in place of any other audit.
+        """
+
+    def watch(self, size: int) -> Watched | None:
+        """Ask the audit for a request of so many samples; None: none of them is chosen, or there is no audit."""
+        return None
 
 
 class Admission(NamedTuple):
@@ -99,7 +112,7 @@ class Served(ABC):
 
         Raises:
             DataError: the model takes no such inputs.
-            ServingError: it has an audit or observers.
+            ServingError: it has observers.
         """
 
     def known(self, given: Admission) -> Route | None:
@@ -140,10 +153,10 @@ class ServedModel(Served):
 
     def admit(self, inputs: Any) -> Admission:
         engine, policy = self.branched.engine, self.branched.policy
-        if engine.audit is not None or engine.observers:
+        if engine.observers:  # they are told of whole runs of one request, which there are none of here
             raise ServingError(
-                "This model has an audit or observers, which shared batches of an Engine do not ask: close the audit "
-                "(audit.close()) or remove the observers first, or use branched.predict."
+                "This model has observers, which shared batches of an Engine do not ask: remove them first "
+                "(branched.engine.observers = ()), or use branched.predict."
             )
         batch = engine.backbone.batch(inputs)
         shared = [batch.arguments[name] for name, dim in batch.dims.items() if dim is None and name in batch.arguments]
@@ -213,16 +226,25 @@ class _Routed(_OfModel):
     def join(self, k: int, flights: Sequence[InFlight]) -> InFlight:
         return InFlight.join(flights, self.router.axes[k])
 
-    def visit(self, k: int, flight: InFlight) -> tuple[Leaving | None, InFlight | None]:
+    def visit(
+        self, k: int, flight: InFlight, observe: Observer | None = None
+    ) -> tuple[Leaving | None, InFlight | None]:
         with self.running():
-            return self.router.visit(k, flight)
+            return self.router.visit(k, flight, observe)
 
     def collect(self, left: Sequence[tuple[int, Any]], size: int) -> ExitOutput:
         return self.router.collect([(k, _on(leaving, leaving.logits.device)) for k, leaving in left], size)
 
-    def alone(self, inputs: Batch) -> ExitOutput:
+    def alone(self, inputs: Batch, watched: Watched | None = None) -> ExitOutput:
+        audit = _unwatched if watched is None else watched.again  # its samples are chosen already
         with self.running():
-            return self.engine.run(inputs, self.policy)
+            return self.engine.run(inputs, self.policy, audit)
+
+    def watch(self, size: int) -> Watched | None:
+        audit = self.engine.audit
+        found = None if audit is None else audit(self.router, size)
+        assert found is None or isinstance(found, Watched)
+        return found
 
 
 class _Whole(_OfModel):
@@ -239,7 +261,7 @@ class _Whole(_OfModel):
     def join(self, k: int, flights: Sequence[Batch]) -> Batch:
         return Batch.join(flights)
 
-    def visit(self, k: int, flight: Batch) -> tuple[Leaving, None]:
+    def visit(self, k: int, flight: Batch, observe: Observer | None = None) -> tuple[Leaving, None]:
         return Leaving(None, self.alone(flight).logits, None), None
 
     def collect(self, left: Sequence[tuple[int, Any]], size: int) -> ExitOutput:
@@ -252,7 +274,7 @@ class _Whole(_OfModel):
         nan = torch.full((size,), torch.nan, device=first.device)
         return ExitOutput(logits, last, nan, costs, self.program.trunk_macs[-1])
 
-    def alone(self, inputs: Batch) -> ExitOutput:
+    def alone(self, inputs: Batch, watched: Watched | None = None) -> ExitOutput:
         with self.running():
             return self.engine.run(inputs, None)
 
@@ -299,7 +321,7 @@ class _Staged(Route):
     def join(self, k: int, flights: Sequence[Samples]) -> Samples:
         return self.staged.join(k, flights)
 
-    def visit(self, k: int, flight: Samples) -> tuple[Any, Samples | None]:
+    def visit(self, k: int, flight: Samples, observe: Observer | None = None) -> tuple[Any, Samples | None]:
         rows = np.arange(len(flight.rows))
         leaving, staying = self.staged.visit(k, flight._replace(rows=rows), self.thresholds)
         if staying is not None and len(staying.rows) == len(rows):  # engines may write there again
@@ -312,8 +334,12 @@ class _Staged(Route):
         own = [(k, leaving._replace(rows=every) if leaving.rows is None else leaving) for k, leaving in left]
         return self.staged.collect(own, size, self.thresholds)
 
-    def alone(self, inputs: Any) -> OnnxOutput:
+    def alone(self, inputs: Any, watched: Watched | None = None) -> OnnxOutput:
         return self.staged.run(inputs, self.thresholds)
+
+
+def _unwatched(router: Router, size: int) -> None:
+    """No sample is chosen."""
 
 
 def _on(leaving: Leaving, device: torch.device) -> Leaving:

@@ -86,8 +86,8 @@ class TrainConfig:
     """Passes over recorded logits to fit the ensembles of `ztw` branches, after training; 0 for none."""
     mixed_precision: TrainPrecision = "no"
     """`auto`: bfloat16 if the device supports it natively and is faster with it, else float32 (`no`), also from where
-    steps are not finite in bfloat16; training prints which. In bfloat16 a frozen original that answers with classes runs
-    in it too. The default is the same on every machine."""
+    steps are not finite in bfloat16; training prints which. In bfloat16 a frozen original that answers with classes
+    runs in it too. The default is the same on every machine."""
     validation: float = 0.1
     """Fraction of a map-style training set held out to report each exit's accuracy; 0 for none."""
     num_workers: int = 0

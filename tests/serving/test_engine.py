@@ -57,11 +57,11 @@ class Held:
         self.sizes: list[tuple[int, int]] = []
         visit = kind.visit
 
-        def held(route: Any, k: int, flight: Any) -> Any:
+        def held(route: Any, k: int, flight: Any, *observe: Any) -> Any:
             self.reached.set()
             assert self.go_on.wait(60)
             self.sizes.append((k, len(flight.live[0])))
-            return visit(route, k, flight)
+            return visit(route, k, flight, *observe)
 
         monkeypatch.setattr(kind, "visit", held)
 
@@ -306,9 +306,9 @@ def test_a_request_that_fails_fails_alone(
         refuse(flight.live[0])
         return advance(router, k, flight)
 
-    def run_if_sound(batch: Batch, policy: Any) -> ee.ExitOutput:
+    def run_if_sound(batch: Batch, *how: Any) -> ee.ExitOutput:
         refuse(batch.tensors[0])
-        return run(batch, policy)
+        return run(batch, *how)
 
     with ee.Engine(model, max_batch=32) as engine:
         blocker = engine.submit(x[:1])
@@ -581,11 +581,7 @@ def test_invalid_times_are_refused(model: ee.EarlyExitModel, call: Callable[[ee.
         call(engine, torch.randn(1, 3, 16, 16))
 
 
-def test_an_audited_model_is_refused_and_not_served_unaudited() -> None:
-    model, case = branched("cifar-resnet20").copy(), BY_NAME["cifar-resnet20"]
-    model.operate(thresholds=0.0)
-    with ee.Engine(model) as engine, ee.Audit(model, epsilon=0.1) as audit:
-        with pytest.raises(ee.ServingError, match="audit"):
-            engine.submit(case.sample(2))
-        audit.close()
-        assert len(engine.submit(case.sample(2)).result().exit_index) == 2
+def test_a_model_with_observers_is_refused(model: ee.EarlyExitModel) -> None:
+    model.engine.observers = (lambda *_: None,)
+    with ee.Engine(model) as engine, pytest.raises(ee.ServingError, match="observers"):
+        engine.submit(torch.randn(1, 3, 16, 16))

@@ -33,13 +33,13 @@ class _Counted(Route):
     def join(self, k: int, flights: Any) -> list[int]:
         return [each for flight in flights for each in flight]
 
-    def visit(self, k: int, flight: Any) -> Any:
+    def visit(self, k: int, flight: Any, observe: Any = None) -> Any:
         raise AssertionError
 
     def collect(self, left: Any, size: int) -> Any:
         raise AssertionError
 
-    def alone(self, inputs: Any) -> Any:
+    def alone(self, inputs: Any, watched: Any = None) -> Any:
         raise AssertionError
 
 
