@@ -59,7 +59,7 @@ def library_model(model: nn.Module) -> nn.Module:
 def peft_adapters(model: nn.Module) -> str:
     """The adapters that PEFT put into a model, their kinds and states, in words; empty if there are none.
 
-    For example `default (lora)`, `default (lora, merged)` or `default (lora, off)`; only adapters that are active or merged.
+    For example `default (lora)`, `default (lora, merged)` or `default (lora, off)`; only those active or merged.
     """
     found: set[str] = set()
     for layer in model.modules():
