@@ -242,6 +242,19 @@ class EarlyExitModel(ServedModel):
             )
         return self(*inputs, **named)
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """What transformers' Trainer asks a model first. It would train the original, so it is refused here.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "transformers' Trainer takes the wrapped model, whose parameters are the branches: "
+            "Trainer(EarlyExitForImageClassification.of(branched), ...), from ee_surgery.integrations.transformers, or "
+            "the class of its task. Or call ee.train(branched, data)."
+        )
+
     def predict(self, *inputs: Inputs, **named: Any) -> ExitOutput:
         """Run with early exit; logits, exit taken, score there and MACs of every sample.
 

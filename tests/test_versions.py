@@ -50,3 +50,11 @@ def test_the_page_tells_the_versions_of_both_sets() -> None:
     rows = dict(re.findall(r"^\| ([a-z][\w-]*) \| (\S+ \| \S+) \|$", page, re.MULTILINE))
     lowest, known = _pinned("lowest.txt"), _pinned("known-good.txt")
     assert rows == {name: f"{bound} | {known[name]}" for name, bound in lowest.items()}
+
+
+def test_the_citation_names_the_version_and_license_of_the_package() -> None:
+    tomllib: Any = pytest.importorskip("tomllib", reason="Python 3.11 or newer reads TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = dict(re.findall(r'^(\S+): "?(.*?)"?$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert "- name: The ee_surgery developers" in (ROOT / "CITATION.cff").read_text()

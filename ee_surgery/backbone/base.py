@@ -23,7 +23,7 @@ from ee_surgery.backbone.refusals import check_weights, sample_refusal, takes, v
 from ee_surgery.backbone.samples import default_sample
 from ee_surgery.backbone.signature import Signature, attributes, set_since
 from ee_surgery.backbone.twin import twin
-from ee_surgery.backbone.wrappers import library_model, unwrapped
+from ee_surgery.backbone.wrappers import library_model, peft_adapters, unwrapped
 from ee_surgery.checks import count, names, refuse
 from ee_surgery.errors import OUT_OF_MEMORY, ConfigError, DataError
 from ee_surgery.registry import suggest
@@ -66,6 +66,8 @@ class Identity:
     """Name of the model's class."""
     hub_id: str | None = None
     """Hub repository of the weights, where there is one."""
+    adapters: str = ""
+    """PEFT adapters in it and their states; see `peft_adapters`."""
 
 
 _SEGMENTER = "ForSemanticSegmentation"
@@ -350,7 +352,8 @@ class Backbone:
         fingerprint = hashlib.sha256("\n".join(f"{name} {value}" for name, value in stored).encode()).hexdigest()
         classes = 0 if self.headless else self.num_classes
         name = type(self.named).__name__
-        return Identity(self.library, self.model_id, self.revision, fingerprint, classes, name, self.hub_id)
+        adapters = peft_adapters(self.model)
+        return Identity(self.library, self.model_id, self.revision, fingerprint, classes, name, self.hub_id, adapters)
 
     @property
     def hub_id(self) -> str | None:

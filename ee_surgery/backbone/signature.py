@@ -48,6 +48,8 @@ _DESCRIPTIVE: dict[type, frozenset[str]] = {
     nn.Linear: frozenset({"in_features", "out_features"}),
     nn.LayerNorm: frozenset({"elementwise_affine"}),
 }
+# PEFT's tuners hold the active adapter as a name or as a list of one; its layers, which compute, hold it themselves.
+_TUNERS = frozenset({"active_adapter"})
 
 Attributes = dict[str, Any]
 
@@ -136,7 +138,8 @@ class _Snapshot(_Holding):
     """A module, then and now."""
 
     def __init__(self, path: str, module: nn.Module, volatile: Mapping[str, frozenset[str]]) -> None:
-        super().__init__(path, vars(module), volatile.get(path, _NONE) | _DESCRIPTIVE.get(type(module), _NONE))
+        told = _TUNERS if hasattr(type(module), "inject_adapter") else _DESCRIPTIVE.get(type(module), _NONE)
+        super().__init__(path, vars(module), volatile.get(path, _NONE) | told)
         self.module, self.type = module, type(module)
         self.steady = path not in volatile
         self.keep_hooks()

@@ -56,6 +56,24 @@ def library_model(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
+def peft_adapters(model: nn.Module) -> str:
+    """The adapters that PEFT put into a model, their kinds and states, in words; empty if there are none.
+
+    For example `default (lora)`, `default (lora, merged)` or `default (lora, off)`; only those active or merged.
+    """
+    found: set[str] = set()
+    for layer in model.modules():
+        if not isinstance(getattr(type(layer), "disable_adapters", None), property):
+            continue
+        held: Any = layer
+        package = type(layer).__module__.split(".")
+        kind = [package[2]] if package[1:2] == ["tuners"] else []
+        merged = getattr(held, "merged_adapters", ())
+        state = ["off"] if held.disable_adapters else ["merged"] if merged else []
+        found.update(f"{name} ({', '.join([*kind, *state])})" for name in merged or held.active_adapters if kind)
+    return ", ".join(sorted(found))
+
+
 def _unwrapped(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
     if module in known:  # used in several places, but one module
         return known[module]

@@ -176,6 +176,8 @@ class AdapterConfig:
         data = {**asdict(self_without), "operating_point": point.to_dict() if point else None}
         if self.task == CLASSIFICATION.name:  # left out: versions that know no other task read it as before
             del data["task"]
+        if not self.base.adapters:
+            del data["base"]["adapters"]
         if not self.task_options:
             del data["task_options"]
         if self.preprocessing is not None:  # for AutoImageProcessor, which looks here and so for timm's own models

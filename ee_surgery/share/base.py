@@ -67,6 +67,11 @@ def base_with_weights(config: AdapterConfig, checkpoint: str) -> nn.Module:
 
 
 def _check_name(base: Identity) -> None:
+    if base.adapters:
+        raise AdapterError(
+            f"The base {base.model_id} has PEFT adapters, {base.adapters}, which are not part of this one. Load them "
+            "with peft and pass the result: from_pretrained(folder, model=PeftModel.from_pretrained(base, ...))."
+        )
     if base.library == "torch":
         raise AdapterError(f"The base {base.model_id} is a plain torch module. {_ADVICE}")
     if base.library == "transformers" and base.model_id == base.architecture:

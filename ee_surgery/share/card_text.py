@@ -25,6 +25,8 @@ _AGAIN = {CALIBRATION: "calibrated", EVALUATION: "measured", TRAINING: "trained"
 
 def found_by_name(base: Identity, own_base: bool) -> bool:
     """Whether `from_pretrained` can load the base by its name, as far as is known without asking the Hub."""
+    if base.adapters:
+        return False  # only peft can load it
     if base.library != "timm":
         return base.library == "transformers" and base.hub_id is not None
     if own_base:
@@ -87,7 +89,9 @@ def snippet(config: AdapterConfig, frontier: Frontier | None, where: str) -> str
     loading = f"branched = ee_surgery.from_pretrained({_literal(where)})"
     lines = ["import torch", "", "import ee_surgery", ""]
     if not found_by_name(config.base, config.own_base):
-        what = visible(config.base.architecture or config.base.model_id).replace("`", "'")
+        what = config.base.architecture or config.base.model_id
+        what += f" with the PEFT adapters {config.base.adapters}" if config.base.adapters else ""
+        what = visible(what).replace("`", "'")
         which = "its weights are stored here" if config.own_base else "with the weights of the fingerprint below"
         lines.append(f"# `model` is the base: a {what} that you create yourself, {which}.")
         loading = f"{loading[:-1]}, model=model)"

@@ -289,19 +289,27 @@ def _base(
 def _difference(config: AdapterConfig, backbone: Backbone) -> tuple[str, str] | None:
     """How a base is not the one that an adapter belongs to, in weights or in what it computes, and what to do."""
     base, identity = config.base, backbone.identity()
+    advice = "Load the very same weights (same checkpoint, dtype and number of classes)."
+    if identity.adapters != base.adapters:
+        states = (one.adapters or "no PEFT adapters" for one in (base, identity))
+        advice = "The branches were made with {}; the model given has {}. Load and activate the same.".format(*states)
     if identity.fingerprint != base.fingerprint:
         return (
             f"These branches belong to {base.model_id} with fingerprint {base.fingerprint}; the model given is "
             f"{identity.model_id} with fingerprint {identity.fingerprint}.",
-            "Load the very same weights (same checkpoint, dtype and number of classes).",
+            advice,
         )
     answers = config.probe and config.probe.difference(backbone, config.inputs, config.options)
     if not answers:
         return None
-    saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+    if identity.adapters == base.adapters:
+        saved = ", ".join(f"{name} {version}" for name, version in config.versions.items())
+        advice = (
+            "Something other than tensors differs: an activation, pooling, stride or dilation, an epsilon, the number "
+            f"of heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then."
+        )
     return (
         f"The {identity.model_id} given has the weights of the one that these branches belong to (fingerprint "
         f"{base.fingerprint}), but computes something different: {answers}.",
-        "Something other than tensors differs: an activation, pooling, stride or dilation, an epsilon, the number of "
-        f"heads, a hook, or the version of a library (saved with {saved}). Build the base as it was built then.",
+        advice,
     )

@@ -279,6 +279,7 @@ class BaseForm(_Form):
     num_classes: Annotated[int, Field(ge=0, le=_MOST_CLASSES)]
     architecture: Annotated[str, Field(max_length=500), AfterValidator(_printable)] = ""
     hub_id: Name | None = None
+    adapters: Annotated[str, Field(max_length=500), AfterValidator(_printable)] = ""
 
 
 class ConfigForm(_Form):

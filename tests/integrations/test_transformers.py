@@ -28,9 +28,11 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTImageProcessor,
     pipeline,
@@ -434,6 +436,30 @@ def test_trainer_changes_branches_and_nothing_else(kind: str, tmp_path: Path) ->
     assert last["eval_accuracy"] == first["eval_accuracy"]  # no operating point: the original's answers,
     assert last["eval_loss"] < first["eval_loss"]  # but the exits' loss
     assert trainer.state.log_history[-2]["train_loss"] > 0
+
+
+def test_trainer_refuses_the_model_that_is_not_wrapped(tmp_path: Path) -> None:
+    with pytest.raises(ee.ConfigError, match=r"Trainer\(EarlyExitForImageClassification.of\(branched\)"):
+        Trainer(own("vit"), _arguments(tmp_path), train_dataset=_Rows("vit"))  # would train the original
+
+
+def test_callbacks_see_the_metrics_of_exits_and_end_the_training(tmp_path: Path) -> None:
+    wrapped, rows, seen = EarlyExitForImageClassification.of(own("vit")), _Rows("vit"), []
+
+    class Log(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
+            seen.append(metrics)
+
+    more = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    arguments = _arguments(tmp_path, **more, load_best_model_at_end=True, metric_for_best_model="accuracy_original")
+    stop = EarlyStoppingCallback(early_stopping_patience=1)  # the original's accuracy never changes
+    metrics = exit_metrics(wrapped, max_accuracy_drop=None)
+    trainer = Trainer(
+        wrapped, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics, callbacks=[Log(), stop]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert {"eval_accuracy_exit_0", "eval_accuracy_exit_1", "eval_accuracy_exits"} <= seen[-1].keys()
 
 
 @pytest.mark.parametrize("kind", ["timm", "bert"])
