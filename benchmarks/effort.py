@@ -115,12 +115,12 @@ def page(lines: list[dict[str, Any]]) -> str:
         "minutes",
         "epochs",
         "exits",
-        "processor",
+        "processor, precision",
     ]
     last = lines[-1]
     versions = f"torch {last['torch']}, timm {last['timm']}, {last['threads']} thread(s)"
     return (
-        f"{_PAGE}\n{table(head, [_row(line) for line in lines])}\n\n{versions}; mixed precision: {last['precision']}.\n"
+        f"{_PAGE}\n{table(head, [_row(line) for line in lines])}\n\n{versions}.\n"
     )
 
 
@@ -140,7 +140,7 @@ def _row(line: dict[str, Any]) -> list[str]:
         minutes,
         str(line["found"]["epochs"]),
         ", ".join(f"`{name}` {branch}" for name, branch in zip(line["exits"], line["branches"], strict=True)),
-        line["device"],
+        f"{line['device']}, {line['precision']}",
     ]
 
 
