@@ -214,6 +214,11 @@ def augment(
             defaults = {"epochs": 5, "batch_size": 64}
             config |= {name: defaults[name] if value is None else value for name, value in own.items()}
             config |= {"teach": "original" if unlabelled else "labels", "checkpoint_dir": str(training)}
+        from ee_surgery.training.config import changed_settings
+
+        changed_settings(config)  # before anything is loaded
+        if preset is not None:
+            _ = ee.PRESETS[preset]  # an unknown name
         accelerator = None if device is None else _accelerator(device, precision or "auto")
         base = _model(model, checkpoint, random_weights, num_classes)
         branched = ee.augment(
