@@ -119,9 +119,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     ]
     last = lines[-1]
     versions = f"torch {last['torch']}, timm {last['timm']}, {last['threads']} thread(s)"
-    return (
-        f"{_PAGE}\n{table(head, [_row(line) for line in lines])}\n\n{versions}.\n"
-    )
+    return f"{_PAGE}\n{table(head, [_row(line) for line in lines])}\n\n{versions}.\n"
 
 
 def _row(line: dict[str, Any]) -> list[str]:

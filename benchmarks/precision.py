@@ -1,6 +1,7 @@
 """Training speed of recipes.cifar10_shortcuts by number format and memory format, in one run.
 
     python -m benchmarks.precision
+    python -m benchmarks.precision --gradients    # where bfloat16 weight gradients of convolutions are wrong here
 
 Steps of the recipe on the frozen CIFAR-10 ResNet-56, settings in turn, `ROUNDS` times; the first step of each is left
 out. `auto` is what the recipe uses; until a trial was added to it, the recipe always trained in bfloat16.
@@ -13,6 +14,7 @@ import statistics
 from dataclasses import replace
 
 import torch
+from torch.nn import functional
 
 import ee_surgery as ee
 from benchmarks.tables import table
@@ -50,13 +52,38 @@ def step(precision: str, channels_last: bool, teacher: bool, steps: int) -> tupl
     return speed.seconds_per_step, branched.provenance["training"]["mixed_precision"]
 
 
+def gradients() -> str:
+    """Largest error of weight gradients in bfloat16, relative to the largest in float32, by size of the map."""
+    rows = []
+    for side in (1, 2, 4):
+        for kernel, stride in ((3, 1), (3, 2), (5, 2)):
+            x, weight = torch.randn(64, 64, side, side), torch.randn(64, 64, kernel, kernel) / 30
+            found = []
+            for dtype in (torch.float32, torch.bfloat16):
+                own = weight.bfloat16().to(dtype).requires_grad_()
+                junk = [torch.full_like(own, torch.inf) for _ in range(4)]  # what freed memory may hold
+                del junk
+                out = functional.conv2d(x.bfloat16().to(dtype), own, None, stride, kernel // 2)
+                out.backward(torch.ones_like(out))
+                assert own.grad is not None
+                found.append(own.grad.float())
+            error = (found[1] - found[0]).abs().max() / found[0].abs().max()
+            rows.append([f"{side} x {side}", str(kernel), str(stride), f"{error.item():.4f}"])
+    return table(["map", "kernel", "stride", "relative error"], rows)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--smoke", action="store_true", help="one round of two steps, in float32 alone")
+    parser.add_argument("--gradients", action="store_true", help="weight gradients instead of speed")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.gradients:
+        print(gradients())
+        print(environment(torch.device("cpu")))
+        return
     rounds, steps = (1, 2) if options.smoke else (ROUNDS, options.steps)
     settings = {name: each for name, each in SETTINGS.items() if not options.smoke or each[0] == "no"}
     seconds: dict[str, list[list[float]]] = {name: [] for name in settings}

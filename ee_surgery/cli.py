@@ -206,20 +206,19 @@ def augment(
         )
         if by_effort and epochs is not None:
             raise ee.ConfigError("--effort and --time-budget decide how long to train: leave out --epochs.")
-        given = {"lr": lr, "views": views, "batch_size": batch_size, "mixed_precision": precision}
-        config = {name: value for name, value in given.items() if value is not None}
-        config |= {"num_workers": workers, "seed": seed}
+        given = {"epochs": epochs, "lr": lr, "views": views, "batch_size": batch_size, "mixed_precision": precision}
+        config = {"num_workers": workers, "seed": seed}
+        config |= {name: value for name, value in given.items() if value is not None}
         if not by_effort and not (simple and train is not None and calibrate is not None):
-            own = {"epochs": epochs, "batch_size": batch_size}
-            defaults = {"epochs": 5, "batch_size": 64}
-            config |= {name: defaults[name] if value is None else value for name, value in own.items()}
-            config |= {"teach": "original" if unlabelled else "labels", "checkpoint_dir": str(training)}
+            teach = "original" if unlabelled else "labels"
+            config = {"epochs": 5, "batch_size": 64, "teach": teach, "checkpoint_dir": str(training)} | config
         from ee_surgery.training.config import changed_settings
 
         changed_settings(config)  # before anything is loaded
         if preset is not None:
             _ = ee.PRESETS[preset]  # an unknown name
-        accelerator = None if device is None else _accelerator(device, precision or "auto")
+        usual = "no" if "epochs" in config else "auto"
+        accelerator = None if device is None else _accelerator(device, precision or usual)
         base = _model(model, checkpoint, random_weights, num_classes)
         branched = ee.augment(
             base,

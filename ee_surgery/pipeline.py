@@ -38,6 +38,7 @@ from ee_surgery.share.adapter import AdapterConfig
 from ee_surgery.share.save_load import load
 from ee_surgery.task import Task
 from ee_surgery.text import visible
+from ee_surgery.training.checkpoint import random_state, set_random_state
 from ee_surgery.training.config import TrainConfig, changed_settings
 from ee_surgery.training.loop import train as train_branches
 
@@ -180,8 +181,9 @@ def _pictures_like(data: Data) -> Tensor | None:
     """Random pictures of the size of the first ones of the data; None where it has none, or can be read only once."""
     if isinstance(data, Iterator):
         return None
-    with torch.random.fork_rng(devices=()):
-        first = next(iter(loader(data, 1)), None)
+    before = random_state()
+    first = next(iter(loader(data, 1)), None)
+    set_random_state(before)
     inputs = None if first is None else unpack(first)[0]
     if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -18,24 +18,10 @@ from torch import nn
 import ee_surgery as ee
 from ee_surgery.serving.routes import _Routed
 from tests.serving.malformed import picture
-from tests.serving.test_engine import Held, split
+from tests.serving.test_engine import Held
 from tests.zoo import SPECIAL, two_exits
 
 ONE = {"inputs": torch.zeros(3, 16, 16).tolist()}
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    found = Held(monkeypatch, _Routed)
-    yield found
-    found.go_on.set()
-
-
-@pytest.fixture
-def model() -> ee.EarlyExitModel:
-    found = two_exits()
-    split(found, torch.randn(64, 3, 16, 16))
-    return found
 
 
 def ask(app: Any, talk: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:

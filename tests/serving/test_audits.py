@@ -18,25 +18,10 @@ from ee_surgery.backbone.inputs import Batch
 from ee_surgery.runtime.router import InFlight, Router
 from ee_surgery.serving import audits
 from ee_surgery.serving.lanes import Request
-from ee_surgery.serving.routes import _Routed
 from tests.serving.test_engine import Held, split
 from tests.zoo import POLICIES, two_exits
 
 SIZES = [1, 7, 3, 20, 9, 1, 1, 12, 30, 4]
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Any:
-    found = Held(monkeypatch, _Routed)
-    yield found
-    found.go_on.set()
-
-
-@pytest.fixture
-def model() -> ee.EarlyExitModel:
-    found = two_exits()
-    split(found, torch.randn(64, 3, 16, 16))
-    return found
 
 
 def audited(model: ee.EarlyExitModel, **options: Any) -> ee.Audit:

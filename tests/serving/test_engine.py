@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ee_surgery.backbone.inputs import Batch
 from ee_surgery.policies.operating_point import OperatingPoint
 from ee_surgery.runtime.router import InFlight, Router
 from ee_surgery.serving import engine as module
-from ee_surgery.serving.routes import Route, _Routed
+from ee_surgery.serving.routes import Route
 from tests.zoo import BY_NAME, POLICIES, SPECIAL, branched, two_exits
 
 
@@ -64,20 +64,6 @@ class Held:
             return visit(route, k, flight, *observe)
 
         monkeypatch.setattr(kind, "visit", held)
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    found = Held(monkeypatch, _Routed)
-    yield found
-    found.go_on.set()
-
-
-@pytest.fixture
-def model() -> ee.EarlyExitModel:
-    found = two_exits()
-    split(found, torch.randn(64, 3, 16, 16))
-    return found
 
 
 # --- the same answers
